@@ -1,0 +1,1 @@
+"""READ as a method of peft."""

@@ -1,0 +1,1 @@
+"""Recurrences for adapters: sequences in, sequences out."""

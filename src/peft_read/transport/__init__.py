@@ -1,0 +1,1 @@
+"""Partial optimal transport, batched and masked."""

@@ -1,0 +1,37 @@
+"""What every test shares: one thread, seeds, and the optional data beside the checkout."""
+
+import os
+import random
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).parents[1]
+REFERENCE_DATA = Path(os.environ.get("PEFT_READ_REFERENCE_DATA", REPOSITORY.parent / "shared"))
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def reference_data():
+    """A function from a relative path to a reference file; skips the test where the data is absent."""
+
+    def path_of(relative: str) -> Path:
+        path = REFERENCE_DATA / relative
+        if not path.exists():
+            pytest.skip(f"reference data {relative!r} is not beside this checkout (set PEFT_READ_REFERENCE_DATA)")
+        return path
+
+    return path_of

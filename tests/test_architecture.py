@@ -1,0 +1,50 @@
+"""The arrows between the rooms of the house: who may import whom."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "src" / "peft_read"
+FLOOR_0 = {"recurrence", "transport", "spans", "data", "metrics"}
+MAY_IMPORT = {
+    "recurrence": set(),
+    "transport": set(),
+    "spans": set(),
+    "data": {"spans"},
+    "metrics": {"spans"},
+    "adapter": FLOOR_0,
+    "alignment": FLOOR_0,
+    "models": FLOOR_0,
+    "baselines": FLOOR_0 | {"adapter", "alignment", "models"},
+}
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """The rooms of peft_read that one file imports, relative imports resolved."""
+    package = ("peft_read", *path.relative_to(PACKAGE).parts[:-1])
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            names = [".".join((*base, *(node.module or "").split("."))).strip(".")]
+            names += [f"{names[0]}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        rooms |= {name.split(".")[1] for name in names if name.startswith("peft_read.")}
+    return rooms & set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_room_imports_only_the_rooms_below_it(path):
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if room == "__init__":
+        return
+    assert imported_rooms(path) - {room} <= MAY_IMPORT[room]
+
+
+def test_no_catch_all_modules():
+    names = {path.stem for path in PACKAGE.rglob("*")}
+    assert not names & {"utils", "common", "helpers"}
