@@ -1,1 +1,12 @@
-"""READ as a method of peft."""
+"""READ as a method of peft; importing this package registers `PeftType.READ`."""
+
+from .registration import add_peft_type, register
+
+add_peft_type()
+
+from .config import READConfig  # noqa: E402
+from .model import READModel  # noqa: E402
+
+register(READConfig, READModel)
+
+__all__ = ["READConfig", "READModel"]

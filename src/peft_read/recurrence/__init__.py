@@ -1,1 +1,5 @@
 """Recurrences for adapters: sequences in, sequences out."""
+
+from .cells import CELLS, GRU, LSTM, RNN, Bidirectional, Cell, Identity, build_cell
+
+__all__ = ["CELLS", "GRU", "LSTM", "RNN", "Bidirectional", "Cell", "Identity", "build_cell"]

@@ -1,0 +1,141 @@
+"""READConfig: which modules READ adapts, how wide it is, and which recurrence it has."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, Optional, Union
+
+from peft import PeftConfig
+from peft.utils import PeftType
+
+from ..recurrence import CELLS
+
+__all__ = ["READConfig"]
+
+
+@dataclass
+class READConfig(PeftConfig):
+    """The configuration of READ, the recurrent adapter of READ-PVLA (arXiv 2312.06950, equation 5).
+
+    The output O (B, T, d) of a feed-forward block becomes O + GELU(RNN(O W_down)) W_up, with W_down d×r and W_up r×d.
+
+    Args:
+        r: the width k of the bottleneck and of the recurrence.
+        cell: "rnn", "gru" or "lstm"; "none" leaves the bottleneck adapter without a recurrence.
+        target_modules: names or a regular expression of the modules to adapt, or "all-linear"; the last linear layer
+            of each feed-forward block of the usual architectures if absent.
+        exclude_modules: names or a regular expression of modules not to adapt.
+        layers_to_transform: the indices of the layers to adapt; needs a list of target modules.
+        layers_pattern: the name of the module list that the indices refer to.
+        modules_to_save: modules apart from the adapter that are trained and saved as a whole.
+        rank_pattern: another r for the modules whose name ends with a key (a regular expression).
+        cell_pattern: another cell for the modules whose name ends with a key (a regular expression). If absent, the
+            model type may bring one: the decoder of `moment_detr` has no recurrence, since its queries are a set.
+        dropout: the probability of dropping an entry of GELU(h), before W_up.
+        use_bias: biases in W_down, the recurrence and W_up; False is equation (5) to the letter.
+        bidirectional: one cell of width r/2 in each direction of time, for encoders only.
+        batch_first: whether the adapted modules see (B, T, d); False for (T, B, d).
+        init_weights: True makes the adapter the identity (W_up zero); False makes W_up random too. "paper" is the
+            initialisation that the paper prints, W_up and the recurrence zero, through which no gradient can flow.
+        pvla: the settings of the alignment loss that the adapter was trained with, if any. A record for the model
+            card; the adapter itself does not use it.
+
+    Raises:
+        ValueError: if a value is not one of those above.
+    """
+
+    r: int = field(default=4, metadata={"help": "The width k of the bottleneck and of the recurrence."})
+    cell: str = field(default="rnn", metadata={"help": "The recurrence: 'rnn', 'gru', 'lstm', or 'none'."})
+    target_modules: Optional[Union[list[str], str]] = field(  # noqa: UP007, UP045 - read by argument parsers
+        default=None,
+        metadata={
+            "help": (
+                "List of module names or regular expression of the module names to adapt, for example ['fc2'], or "
+                "'all-linear'. If not specified, the last linear layer of each feed-forward block is chosen by the "
+                "model's architecture; an unknown architecture is an error."
+            )
+        },
+    )
+    exclude_modules: Optional[Union[list[str], str]] = field(  # noqa: UP007, UP045
+        default=None, metadata={"help": "List of module names or regular expression of the modules not to adapt."}
+    )
+    layers_to_transform: Optional[Union[list[int], int]] = field(  # noqa: UP007, UP045
+        default=None, metadata={"help": "The index or the indices of the layers to adapt."}
+    )
+    layers_pattern: Optional[Union[list[str], str]] = field(  # noqa: UP007, UP045
+        default=None,
+        metadata={"help": "The name of the module list that `layers_to_transform` counts, often 'layers' or 'h'."},
+    )
+    modules_to_save: Optional[list[str]] = field(  # noqa: UP045
+        default=None, metadata={"help": "Modules apart from READ's layers that are trained and saved as a whole."}
+    )
+    rank_pattern: Optional[dict[str, int]] = field(  # noqa: UP045
+        default=None, metadata={"help": "Module name or regular expression -> a rank other than `r`."}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on GELU(h), before the up projection."})
+    use_bias: bool = field(default=True, metadata={"help": "Biases in down projection, recurrence and up projection."})
+    bidirectional: bool = field(
+        default=False, metadata={"help": "One cell of width r/2 in each direction of time; encoders only."}
+    )
+    batch_first: bool = field(
+        default=True, metadata={"help": "Whether the adapted modules see (batch, tokens, width)."}
+    )
+    init_weights: Union[bool, str] = field(  # noqa: UP007
+        default=True,
+        metadata={
+            "help": (
+                "True: the adapter starts as the identity. False: W_up is random too. 'paper': W_up and the "
+                "recurrence are zero, as the paper prints, which cannot be trained."
+            )
+        },
+    )
+    cell_pattern: Optional[dict[str, str]] = field(  # noqa: UP045
+        default=None, metadata={"help": "Module name or regular expression -> a cell other than `cell`."}
+    )
+    pvla: Optional[dict[str, Any]] = field(  # noqa: UP045
+        default=None, metadata={"help": "A record of the alignment loss used in training, for the model card."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.READ  # type: ignore[attr-defined]
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        self._check_ranks_and_cells()
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"`dropout` is a probability in [0, 1), got {self.dropout}.")
+        if self.init_weights not in (True, False, "paper"):
+            raise ValueError(f"`init_weights` is True, False or 'paper', got {self.init_weights!r}.")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
+        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
+            raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+        if self.init_weights == "paper" and not self.inference_mode:
+            warnings.warn(
+                "init_weights='paper' sets the recurrence and W_up to zero: every gradient but that of W_up's bias "
+                "is exactly zero and stays so, and the adapter cannot be trained. Use init_weights=True.",
+                stacklevel=3,
+            )
+
+    def _check_ranks_and_cells(self) -> None:
+        for origin, rank in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.ranks.items()}}.items():
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise ValueError(f"`{origin}` should be a positive integer, got {rank!r}.")
+            if self.bidirectional and rank % 2:
+                raise ValueError(f"bidirectional=True gives each direction r/2 numbers; `{origin}`={rank} is odd.")
+        for origin, cell in {
+            "cell": self.cell,
+            **{f"cell_pattern[{k!r}]": v for k, v in (self.cell_pattern or {}).items()},
+        }.items():
+            if cell not in CELLS:
+                raise ValueError(f"`{origin}` should be one of {', '.join(map(repr, CELLS))}, got {cell!r}.")
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """`rank_pattern`, empty where there is none."""
+        return self.rank_pattern or {}

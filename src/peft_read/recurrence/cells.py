@@ -1,0 +1,266 @@
+"""The recurrences of an adapter: RNN, GRU and LSTM as mask-aware leaf modules, one direction or both."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+__all__ = ["CELLS", "GRU", "LSTM", "RNN", "Bidirectional", "Cell", "Identity", "build_cell"]
+
+
+class Cell(nn.Module):
+    """A recurrence over tokens, with the parameters of `torch.nn.RNNCell`.
+
+    A token that the mask calls padding never enters the state: it repeats the output of the last real token before
+    it (the initial state where there is none). Sequences without padding give exactly what `torch.nn.RNN`, `GRU` and
+    `LSTM` give with the same weights.
+
+    It is a leaf module that owns its parameters and uses them only inside `forward`, so that wrappers which gather
+    the weights of one module at a time (FSDP) may treat it like any linear layer.
+
+    Args:
+        size: the width k of the outputs.
+        bias: whether the two bias vectors exist.
+        input_size: the width of the inputs, k if absent.
+    """
+
+    gates: int
+    state_width: int = 1  # the state of one step is this many vectors of width k
+
+    def __init__(self, size: int, *, bias: bool = True, input_size: int | None = None) -> None:
+        super().__init__()
+        if size < 1:
+            raise ValueError(f"A cell needs a width of at least 1, got {size}.")
+        self.size = size
+        self.input_size = size if input_size is None else input_size
+        self.weight_ih = nn.Parameter(torch.empty(self.gates * size, self.input_size))
+        self.weight_hh = nn.Parameter(torch.empty(self.gates * size, size))
+        if bias:
+            self.bias_ih = nn.Parameter(torch.empty(self.gates * size))
+            self.bias_hh = nn.Parameter(torch.empty(self.gates * size))
+        else:
+            self.register_parameter("bias_ih", None)
+            self.register_parameter("bias_hh", None)
+        self.reset_parameters()
+
+    def reset_parameters(self, *, zero: bool = False) -> None:
+        """Draw the weights from PyTorch's uniform ±1/√k (or set them to zero) and set the biases to zero."""
+        bound = 1 / math.sqrt(self.size)
+        for weight in (self.weight_ih, self.weight_hh):
+            if zero:
+                nn.init.zeros_(weight)
+            else:
+                nn.init.uniform_(weight, -bound, bound)
+        for bias in (self.bias_ih, self.bias_hh):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The recurrent weights, under the name by which FSDP's wrapping policy recognises a trainable leaf."""
+        return self.weight_hh
+
+    @property
+    def state_size(self) -> int:
+        """How many numbers the state of one token has."""
+        return self.state_width * self.size
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        state: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        *,
+        keep_states: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run the recurrence forward in time, in at least float32 and outside autocast.
+
+        Args:
+            x: the inputs, (B, T, input_size).
+            state: the state before the first token, (B, S) with S = `state_size`; zero if absent.
+            mask: (B, T), True = a real token; every token is real if absent.
+            keep_states: ask for the state after every token, which an LSTM does not compute otherwise.
+
+        Returns:
+            The outputs (B, T, k) and the states after each token (B, T, S); the latter is None where the cell would
+            have to compute it and `keep_states` is False.
+        """
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            weights = [weight.to(dtype) for weight in self._weights()]
+            x = x.to(dtype)
+            state = x.new_zeros(x.shape[0], self.state_size) if state is None else state.to(dtype)
+            if mask is None:
+                return self._scan(x, state, weights, keep_states)
+            return self._masked_scan(x, state, mask, weights, keep_states)
+
+    def _weights(self) -> list[torch.Tensor]:
+        weights: list[torch.Tensor] = [self.weight_ih, self.weight_hh]
+        if self.bias_ih is not None:
+            weights += [self.bias_ih, self.bias_hh]
+        return weights
+
+    def _masked_scan(
+        self, x: torch.Tensor, state: torch.Tensor, mask: torch.Tensor, weights: list[torch.Tensor], keep_states: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Move the real tokens of every row to its front, scan, and move the results back."""
+        front = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)  # (B, T)
+        outputs, states = self._scan(_take(x, front), state, weights, keep_states)
+        seen = mask.cumsum(dim=1)  # (B, T): real tokens up to and including this one; 0 = the initial state
+        outputs = _take(torch.cat((state[:, None, : self.size], outputs), dim=1), seen)
+        if states is not None:
+            states = _take(torch.cat((state[:, None], states), dim=1), seen)
+        return outputs, states
+
+    def _scan(
+        self, x: torch.Tensor, state: torch.Tensor, weights: list[torch.Tensor], keep_states: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """The two widths, and whether there are biases."""
+        return f"{self.input_size}, {self.size}, bias={self.bias_ih is not None}"
+
+
+def _take(sequence: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Select steps of a sequence (B, L, S) by an index (B, T), row by row: (B, T, S)."""
+    return sequence.gather(1, index[..., None].expand(-1, -1, sequence.shape[-1]))
+
+
+class RNN(Cell):
+    """The Elman recurrence h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), equation (5)'s RNN."""
+
+    gates = 1
+
+    def _scan(
+        self, x: torch.Tensor, state: torch.Tensor, weights: list[torch.Tensor], keep_states: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        outputs, _ = torch.rnn_tanh(x, state[None], weights, len(weights) == 4, 1, 0.0, self.training, False, True)
+        return outputs, outputs
+
+
+class GRU(Cell):
+    """The gated recurrent unit, with PyTorch's gates (reset, update, new)."""
+
+    gates = 3
+
+    def _scan(
+        self, x: torch.Tensor, state: torch.Tensor, weights: list[torch.Tensor], keep_states: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        outputs, _ = torch.gru(x, state[None], weights, len(weights) == 4, 1, 0.0, self.training, False, True)
+        return outputs, outputs
+
+
+class LSTM(Cell):
+    """The long short-term memory, with PyTorch's gates (input, forget, cell, output); its state is (h, c)."""
+
+    gates = 4
+    state_width = 2
+
+    def _scan(
+        self, x: torch.Tensor, state: torch.Tensor, weights: list[torch.Tensor], keep_states: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        hidden, memory = state[None, :, : self.size].contiguous(), state[None, :, self.size :].contiguous()
+        outputs, _, _ = torch.lstm(x, (hidden, memory), weights, len(weights) == 4, 1, 0.0, self.training, False, True)
+        if not keep_states:
+            return outputs, None
+        # The fused kernel keeps the memories c_t to itself. All gates follow from the outputs it returned, so only
+        # c_t = f_t c_{t-1} + i_t g_t is left to do step by step.
+        previous = torch.cat((state[:, None, : self.size], outputs[:, :-1]), dim=1)
+        biases = weights[2:] or (None, None)
+        gates = nn.functional.linear(x, weights[0], biases[0]) + nn.functional.linear(previous, weights[1], biases[1])
+        opened, kept, new, _ = gates.chunk(4, dim=-1)
+        kept, added = kept.sigmoid(), opened.sigmoid() * new.tanh()
+        memories = []
+        step = state[:, self.size :]
+        for t in range(x.shape[1]):
+            step = kept[:, t] * step + added[:, t]
+            memories.append(step)
+        return outputs, torch.cat((outputs, torch.stack(memories, dim=1)), dim=-1)
+
+
+class Identity(nn.Module):
+    """No recurrence: READ without its cell is the bottleneck adapter of Houlsby et al. (arXiv 1902.00751)."""
+
+    state_size = 0
+
+    def reset_parameters(self, *, zero: bool = False) -> None:
+        """Nothing to set."""
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        state: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        *,
+        keep_states: bool = False,
+    ) -> tuple[torch.Tensor, None]:
+        """Return the inputs as they are."""
+        return x, None
+
+
+class Bidirectional(nn.Module):
+    """One cell of half the width in each direction of time, their outputs concatenated: (B, T, k).
+
+    Both read all k inputs, as `torch.nn.RNN(k, k // 2, bidirectional=True)` does. There is no state to carry over,
+    since a token's output depends on the tokens after it.
+
+    Args:
+        kind: the class of the two cells.
+        size: the width k, an even number.
+        bias: whether the cells have biases.
+    """
+
+    state_size = 0
+
+    def __init__(self, kind: type[Cell], size: int, *, bias: bool = True) -> None:
+        super().__init__()
+        if size % 2:
+            raise ValueError(f"A bidirectional cell splits its width in two, so r must be even, got {size}.")
+        self.ahead = kind(size // 2, bias=bias, input_size=size)
+        self.back = kind(size // 2, bias=bias, input_size=size)
+
+    def reset_parameters(self, *, zero: bool = False) -> None:
+        """Initialise both directions."""
+        self.ahead.reset_parameters(zero=zero)
+        self.back.reset_parameters(zero=zero)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        state: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        *,
+        keep_states: bool = False,
+    ) -> tuple[torch.Tensor, None]:
+        """Run both directions over (B, T, k); an initial state has no meaning here and is refused."""
+        if state is not None:
+            raise ValueError("A bidirectional cell cannot continue from a state: it needs the whole sequence.")
+        ahead, _ = self.ahead(x, None, mask)
+        back, _ = self.back(x.flip(1), None, None if mask is None else mask.flip(1))
+        return torch.cat((ahead, back.flip(1)), dim=-1), None
+
+
+CELLS: dict[str, type[nn.Module]] = {"rnn": RNN, "gru": GRU, "lstm": LSTM, "none": Identity}
+
+
+def build_cell(name: str, size: int, *, bias: bool = True, bidirectional: bool = False) -> nn.Module:
+    """The cell of a given name and width.
+
+    Args:
+        name: one of `CELLS`: "rnn", "gru", "lstm", or "none" for no recurrence.
+        size: the width k.
+        bias: whether the cell has biases.
+        bidirectional: two cells of width k/2, one in each direction of time.
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
+    if name not in CELLS:
+        raise ValueError(f"Unknown cell {name!r}; choose one of {', '.join(map(repr, CELLS))}.")
+    kind = CELLS[name]
+    if not issubclass(kind, Cell):
+        return kind()
+    return Bidirectional(kind, size, bias=bias) if bidirectional else kind(size, bias=bias)

@@ -1,0 +1,78 @@
+"""The update rules of the cells as plain loops over tokens: the definition that faster versions must equal."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["gru_step", "lstm_step", "naive_recurrence", "rnn_step"]
+
+
+def rnn_step(x: torch.Tensor, state: torch.Tensor, weights: dict[str, torch.Tensor | None]) -> torch.Tensor:
+    """One step h' = tanh(W_ih x + b_ih + W_hh h + b_hh), (B, k)."""
+    inner, outer = _gates(x, state, weights)
+    return torch.tanh(inner + outer)
+
+
+def gru_step(x: torch.Tensor, state: torch.Tensor, weights: dict[str, torch.Tensor | None]) -> torch.Tensor:
+    """One step h' = (1 - z) n + z h, with n = tanh(W_in x + b_in + r (W_hn h + b_hn)), (B, k)."""
+    inner, outer = _gates(x, state, weights)
+    reset_in, update_in, new_in = inner.chunk(3, dim=-1)
+    reset_out, update_out, new_out = outer.chunk(3, dim=-1)
+    reset = torch.sigmoid(reset_in + reset_out)
+    update = torch.sigmoid(update_in + update_out)
+    new = torch.tanh(new_in + reset * new_out)
+    return (1 - update) * new + update * state
+
+
+def lstm_step(x: torch.Tensor, state: torch.Tensor, weights: dict[str, torch.Tensor | None]) -> torch.Tensor:
+    """One step c' = f c + i g and h' = o tanh(c'), the state being [h; c] of width 2k, (B, 2k)."""
+    hidden, memory = state.chunk(2, dim=-1)
+    inner, outer = _gates(x, hidden, weights)
+    add, keep, new, show = (inner + outer).chunk(4, dim=-1)
+    memory = torch.sigmoid(keep) * memory + torch.sigmoid(add) * torch.tanh(new)
+    return torch.cat((torch.sigmoid(show) * torch.tanh(memory), memory), dim=-1)
+
+
+STEPS = {"rnn": rnn_step, "gru": gru_step, "lstm": lstm_step}
+
+
+def naive_recurrence(
+    cell: str,
+    x: torch.Tensor,
+    weights: dict[str, torch.Tensor | None],
+    state: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run one cell over a batch of sequences, token by token.
+
+    Args:
+        cell: "rnn", "gru" or "lstm".
+        x: the inputs, (B, T, input size).
+        weights: `weight_ih`, `weight_hh`, `bias_ih`, `bias_hh` as in `torch.nn.RNNCell`; the biases may be None.
+        state: the state before the first token, (B, S); zero if absent. S is k, or 2k for the LSTM.
+        mask: (B, T), True = a real token; a token that is not leaves the state as it is.
+
+    Returns:
+        The outputs (B, T, k) and the states after each token (B, T, S).
+    """
+    weight_hh = weights["weight_hh"]
+    assert weight_hh is not None
+    size = weight_hh.shape[1]
+    if state is None:
+        state = x.new_zeros(x.shape[0], 2 * size if cell == "lstm" else size)
+    states = []
+    for t in range(x.shape[1]):
+        new = STEPS[cell](x[:, t], state, weights)
+        state = new if mask is None else torch.where(mask[:, t, None], new, state)
+        states.append(state)
+    trajectory = torch.stack(states, dim=1)
+    return trajectory[..., :size], trajectory
+
+
+def _gates(
+    x: torch.Tensor, hidden: torch.Tensor, weights: dict[str, torch.Tensor | None]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the inputs and what the state contribute to the gates, each (B, gates · k)."""
+    inner = torch.nn.functional.linear(x, weights["weight_ih"], weights["bias_ih"])  # type: ignore[arg-type]
+    outer = torch.nn.functional.linear(hidden, weights["weight_hh"], weights["bias_hh"])  # type: ignore[arg-type]
+    return inner, outer
