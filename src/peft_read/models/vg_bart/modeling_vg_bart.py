@@ -1,0 +1,308 @@
+"""VG-BART: BART whose encoder fuses a video into the text after one of its layers."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import BartConfig, BartForConditionalGeneration, BartModel
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
+from transformers.models.bart.modeling_bart import BartAttention, BartEncoder
+from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from ..original_checkpoints import Checkpoint, load_original_weights
+from ..sequence_loss import sequence_cross_entropy
+from ..vision_guidance import ReportedState, VisionGuidance
+from .configuration_vg_bart import VGBartConfig
+
+__all__ = ["VGBartEncoder", "VGBartForConditionalGeneration", "VGBartModel"]
+
+
+class VGBartEncoder(VisionGuidance, BartEncoder):
+    """BART's encoder with the fusion after layer `config.fusion_layer`.
+
+    Its layers' outputs are the states BEFORE the fusion; the reported hidden states contain the fused one.
+
+    Args:
+        config: the configuration.
+    """
+
+    config_class = VGBartConfig
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(ReportedState, capture_initial_hidden_state=False),
+        "attentions": BartAttention,
+    }
+
+    def __init__(self, config: VGBartConfig):
+        super().__init__(config)
+        self.reported_state = ReportedState()
+        # The fusion's norm; the layers have norms of the same name, one level deeper.
+        self.final_layer_norm = self.add_vision_guidance(cast(int, config.d_model))
+        self.post_init()
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        video_features: Tensor | None = None,
+        video_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutput:
+        """Encode text (B, S) with a video.
+
+        Args:
+            input_ids: (B, S), or `inputs_embeds` (B, S, d) in their place.
+            attention_mask: (B, S), non-zero = real.
+            inputs_embeds: see `input_ids`.
+            video_features: (B, F, visual_feature_dim).
+            video_mask: (B, F), non-zero = real.
+            **kwargs: what transformers passes to attention, and `output_hidden_states`, `output_attentions`.
+
+        Raises:
+            ValueError: not exactly one of `input_ids` and `inputs_embeds` is given, or the video is missing or has
+                another shape.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        hidden_states = inputs_embeds + self.embed_positions(inputs_embeds[:, :, -1]).to(inputs_embeds.device)
+        hidden_states = self._dropout(self.layernorm_embedding(hidden_states))
+
+        video = None
+        if self.config.fusion_layer is not None:
+            video, frames = self.check_video(video_features, video_mask, inputs_embeds)
+            if self.config.use_img_trans:
+                video = self.img_transformer(video, attention_mask=frames)
+            words = attention_mask.ne(0) if attention_mask is not None and attention_mask.dim() == 2 else None
+
+        mask = create_bidirectional_mask(self.config, inputs_embeds, attention_mask)
+        hidden_states = self.reported_state(hidden_states)
+        for index, layer in enumerate(self.layers):
+            if not (self.training and self.layerdrop and torch.rand([]).item() < self.layerdrop):
+                hidden_states = layer(hidden_states, mask, **kwargs)
+            if video is not None and index == self.config.fusion_layer:
+                update = self.fuse(hidden_states, video, text_mask=words, video_mask=frames, dropout=self._dropout)
+                hidden_states = self.final_layer_norm(hidden_states + self._dropout(update))
+            hidden_states = self.reported_state(hidden_states)
+        return BaseModelOutput(last_hidden_state=hidden_states)
+
+    def _dropout(self, states: Tensor) -> Tensor:
+        return nn.functional.dropout(states, p=self.dropout or 0.0, training=self.training)
+
+
+class VGBartModel(BartModel):
+    """BART with a `VGBartEncoder`; the decoder is BART's.
+
+    Args:
+        config: the configuration.
+    """
+
+    config_class = VGBartConfig
+
+    def __init__(self, config: VGBartConfig):
+        super().__init__(config)
+        self.encoder = VGBartEncoder(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        video_features: Tensor | None = None,
+        video_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Seq2SeqModelOutput:
+        """`BartModel.forward` with the two video inputs of `VGBartEncoder.forward`."""
+        if encoder_outputs is None:
+            encoder_outputs = self.encoder(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                inputs_embeds=inputs_embeds,
+                video_features=video_features,
+                video_mask=video_mask,
+                return_dict=True,
+                **kwargs,
+            )
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            encoder_outputs=encoder_outputs,
+            past_key_values=past_key_values,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+
+
+class VGBartForConditionalGeneration(BartForConditionalGeneration):
+    """VG-BART with its language-modelling head (Yu et al., EMNLP 2021).
+
+    A plain BART checkpoint is a valid start: `from_plain_checkpoint`, or `from_pretrained(folder, config=...)` with a
+    `VGBartConfig`; only the new visual modules are drawn at random. The names in the state dict are BART's
+    and the fusion's.
+
+    Args:
+        config: the configuration.
+
+    Example:
+        >>> config = VGBartConfig(vocab_size=20, d_model=8, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8,
+        ...     decoder_ffn_dim=8, encoder_attention_heads=2, decoder_attention_heads=2, visual_feature_dim=6)
+        >>> model = VGBartForConditionalGeneration(config)
+        >>> tokens, frames = torch.ones(1, 3, dtype=torch.long), torch.randn(1, 5, 6)
+        >>> model(tokens, video_features=frames, labels=tokens).loss.shape
+        torch.Size([])
+    """
+
+    config_class = VGBartConfig
+    # The loss below divides by `num_items_in_batch`, so the Trainer need not rescale it.
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: VGBartConfig):
+        super().__init__(config)
+        self.model = VGBartModel(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        video_features: Tensor | None = None,
+        video_mask: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Seq2SeqLMOutput:
+        """Predict the next tokens of a summary.
+
+        Args:
+            input_ids: the transcript (B, S).
+            attention_mask: (B, S), non-zero = real.
+            decoder_input_ids: (B, T); by default the labels, shifted.
+            decoder_attention_mask: (B, T).
+            encoder_outputs: what the encoder returned for the same inputs.
+            past_key_values: the cache of generation.
+            inputs_embeds: (B, S, d) in place of `input_ids`.
+            decoder_inputs_embeds: (B, T, d) in place of `decoder_input_ids`.
+            labels: (B, T), -100 = no label.
+            use_cache: whether to return a cache.
+            video_features: the frames (B, F, visual_feature_dim).
+            video_mask: (B, F), non-zero = real.
+            num_items_in_batch: see `sequence_cross_entropy`.
+            **kwargs: `output_hidden_states`, `output_attentions`, ...
+
+        Returns:
+            `Seq2SeqLMOutput`; `encoder_hidden_states` holds the fused state at `fusion_layer + 1`.
+        """
+        if labels is not None:
+            use_cache = False
+            if decoder_input_ids is None and decoder_inputs_embeds is None:
+                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        outputs = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            encoder_outputs=encoder_outputs,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            use_cache=use_cache,
+            video_features=video_features,
+            video_mask=video_mask,
+            return_dict=True,
+            **kwargs,
+        )
+        if labels is None:
+            return outputs
+        return Seq2SeqLMOutput(loss=sequence_cross_entropy(outputs.logits, labels, num_items_in_batch), **outputs)
+
+    @classmethod
+    def from_plain_checkpoint(
+        cls, checkpoint: str | os.PathLike, *, config: VGBartConfig | None = None, **options: Any
+    ) -> VGBartForConditionalGeneration:
+        """Start from a plain BART checkpoint; the visual modules are new.
+
+        Args:
+            checkpoint: folder or name of a BART checkpoint.
+            config: the configuration; by default the checkpoint's own with `options` added.
+            **options: fields of `VGBartConfig`, such as `cross_attn_type` or `visual_feature_dim`.
+
+        Raises:
+            ValueError: a weight that plain BART has is not in the checkpoint.
+        """
+        if config is None:
+            config = VGBartConfig.from_plain_config(BartConfig.from_pretrained(checkpoint), **options)
+        elif options:
+            raise ValueError(f"give the fields in config, not beside it: {sorted(options)}")
+        model, report = cast(tuple, cls.from_pretrained(checkpoint, config=config, output_loading_info=True))
+        lost = sorted(key for key in report["missing_keys"] if not _is_visual(key))
+        if lost:
+            raise ValueError(f"{checkpoint} is not a plain BART checkpoint: it lacks {lost[:5]}")
+        return model
+
+    @classmethod
+    def from_original_checkpoint(cls, checkpoint: Checkpoint, config: VGBartConfig) -> VGBartForConditionalGeneration:
+        """Load weights of the original implementation.
+
+        Args:
+            checkpoint: path or state dict, with or without Lightning's wrapper and its extra `model.` prefix.
+            config: the configuration, see `VGBartConfig.from_original_options`.
+
+        Raises:
+            ValueError: the keys do not fit the configuration.
+        """
+        model = cls(config)
+        load_original_weights(
+            model,
+            checkpoint,
+            ignored=lambda key: key.endswith("img_transformer.pos_encoder.pe"),
+            rename=_without_lightning_prefix,
+        )
+        return model.eval()
+
+
+def _is_visual(key: str) -> bool:
+    name = key.removeprefix("model.encoder.")
+    return name != key and name.split(".")[0] in _VISUAL_MODULES
+
+
+_VISUAL_MODULES = {
+    *(f"_linear_{i}" for i in range(1, 5)),
+    "_multi_head_attn",
+    "fg",
+    "final_layer_norm",
+    "img_transformer",
+}
+
+
+def _without_lightning_prefix(key: str) -> str:
+    for inner in ("model.model.", "model.lm_head.", "model.final_logits_bias"):
+        if key.startswith(inner):
+            return key.removeprefix("model.")
+    return key
