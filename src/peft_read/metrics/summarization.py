@@ -105,26 +105,6 @@ _TEMPLATE_WORDS = frozenset(
     {"in", "a", "this", "to", "free", "the", "video", "and", "learn", "from", "on", "with", "how", "tips", "for", "of"}
     | {"expert", "an"}
 )
-        "in",
-        "a",
-        "this",
-        "to",
-        "free",
-        "the",
-        "video",
-        "and",
-        "learn",
-        "from",
-        "on",
-        "with",
-        "how",
-        "tips",
-        "for",
-        "of",
-        "expert",
-        "an",
-    ]
-)
 
 
 def content_f1(alignment_text: str) -> float:
