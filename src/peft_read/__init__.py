@@ -5,4 +5,22 @@ classes. Not to be confused with "READ: Recurrent Adaptation of Large Transforme
 that is recurrent over layers.
 """
 
+from . import models
+from .adapter import READConfig, READModel
+from .alignment import Aligner, PVLAConfig, PVLALoss, PVLALossMixin, Stream
+from .transport import TransportPlan, partial_optimal_transport
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Aligner",
+    "PVLAConfig",
+    "PVLALoss",
+    "PVLALossMixin",
+    "READConfig",
+    "READModel",
+    "Stream",
+    "TransportPlan",
+    "models",
+    "partial_optimal_transport",
+]

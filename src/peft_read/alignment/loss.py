@@ -1,0 +1,217 @@
+"""The alignment loss: how far a block's video states are from its language states, by partial optimal transport."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..transport import cosine_cost, partial_optimal_transport
+
+__all__ = ["DISTANCES", "AlignmentDistance", "PVLALoss", "alignment_distance"]
+
+DISTANCES = ("partial_ot", "avg_cosine", "max_cosine", "avg_l2", "max_l2")
+
+
+class AlignmentDistance(NamedTuple):
+    """One number per block and example."""
+
+    distance: Tensor  # (blocks, B), differentiable
+    mass: Tensor  # (blocks, B), the transported mass; 1 for pooled distances, 0 where a side has no real token
+
+
+def alignment_distance(
+    video: Tensor | Sequence[Tensor],
+    language: Tensor | Sequence[Tensor],
+    video_mask: Tensor | Sequence[Tensor | None] | None = None,
+    language_mask: Tensor | Sequence[Tensor | None] | None = None,
+    *,
+    distance: str = "partial_ot",
+    mass: float = 0.5,
+    reg: float = 0.05,
+    method: str = "auto",
+) -> AlignmentDistance:
+    """Distance between the video and the language states of every block and example.
+
+    `partial_ot` is the paper's POT distance (section 3.3, equations 7 and 8) with cosine cost, uniform weights over
+    real tokens and a fixed fraction of the mass, divided by that mass. The other four are the pooled distances of
+    Table 9: masked average or maximum over tokens, then 1 - cosine, or squared Euclidean distance / d.
+
+    All blocks and examples are solved in one call, in at least float32 and outside autocast.
+
+    Args:
+        video: (B, N, d), or a sequence of such, one a block; N may differ from block to block.
+        language: (B, M, d), or a sequence of such.
+        video_mask: (B, N), non-zero = real, for all blocks or one a block; None = all real.
+        language_mask: (B, M), likewise.
+        distance: one of `DISTANCES`.
+        mass: fraction of the mass to transport, in (0, 1]; 1 is the paper's VLA ablation.
+        reg: entropic regularisation, the paper's temperature.
+        method: see `partial_optimal_transport`.
+
+    Raises:
+        ValueError: an unknown distance, or shapes that do not belong together (the block is named).
+    """
+    if distance not in DISTANCES:
+        raise ValueError(f"distance={distance!r} is not one of {DISTANCES}")
+    blocks = _pair_blocks(video, language, video_mask, language_mask)
+    device_type = blocks[0][0].device.type
+    with torch.autocast(device_type=device_type, enabled=False):
+        if distance == "partial_ot":
+            return _transport_distance(blocks, mass=mass, reg=reg, method=method)
+        pooling, metric = distance.split("_")
+        distances = torch.stack([_pooled_distance(*block, pooling=pooling, metric=metric) for block in blocks])
+        return AlignmentDistance(distances, torch.stack([_both_present(vm, lm) for _, _, vm, lm in blocks]))
+
+
+class PVLALoss(nn.Module):
+    """Partial video-language alignment: the mean of `alignment_distance` over blocks and examples.
+
+    Source: section 3.3 and Algorithm 1 of READ-PVLA; the default is true partial transport, see docs/paper_notes.md.
+
+    Args:
+        mass: fraction of the mass to transport, in (0, 1].
+        reg: entropic regularisation (temperature), positive.
+        distance: "partial_ot" or a pooled distance of Table 9.
+        method: solver, see `partial_optimal_transport`.
+
+    Example:
+        >>> import torch
+        >>> loss = PVLALoss(mass=0.5)
+        >>> states = torch.eye(4).unsqueeze(0)  # (1, 4, 4): four orthogonal tokens
+        >>> bool(loss(states, states) < 0.01)  # every frame has its word
+        True
+    """
+
+    def __init__(
+        self, mass: float = 0.5, reg: float = 0.05, distance: str = "partial_ot", method: str = "auto"
+    ) -> None:
+        super().__init__()
+        if distance not in DISTANCES:
+            raise ValueError(f"distance={distance!r} is not one of {DISTANCES}")
+        if not 0 < mass <= 1:
+            raise ValueError(f"mass={mass} is outside (0, 1]: it is the fraction of the mass to transport")
+        if not reg > 0:
+            raise ValueError(f"reg={reg} must be positive; the paper uses 0.05")
+        self.mass, self.reg, self.distance, self.method = mass, reg, distance, method
+
+    def forward(
+        self,
+        video: Tensor | Sequence[Tensor],
+        language: Tensor | Sequence[Tensor],
+        video_mask: Tensor | Sequence[Tensor | None] | None = None,
+        language_mask: Tensor | Sequence[Tensor | None] | None = None,
+    ) -> Tensor:
+        """The loss, a scalar; shapes as in `alignment_distance`."""
+        result = alignment_distance(
+            video,
+            language,
+            video_mask,
+            language_mask,
+            distance=self.distance,
+            mass=self.mass,
+            reg=self.reg,
+            method=self.method,
+        )
+        return result.distance.mean()
+
+    def extra_repr(self) -> str:
+        """What `print(loss)` shows."""
+        return f"mass={self.mass}, reg={self.reg}, distance={self.distance!r}, method={self.method!r}"
+
+
+Block = tuple[Tensor, Tensor, Tensor, Tensor]  # video (B, N, d), language (B, M, d), their boolean masks
+
+
+def _pair_blocks(video: object, language: object, video_mask: object, language_mask: object) -> list[Block]:
+    """Lists of equal length with boolean masks, every shape checked."""
+    videos, languages = _as_list(video), _as_list(language)
+    if len(videos) != len(languages) or not videos:
+        raise ValueError(f"{len(videos)} video blocks and {len(languages)} language blocks cannot be paired")
+    count = len(videos)
+    video_masks, language_masks = _masks_as_list(video_mask, count), _masks_as_list(language_mask, count)
+    blocks = []
+    for index, (v, t, vm, tm) in enumerate(zip(videos, languages, video_masks, language_masks, strict=True)):
+        if v.dim() != 3 or t.dim() != 3 or v.shape[0] != t.shape[0] or v.shape[2] != t.shape[2]:
+            raise ValueError(
+                f"block {index}: video states {tuple(v.shape)} and language states {tuple(t.shape)} must be (B, N, d) "
+                "and (B, M, d); project one of them where the widths differ"
+            )
+        blocks.append((_at_least_float32(v), _at_least_float32(t), _mask(vm, v, index), _mask(tm, t, index)))
+    return blocks
+
+
+def _as_list(value: object) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return list(value)  # type: ignore[call-overload]
+
+
+def _masks_as_list(value: object, count: int) -> list[Tensor | None]:
+    if value is None or isinstance(value, Tensor):
+        return [value] * count
+    masks = list(value)  # type: ignore[call-overload]
+    if len(masks) != count:
+        raise ValueError(f"{len(masks)} masks were given for {count} blocks")
+    return masks
+
+
+def _mask(mask: Tensor | None, states: Tensor, index: int) -> Tensor:
+    if mask is None:
+        return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+    if mask.shape != states.shape[:2]:
+        raise ValueError(
+            f"block {index}: a mask of shape {tuple(mask.shape)} does not fit states of shape {tuple(states.shape)}"
+        )
+    return mask.to(states.device) != 0
+
+
+def _at_least_float32(states: Tensor) -> Tensor:
+    return states if states.dtype == torch.float64 else states.float()
+
+
+def _transport_distance(blocks: list[Block], *, mass: float, reg: float, method: str) -> AlignmentDistance:
+    rows = max(v.shape[1] for v, _, _, _ in blocks)
+    columns = max(t.shape[1] for _, t, _, _ in blocks)
+    costs, row_masks, column_masks = [], [], []
+    for v, t, vm, tm in blocks:
+        cost = cosine_cost(v, t, vm, tm)  # (B, N, M)
+        costs.append(F.pad(cost, (0, columns - cost.shape[2], 0, rows - cost.shape[1])))
+        row_masks.append(F.pad(vm, (0, rows - vm.shape[1])))
+        column_masks.append(F.pad(tm, (0, columns - tm.shape[1])))
+    plan = partial_optimal_transport(
+        torch.stack(costs),  # (blocks, B, N, M)
+        mass=mass,
+        reg=reg,
+        row_mask=torch.stack(row_masks),
+        col_mask=torch.stack(column_masks),
+        method=method,
+    )
+    moved = plan.mass.detach()
+    # An example without video or without words transports nothing: its cost is 0 and stays 0.
+    distance = torch.where(moved > 0, plan.cost / moved.clamp_min(torch.finfo(moved.dtype).tiny), plan.cost * 0)
+    return AlignmentDistance(distance, moved)
+
+
+def _pooled_distance(v: Tensor, t: Tensor, vm: Tensor, tm: Tensor, *, pooling: str, metric: str) -> Tensor:
+    a, b = _pool(v, vm, pooling), _pool(t, tm, pooling)  # (B, d)
+    if metric == "cosine":
+        distance = 1 - F.cosine_similarity(a, b, dim=-1)
+    else:
+        distance = (a - b).square().sum(-1) / a.shape[-1]
+    return torch.where(_both_present(vm, tm) > 0, distance, torch.zeros_like(distance))
+
+
+def _pool(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
+    mask = mask.unsqueeze(-1)  # (B, L, 1)
+    if pooling == "avg":
+        return states.masked_fill(~mask, 0).sum(1) / mask.sum(1).clamp_min(1)
+    pooled = states.masked_fill(~mask, float("-inf")).amax(1)
+    return torch.where(mask.any(1), pooled, torch.zeros_like(pooled))
+
+
+def _both_present(video_mask: Tensor, language_mask: Tensor) -> Tensor:
+    return (video_mask.any(1) & language_mask.any(1)).float()

@@ -1,0 +1,254 @@
+"""PVLALossMixin: the alignment loss in any subclass of transformers.Trainer, scaled exactly."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .aligner import Aligner, PVLAConfig
+from .loss import AlignmentDistance
+
+__all__ = ["PVLALossMixin"]
+
+logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
+
+
+class PVLALossMixin(_Base):
+    """Adds partial video-language alignment to a `Trainer` or a subclass of it; put it before the trainer.
+
+    Total loss = task loss + weight x PVLA. The PVLA term is the mean over blocks and over **all** examples of the
+    optimiser step, whatever the micro-batches, gradient accumulation and the number of processes. The task loss of
+    encoder-decoder models is divided by `num_items_in_batch` where the model itself does not (BART and T5 return the
+    mean of the micro-batch, which Trainer takes for the mean of the whole step).
+
+    Logs `loss`, `task_loss`, `pvla_loss` (unweighted) and `pvla_mass`; evaluation adds `eval_pvla_loss` and leaves
+    `eval_loss` alone. Works with READ, with any other peft method, and with full fine-tuning.
+
+    Args:
+        pvla_config: what to align; None = the plain Trainer.
+        *args, **kwargs: of the Trainer.
+
+    Raises:
+        ValueError: more than one GPU in one process (DataParallel); launch one process a GPU.
+
+    Example:
+        ```python
+        class SummarisationTrainer(PVLALossMixin, Seq2SeqTrainer): ...
+
+        trainer = SummarisationTrainer(model=model, args=args, ..., pvla_config=PVLAConfig(weight=0.01))
+        ```
+    """
+
+    def __init__(self, *args: Any, pvla_config: PVLAConfig | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.pvla_config = pvla_config
+        self._aligner: Aligner | None = None
+        if pvla_config is None:
+            return
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs in one process means DataParallel, whose replicas cannot be recorded; launch "
+                "one process a GPU (accelerate launch, torchrun), or show one GPU with CUDA_VISIBLE_DEVICES"
+            )
+        if self.args.ddp_find_unused_parameters is None:
+            # Trainer's default for peft models is True, under which a parameter that only the alignment reaches is
+            # marked ready twice; READ's parameters all lie on the path of the task loss.
+            self.args.ddp_find_unused_parameters = False
+        assert isinstance(self.model, nn.Module)
+        self._aligner = Aligner(self.model, pvla_config)
+        self._window_examples: int | None = None
+        self._task_loss_is_local_mean: bool | None = None
+        self._train_sums = _Sums()
+        self._eval_sums = _Sums()
+        self._last_logged_step = 0
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer; also counts the examples of the optimiser step."""
+        batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        if self._aligner is not None:
+            count = torch.tensor(sum(_batch_size(batch) for batch in batches), device=self.args.device)
+            self._window_examples = int(self.accelerator.gather(count).sum())
+        return batches, num_items_in_batch
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Task loss, plus weight x PVLA when training."""
+        if self._aligner is None:
+            return super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
+            )
+        labels = inputs.get("labels")
+        batch = dict(inputs)
+        with self._aligner.record() as recording:
+            loss, outputs = super().compute_loss(
+                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch, **kwargs
+            )
+        if not model.training:
+            result = self._aligner.distance(recording, batch, outputs, progress=self._progress)
+            self._eval_sums.add(examples=result.distance.shape[1], **_totals(result))
+            return (loss, outputs) if return_outputs else loss
+
+        loss = self._exact_task_loss(loss, outputs, labels, num_items_in_batch)
+        result = self._aligner.distance(recording, batch, outputs, progress=self._progress)
+        share = self._share_of_step(result.distance.shape[1], num_items_in_batch)
+        pvla = result.distance.mean() * share
+        divisor = 1 if self._trainer_takes_loss_as_scaled(num_items_in_batch) else self._accumulation_steps
+        self._train_sums.add(
+            task_loss=loss.detach() / divisor,
+            pvla_loss=pvla.detach() / divisor,
+            pvla_mass=result.mass.mean() * share / divisor,
+        )
+        loss = loss + self._aligner.config.weight_at(self._progress) * pvla.to(loss.dtype)
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As in the Trainer; where it generates, one more forward pass under `no_grad` measures the alignment."""
+        before = self._eval_sums.examples if self._aligner is not None else 0
+        result = super().prediction_step(model, inputs, *args, **kwargs)
+        if self._aligner is not None and self._eval_sums.examples == before:
+            batch = self._prepare_inputs(inputs)
+            with torch.no_grad(), self.compute_loss_context_manager(), self._aligner.record() as recording:
+                outputs = model(**batch)
+            distance = self._aligner.distance(recording, batch, outputs, progress=self._progress)
+            self._eval_sums.add(examples=distance.distance.shape[1], **_totals(distance))
+        return result
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the Trainer, with `<prefix>_pvla_loss` among the metrics."""
+        if self._aligner is None:
+            return super().evaluation_loop(*args, **kwargs)
+        self._eval_sums = _Sums()
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
+        sums = self._eval_sums
+        # Gathered on every rank, seen or unseen data: a conditional collective would hang.
+        values = torch.tensor([sums.get("pvla_loss"), float(sums.examples)], device=self.args.device)
+        total, examples = self.accelerator.gather(values.unsqueeze(0)).sum(0).tolist()
+        if examples and output.metrics is not None:
+            output.metrics[f"{prefix}_pvla_loss"] = total / examples
+        return output
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds `task_loss`, `pvla_loss` and `pvla_mass` to the training log, averaged like `loss`."""
+        if self._aligner is not None and "loss" in logs:
+            steps = max(1, self.state.global_step - self._last_logged_step)
+            names = ("task_loss", "pvla_loss", "pvla_mass")
+            values = torch.tensor([self._train_sums.get(name) for name in names], device=self.args.device)
+            means = self.accelerator.gather(values.unsqueeze(0)).mean(0) / steps
+            logs.update(dict(zip(names, means.tolist(), strict=True)))
+            self._train_sums = _Sums()
+            self._last_logged_step = self.state.global_step
+        super().log(logs, *args, **kwargs)
+
+    @property
+    def _progress(self) -> float:
+        return self.state.global_step / max(1, self.state.max_steps or 1)
+
+    @property
+    def _accumulation_steps(self) -> int:
+        return getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
+
+    def _trainer_takes_loss_as_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
+        """Whether `training_step` will not divide the loss by the number of accumulation steps."""
+        if getattr(self, "loss_is_scaled_for_ga", None) is not None:
+            return bool(self.loss_is_scaled_for_ga)
+        scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return bool(scaled or self.compute_loss_func is not None)
+
+    def _share_of_step(self, examples: int, num_items_in_batch: Tensor | int | None) -> float:
+        """Factor that turns this micro-batch's mean into its part of the mean over the whole optimiser step.
+
+        DDP averages gradients over processes, hence the factor of the world size; Trainer divides an unscaled loss by
+        the accumulation steps, hence that factor.
+        """
+        if self._window_examples is None:  # compute_loss called by hand, outside the training loop
+            return 1.0
+        share = examples * self.accelerator.num_processes / self._window_examples
+        return share if self._trainer_takes_loss_as_scaled(num_items_in_batch) else share * self._accumulation_steps
+
+    def _exact_task_loss(
+        self, loss: Tensor, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        """Turns the mean over the micro-batch's own tokens into the sum over the step's tokens, where needed.
+
+        Whether the model's loss is a local mean is measured once, on the first step where the two differ.
+        """
+        if num_items_in_batch is None or labels is None or self.label_smoother is not None or self.compute_loss_func:
+            return loss
+        logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
+        if not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False) or logits is None:
+            return loss
+        tokens = labels.ne(-100).sum()
+        if self._task_loss_is_local_mean is None and self.model_accepts_loss_kwargs:
+            self._task_loss_is_local_mean = _is_local_mean(outputs, logits, labels, tokens, num_items_in_batch)
+        if not self._task_loss_is_local_mean:
+            return loss
+        # A micro-batch without any label has the mean of nothing, NaN; it contributes nothing.
+        scaled = loss * (tokens / num_items_in_batch)
+        return torch.where(tokens > 0, scaled, logits.sum() * 0)
+
+
+class _Sums:
+    """Running sums by name, kept as tensors so that no step waits for the device."""
+
+    def __init__(self) -> None:
+        self.examples = 0
+        self.values: dict[str, Tensor] = {}
+
+    def add(self, examples: int = 0, **values: Tensor) -> None:
+        self.examples += examples
+        for name, value in values.items():
+            value = value.detach().float()
+            self.values[name] = self.values[name] + value if name in self.values else value
+
+    def get(self, name: str) -> float:
+        return float(self.values[name]) if name in self.values else 0.0
+
+
+def _totals(result: AlignmentDistance) -> dict[str, Tensor]:
+    return {"pvla_loss": result.distance.mean(0).sum(), "pvla_mass": result.mass.mean(0).sum()}
+
+
+def _batch_size(batch: Mapping[str, Any]) -> int:
+    return next(len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim())
+
+
+def _is_local_mean(
+    outputs: Mapping[str, Any], logits: Tensor, labels: Tensor, tokens: Tensor, num_items_in_batch: Tensor | int
+) -> bool | None:
+    """Whether the model divided its cross-entropy by its own tokens; None while both readings agree."""
+    if int(tokens) == 0 or int(tokens) == int(num_items_in_batch) or logits.shape[:-1] != labels.shape:
+        return None
+    with torch.no_grad():
+        summed = nn.functional.cross_entropy(
+            logits.float().flatten(0, -2), labels.flatten().to(logits.device), reduction="sum"
+        )
+        reported = float(outputs["loss"])
+        local_mean, exact = float(summed / tokens), float(summed / num_items_in_batch)
+    if abs(reported - exact) <= 1e-3 * abs(exact):
+        return False
+    if abs(reported - local_mean) <= 1e-3 * abs(local_mean):
+        return True
+    logger.warning(
+        "The model's loss (%.4g) is neither the mean cross-entropy of its batch (%.4g) nor its part of the whole step "
+        "(%.4g): it is left as it is, and with gradient accumulation it is a mean of unequal means.",
+        reported,
+        local_mean,
+        exact,
+    )
+    return False
