@@ -6,7 +6,8 @@ add_peft_type()
 
 from .config import READConfig  # noqa: E402
 from .model import READModel  # noqa: E402
+from .scope import sequence_scope  # noqa: E402
 
 register(READConfig, READModel)
 
-__all__ = ["READConfig", "READModel"]
+__all__ = ["READConfig", "READModel", "sequence_scope"]

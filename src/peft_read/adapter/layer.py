@@ -10,8 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from ..recurrence import build_cell
+from ..recurrence import Bidirectional, Identity, build_cell
 from .config import READConfig
+from .mixed import mixed_rows
+from .scope import Scope, current_scope
+from .sequences import Notice, Sequences, as_sequences
 
 __all__ = ["Linear", "READLayer", "output_width"]
 
@@ -35,12 +38,27 @@ def output_width(module: nn.Module) -> int | None:
 
 
 class READLayer(BaseTunerLayer):
-    """What READ adds to a module, one set of weights an adapter."""
+    """What READ adds to a module, one set of weights an adapter.
+
+    Args:
+        base_layer: the module whose output O is adapted.
+        path: where the layer stands in the model; its states on a cache are filed under this name.
+        batch_first: whether the module sees (B, T, d) rather than (T, B, d).
+        notice: says something once for all layers of a model.
+    """
 
     adapter_layer_names: tuple[str, ...] = ("readapter_down", "readapter_cell", "readapter_up")
     other_param_names: tuple[str, ...] = ("r", "cell_name", "readapter_dropout")
 
-    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        *,
+        path: str = "",
+        batch_first: bool = True,
+        notice: Notice | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.base_layer = base_layer
         self.r: dict[str, int] = {}
         self.cell_name: dict[str, str] = {}
@@ -51,6 +69,10 @@ class READLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.kwargs = kwargs
+        self.path = path
+        self.batch_first = batch_first
+        self.notice = notice or Notice()
+        self._had_scope = False
 
         base = self.get_base_layer()
         width = output_width(base)
@@ -120,6 +142,7 @@ class Linear(nn.Module, READLayer):
         r: its width k.
         cell: the name of its recurrence.
         config: the rest of its settings.
+        **kwargs: `path`, `batch_first` and `notice` of `READLayer`.
     """
 
     def __init__(
@@ -135,19 +158,81 @@ class Linear(nn.Module, READLayer):
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return result
+        mixed = mixed_rows()
+        active = self.active_adapters if mixed is None else mixed.adapters
+        active = [adapter for adapter in active if adapter in self.readapter_down]
+        if not active:
+            return result
+        sequences = as_sequences(
+            result, x, self._scope(), path=self.path, batch_first=self.batch_first, notice=self.notice
+        )
         delta = None
-        for adapter in self.active_adapters:
-            if adapter in self.readapter_down:
-                one = self._delta(adapter, result)
-                delta = one if delta is None else delta + one
-        return result if delta is None else result + delta.to(result.dtype)
+        for adapter in active:
+            rows = None if mixed is None else mixed.rows_of(adapter, sequences.tensor.shape[0], result.device)
+            one = self._delta(adapter, sequences, rows)
+            delta = one if delta is None else delta + one
+        assert delta is not None
+        return result + sequences.restore(delta).to(result.dtype)
 
-    def _delta(self, adapter: str, output: torch.Tensor) -> torch.Tensor:
-        down, up = self.readapter_down[adapter], self.readapter_up[adapter]
-        hidden = down(self._cast_input_dtype(output, down.weight.dtype))  # type: ignore[arg-type]
-        hidden, _ = self.readapter_cell[adapter](hidden)
+    def _scope(self) -> Scope | None:
+        """The scope of the running stack.
+
+        Raises:
+            RuntimeError: if there was one in the forward pass that the backward pass is recomputing.
+        """
+        scope = current_scope()
+        if torch.compiler.is_compiling():
+            return scope
+        if scope is not None:
+            self._had_scope = True
+        elif self._had_scope and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                f"READ layer {self.path!r} is recomputed in a backward pass without the mask it had in the forward "
+                "pass. READ knows the checkpointing of transformers and torch's CheckpointWrapper; around other "
+                "checkpointed functions, open `sequence_scope(mask=...)` inside the function."
+            )
+        return scope
+
+    def _delta(self, adapter: str, sequences: Sequences, rows: torch.Tensor | None) -> torch.Tensor:
+        """What one adapter adds to (B, T, d), or to some of its rows and zero to the others."""
+        down: Any = self.readapter_down[adapter]
+        up: Any = self.readapter_up[adapter]
+        output = sequences.tensor if rows is None else sequences.tensor[rows]
+        hidden = down(self._cast_input_dtype(output, down.weight.dtype))
+        hidden = self._recur(adapter, hidden, sequences, rows)
         hidden = self.readapter_dropout[adapter](F.gelu(hidden))
-        return up(self._cast_input_dtype(hidden, up.weight.dtype))  # type: ignore[arg-type]
+        delta = up(self._cast_input_dtype(hidden, up.weight.dtype))
+        if rows is None:
+            return delta
+        return delta.new_zeros(*sequences.tensor.shape).index_copy(0, rows, delta)
+
+    def _recur(
+        self, adapter: str, hidden: torch.Tensor, sequences: Sequences, rows: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Run one adapter's recurrence over (B, T, k): segment by segment, or on from the states on the cache."""
+        cell = self.readapter_cell[adapter]
+        if isinstance(cell, Identity):
+            return hidden
+        mask = sequences.mask if rows is None or sequences.mask is None else sequences.mask[rows]
+        scope = sequences.scope
+        segments = None if scope is None else scope.segments if rows is None else scope.segments_of(rows)
+        if isinstance(cell, Bidirectional) and scope is not None and scope.cache is not None:
+            raise ValueError(
+                f"READ layer {self.path!r} is bidirectional, and its stack decodes with a KV cache: what a token "
+                "adds would depend on tokens that do not exist yet. Adapt the encoder only (target_modules), or use "
+                "bidirectional=False."
+            )
+        if segments is not None:
+            hidden, states = cell(segments.split(hidden), None, segments.mask, keep_states=sequences.keeps_states)
+            hidden, states = segments.join(hidden), None if states is None else segments.join(states)
+        else:
+            key = (self.path, adapter, sequences.call)
+            before = None if scope is None else scope.state_before(key, self.path, adapter, rows)
+            before = before if before is None or rows is None else before[rows]
+            hidden, states = cell(hidden, before, mask, keep_states=sequences.keeps_states)
+        if scope is not None and sequences.keeps_states and states is not None:
+            scope.keep((self.path, adapter, sequences.call), states, rows)
+        return hidden
 
     def __repr__(self) -> str:
         return "read." + super().__repr__()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
@@ -10,7 +12,10 @@ from torch import nn
 
 from .config import READConfig
 from .layer import CANNOT_MERGE, Linear, READLayer
+from .mixed import copies_in_generate, mixed_batch
 from .registration import PREFIX
+from .scope import install_scope, keep_slow_path, remove_scopes
+from .sequences import Notice
 
 __all__ = ["TARGET_MODULES", "READModel"]
 
@@ -96,6 +101,16 @@ def _matching(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
     return default
 
 
+# The tokens that a router sends to an expert are no sequence. Shared experts see all tokens, and are none of these.
+EXPERTS = re.compile(r"(^|\.)(local_)?experts(\.|$)")
+
+
+def _batch_first_of(parent: nn.Module, configured: bool) -> bool:
+    """The layout of a module: what its block's attention says, where torch's own attention stands beside it."""
+    attention = getattr(parent, "self_attn", None)
+    return attention.batch_first if isinstance(attention, nn.MultiheadAttention) else configured
+
+
 class READModel(BaseTuner):
     """A model with READ on the modules that its configuration names.
 
@@ -137,10 +152,55 @@ class READModel(BaseTuner):
         if isinstance(target, READLayer):
             target.update_layer(adapter_name, **settings)
             return
-        layer = Linear(target, adapter_name, **settings)
+        if settings["cell"] != "none" and EXPERTS.search(current_key):
+            raise ValueError(
+                f"READ cannot adapt {current_key!r}, one expert of a mixture: it sees only the tokens routed to it, "
+                "in no order, so there is no sequence for the recurrence to run along. Leave the experts out "
+                "(exclude_modules), or use cell='none' for them (cell_pattern)."
+            )
+        layer = Linear(
+            target,
+            adapter_name,
+            path=current_key,
+            batch_first=_batch_first_of(parent, peft_config.batch_first),
+            notice=self._notice,
+            **settings,
+        )
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter is not trainable until it is activated
         self._replace_module(parent, target_name, layer, target)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put the adapter's layers into the model, then hooks on the stacks around them."""
+        if "_notice" not in self.__dict__:  # the first adapter is injected from within BaseTuner.__init__
+            self._notice = Notice()
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        for name, module in list(model.named_modules()):
+            if not isinstance(module, READLayer):
+                continue
+            install_scope(model, name)
+            parent = model.get_submodule(name.rpartition(".")[0])
+            if isinstance(parent, nn.TransformerEncoderLayer):
+                keep_slow_path(parent)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[func-returns-value]
+        remove_scopes(model)
+        return model
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        unknown = sorted(set(names) - {"__base__"} - set(self.peft_config))
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        with mixed_batch(names, copies=copies_in_generate(kwargs)):
+            yield
 
     def _check_merge_allowed(self) -> None:
         # Called before any module is touched, so a refused merge leaves the model as it was.

@@ -1,0 +1,134 @@
+"""Which tokens are real and which belong together, read from the many forms in which models are told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+__all__ = ["as_mask", "kept_by_padding_mask", "packed_segments", "segments_of_lengths"]
+
+
+def as_mask(
+    attention_mask: Any,
+    batch: int | None,
+    length: int | None,
+    *,
+    past: int = 0,
+    cache: Cache | None = None,
+) -> torch.Tensor | None:
+    """The real tokens among the new ones of each sequence, from the attention mask of a stack.
+
+    Args:
+        attention_mask: (B, T) or (B, past + T) or wider, non-zero = real; (B, 1, T or 1, columns), bool or additive,
+            of which a token's own entry tells whether it is real; or a dict of such masks with "full_attention".
+        batch: B.
+        length: T, the number of new tokens.
+        past: how many tokens came before.
+        cache: the cache, whose first kept column a 4-D mask starts at.
+
+    Returns:
+        (B, T), True = real; None if every token is, as far as is known.
+
+    Raises:
+        NotImplementedError: for masks that are no tensors.
+        ValueError: if the width fits neither the new tokens nor all of them.
+    """
+    if isinstance(attention_mask, dict):
+        # One mask for each kind of attention. A token's own entry is the same in all of them.
+        attention_mask = attention_mask.get("full_attention", next(iter(attention_mask.values()), None))
+    if attention_mask is None or batch is None or length is None:
+        return None
+    if not isinstance(attention_mask, torch.Tensor):
+        raise NotImplementedError(
+            f"READ cannot read the padding from a {type(attention_mask).__name__}; pass a 2-D attention mask, or use "
+            "attn_implementation='sdpa' or 'eager'."
+        )
+    if attention_mask.dim() == 2:
+        mask = _columns(attention_mask, length, past) != 0
+    elif attention_mask.dim() == 4:
+        mask = _own_entries(attention_mask, length, past, cache)
+    else:
+        raise ValueError(f"READ reads attention masks of 2 or 4 dimensions, got {tuple(attention_mask.shape)}.")
+    if mask.shape[0] != batch:
+        mask = mask.expand(batch, length)
+    return _none_if_all_real(mask)
+
+
+def _columns(mask: torch.Tensor, length: int, past: int) -> torch.Tensor:
+    """The columns of the new tokens in a 2-D mask over them alone or over everything so far."""
+    width = mask.shape[1]
+    if past == 0 and width == length:
+        return mask
+    if width >= past + length:
+        return mask[:, past : past + length]
+    if width == length:
+        return mask
+    raise ValueError(
+        f"An attention mask of width {width} fits neither the {length} new tokens nor the {past + length} tokens so "
+        "far, so READ cannot tell which tokens are padding."
+    )
+
+
+def _own_entries(mask: torch.Tensor, length: int, past: int, cache: Cache | None) -> torch.Tensor:
+    """Whether each new token may attend to itself, which a padding token may not."""
+    mask = mask[:, 0]  # heads share the padding
+    offset = past
+    if cache is not None:
+        offset -= int(cache.get_mask_sizes(length, _first_full_layer(cache))[1])
+    if mask.shape[-1] < offset + length:
+        offset = mask.shape[-1] - length  # a window that keeps only the latest columns
+    columns = torch.arange(length, device=mask.device) + offset
+    rows = torch.zeros_like(columns) if mask.shape[1] == 1 else torch.arange(length, device=mask.device)
+    own = mask[:, rows, columns]  # (B, T)
+    return own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
+
+
+def _first_full_layer(cache: Cache) -> int:
+    """The layer whose mask a stack with one mask was given."""
+    sliding = list(getattr(cache, "is_sliding", []))
+    return sliding.index(False) if False in sliding else 0
+
+
+def kept_by_padding_mask(padding: torch.Tensor) -> torch.Tensor | None:
+    """The real tokens of torch's `src_key_padding_mask` (B, T): True, or -inf, is padding there."""
+    mask = ~padding if padding.dtype == torch.bool else padding == 0
+    return _none_if_all_real(mask)
+
+
+def _none_if_all_real(mask: torch.Tensor) -> torch.Tensor | None:
+    # Reading a value stops a CUDA stream and breaks a compiled graph; there the general path is the cheaper one.
+    if torch.compiler.is_compiling() or mask.is_cuda:
+        return mask
+    return None if bool(mask.all()) else mask
+
+
+def packed_segments(position_ids: Any, batch: int | None, length: int | None) -> torch.Tensor | None:
+    """The sequences that are packed into each row, told by positions that do not go up by one.
+
+    This is the rule by which transformers builds its block-diagonal masks.
+
+    Returns:
+        (B, T) ids that count the sequences of a row; None if each row is one sequence.
+    """
+    if not isinstance(position_ids, torch.Tensor) or batch is None or length is None or length < 2:
+        return None
+    if position_ids.dim() != 2 or position_ids.shape[1] != length or torch.compiler.is_compiling():
+        return None
+    breaks = (position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)
+    if not bool(breaks.any()):
+        return None
+    return breaks.expand(batch, length)
+
+
+def segments_of_lengths(cumulative: torch.Tensor, batch: int | None, length: int) -> torch.Tensor:
+    """The sequences packed into one row, told by their cumulative lengths (0, l_1, l_1 + l_2, ...).
+
+    Raises:
+        ValueError: if there is more than one row.
+    """
+    if batch != 1:
+        raise ValueError(f"`cu_seq_lens_q` describes one row of packed sequences, but the batch has {batch}.")
+    positions = torch.arange(length, device=cumulative.device)
+    return torch.searchsorted(cumulative[1:].contiguous(), positions, right=True)[None]

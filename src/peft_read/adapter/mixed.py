@@ -1,0 +1,75 @@
+"""Mixed batches: every row of a batch served by an adapter of its own (`adapter_names=[...]`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+__all__ = ["MixedRows", "copies_in_generate", "mixed_batch", "mixed_rows"]
+
+BASE = "__base__"  # peft's name for "no adapter"
+
+
+class MixedRows:
+    """Which adapter serves which row.
+
+    Args:
+        names: an adapter's name for each row of the batch that the user passed; "__base__" for none.
+        copies: how many rows `generate` makes of each in the decoder: beams, or sequences to return.
+    """
+
+    def __init__(self, names: Sequence[str], copies: int = 1) -> None:
+        self.names = list(names)
+        self.copies = copies
+        self.adapters = [name for name in dict.fromkeys(self.names) if name != BASE]
+
+    def rows_of(self, adapter: str, batch: int, device: torch.device) -> torch.Tensor:
+        """The rows (n,) of a batch that an adapter serves.
+
+        Raises:
+            ValueError: if the batch has neither the rows of the user's batch nor their copies.
+        """
+        if batch == len(self.names):
+            copies = 1
+        elif batch == len(self.names) * self.copies:
+            copies = self.copies
+        else:
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(self.names)} and {batch} respectively."
+            )
+        rows = [i for i, name in enumerate(self.names) for _ in range(copies)]
+        return torch.tensor([i for i, row in enumerate(rows) if self.names[row] == adapter], device=device)
+
+
+_CURRENT: ContextVar[MixedRows | None] = ContextVar("peft_read_mixed_rows", default=None)
+
+
+def mixed_rows() -> MixedRows | None:
+    """The mixed batch that is running, if any."""
+    # A compiled graph serves the active adapters; a ContextVar cannot be traced.
+    return None if torch.compiler.is_compiling() else _CURRENT.get()
+
+
+@contextmanager
+def mixed_batch(names: Sequence[str], *, copies: int = 1) -> Iterator[None]:
+    """Serve each row by its own adapter for the time of one call."""
+    token = _CURRENT.set(MixedRows(names, copies))
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+def copies_in_generate(kwargs: dict[str, Any]) -> int:
+    """How many rows `generate` makes of each row, from its arguments."""
+    config = kwargs.get("generation_config")
+
+    def setting(name: str) -> int:
+        return kwargs.get(name) or getattr(config, name, None) or 1
+
+    return max(setting("num_beams"), setting("num_return_sequences"))

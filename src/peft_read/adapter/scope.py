@@ -1,0 +1,481 @@
+"""What one forward pass tells READ's layers: which tokens are real, which belong together, and what came before.
+
+A layer inside a feed-forward block sees a tensor and nothing else. The stack of blocks around it is given the mask,
+the positions and the cache, so hooks on the stack open a scope for the time of its forward and the layers look there.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar, Token
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from ..recurrence import Segments
+from .cache import States, cache_length, commit_states, saved_states, self_attention_cache
+from .masks import as_mask, kept_by_padding_mask, packed_segments, segments_of_lengths
+
+__all__ = ["Scope", "current_scope", "find_stack", "install_scope", "remove_scopes", "run_in_scope", "sequence_scope"]
+
+_CURRENT: ContextVar[Scope | None] = ContextVar("peft_read_scope", default=None)
+# torch.compile cannot trace a ContextVar. While it traces, scopes are kept on this plain list instead.
+_TRACED: list[Scope] = []
+
+CACHES = ("past_key_values", "past_key_value")
+OTHER_CACHES = ("layer_past", "cache_params", "mems", "past_buckets_states", "cache", "block_table")
+RAW_INPUTS = ("input_features", "input_values", "pixel_values")
+
+
+class Scope:
+    """The sequences that one stack of blocks is working on.
+
+    Args:
+        batch: B, None if unknown.
+        length: T, the new tokens of each sequence, None if unknown.
+        mask: (B, T), True = a real token; None if all are.
+        segment_ids: (B, T), tokens of a row with different ids are different sequences; None if a row is one.
+        cache: the cache that the stack writes its keys and values to, if any.
+        past: how many tokens the cache holds before this pass.
+        keeps_states: whether the states of this pass may be wanted later.
+        source: the sequence that the stack's cross-attention reads, (B, S, d), if any.
+        source_mask: (B, S), True = a real token.
+        explicit: whether the user opened it.
+        owner: the stack whose hooks opened it.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch: int | None = None,
+        length: int | None = None,
+        mask: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        past: int = 0,
+        keeps_states: bool = False,
+        source: torch.Tensor | None = None,
+        source_mask: torch.Tensor | None = None,
+        explicit: bool = False,
+        owner: nn.Module | None = None,
+    ) -> None:
+        self.batch = batch
+        self.length = length
+        self.mask = mask
+        self.segment_ids = segment_ids
+        self.cache = cache
+        self.past = past
+        self.keeps_states = keeps_states
+        self.source = source
+        self.source_mask = source_mask
+        self.explicit = explicit
+        self.owner = owner
+        self.pending: dict[Hashable, States] = {}
+        self.calls: dict[str, int] = {}
+        self.token: Token | None = None
+        self._segments: Segments | None = None
+
+    @property
+    def segments(self) -> Segments | None:
+        """The segments of the rows, worked out once for all layers; None if every row is one sequence."""
+        if self.segment_ids is None:
+            return None
+        if self._segments is None:
+            self._segments = Segments(self.segment_ids, self.mask)
+        return self._segments
+
+    def segments_of(self, rows: torch.Tensor) -> Segments | None:
+        """The segments of some of the rows."""
+        if self.segment_ids is None:
+            return None
+        return Segments(self.segment_ids[rows], None if self.mask is None else self.mask[rows])
+
+    def keep(self, key: Hashable, states: torch.Tensor, rows: torch.Tensor | None) -> None:
+        """Remember the states (B, T, S) of this pass, which join the cache when the stack has finished."""
+        if rows is None:
+            self.pending[key] = States(states)
+            return
+        everyone = states.new_zeros(self.batch or 0, *states.shape[1:]).index_copy(0, rows, states)
+        computed = torch.zeros(self.batch or 0, dtype=torch.bool, device=states.device).index_fill(0, rows, True)
+        self.pending[key] = States(everyone, computed)
+
+    def is_source(self, x: torch.Tensor) -> bool:
+        """Whether a layer's input is the sequence that cross-attention reads (its keys and values are made of it)."""
+        if self.source is None:
+            return False
+        if x is self.source:
+            return True
+        if x.shape != self.source.shape:
+            return False
+        if self.source.shape[:2] != (self.batch, self.length):
+            return True
+        # The two sequences have the same shape. Checkpointing detaches its inputs, which leaves their memory.
+        return not torch.compiler.is_compiling() and x.data_ptr() == self.source.data_ptr()
+
+    def call_index(self, path: str) -> int:
+        """How often a layer has been called in this pass; blocks that share weights are called several times."""
+        count = self.calls.get(path, 0)
+        self.calls[path] = count + 1
+        return count
+
+    def state_before(self, key: Hashable, path: str, adapter: str, rows: torch.Tensor | None) -> torch.Tensor | None:
+        """The state (B, S) that a recurrence continues from; None at the beginning of the sequences.
+
+        Raises:
+            RuntimeError: if the cache holds tokens that this adapter did not see.
+        """
+        if self.cache is None or self.past == 0:
+            return None
+        entry = saved_states(self.cache).get(key)
+        seen = 0 if entry is None else entry.trajectory.shape[1]
+        way_out = "Recompute the prompt with the adapter active, or use use_cache=False."
+        if entry is None or seen < self.past:
+            raise RuntimeError(
+                f"READ layer {path!r} (adapter {adapter!r}) has recurrent states for {seen} tokens but the KV cache "
+                f"already holds {self.past}. The adapter was switched, disabled or added after the cache was begun, "
+                f"or the cache was rebuilt from its tensors. {way_out}"
+            )
+        if entry.trajectory.shape[0] != self.batch:
+            raise RuntimeError(
+                f"READ layer {path!r} (adapter {adapter!r}) has recurrent states for {entry.trajectory.shape[0]} "
+                f"sequences but is given {self.batch}. {way_out}"
+            )
+        if entry.rows is not None and not bool((entry.rows if rows is None else entry.rows[rows]).all()):
+            raise RuntimeError(
+                f"READ layer {path!r} (adapter {adapter!r}): the rows of `adapter_names` changed while the KV cache "
+                f"was in use. {way_out}"
+            )
+        return entry.trajectory[:, self.past - 1]
+
+
+def current_scope() -> Scope | None:
+    """The scope of the stack that is running, if any."""
+    if torch.compiler.is_compiling():
+        return _TRACED[-1] if _TRACED else None
+    scope = _CURRENT.get()
+    if scope is None and _TRACED:  # eager code between two pieces of one compiled graph
+        return _TRACED[-1]
+    return scope
+
+
+def _enter(scope: Scope) -> None:
+    if torch.compiler.is_compiling():
+        _TRACED.append(scope)
+    else:
+        scope.token = _CURRENT.set(scope)
+
+
+def _leave(scope: Scope) -> None:
+    if scope.token is None:
+        _TRACED.pop()
+    else:
+        _CURRENT.reset(scope.token)
+
+
+@contextmanager
+def run_in_scope(scope: Scope | None) -> Iterator[None]:
+    """Run a piece of a forward pass, perhaps later and in another thread, in the scope it belongs to."""
+    token = _CURRENT.set(scope)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+@contextmanager
+def sequence_scope(mask: torch.Tensor | None = None, segment_ids: torch.Tensor | None = None) -> Iterator[None]:
+    """Tell READ which tokens are real and which belong together, for models whose own arguments do not say so.
+
+    Stacks inside that are told by their arguments keep to these; what they are not told is taken from here, if the
+    shapes agree.
+
+    Args:
+        mask: (B, T), any dtype, non-zero = a real token.
+        segment_ids: (B, T) integers; tokens of a row with different ids are different sequences.
+
+    Raises:
+        ValueError: if the two shapes differ, or neither is given.
+
+    Example:
+        ```python
+        with sequence_scope(mask=frame_mask):
+            model(frames)
+        ```
+    """
+    given = [tensor for tensor in (mask, segment_ids) if tensor is not None]
+    if not given:
+        raise ValueError("sequence_scope needs a mask (B, T), segment_ids (B, T), or both.")
+    shapes = {tuple(tensor.shape) for tensor in given}
+    if len(shapes) > 1 or given[0].dim() != 2:
+        raise ValueError(f"mask and segment_ids must have one shape (B, T), got {sorted(shapes)}.")
+    batch, length = given[0].shape
+    real = None if mask is None else mask.bool()
+    with run_in_scope(Scope(batch=batch, length=length, mask=real, segment_ids=segment_ids, explicit=True)):
+        yield
+
+
+# --- The hooks that open a scope around a stack of blocks ---------------------------------------------------------
+
+
+class _Opening:
+    """Forward pre-hook of a stack: read its arguments and open the scope."""
+
+    def __init__(self, names: list[str], *, batch_first: bool, is_stack: bool, default_use_cache: bool) -> None:
+        self.names = names
+        self.batch_first = batch_first
+        self.is_stack = is_stack
+        self.default_use_cache = default_use_cache
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given = dict(zip(self.names, args, strict=False))
+        given.update(kwargs)
+        _checkpoint_in_scope(module)
+        _enter(self.scope_of(module, given))
+
+    def scope_of(self, module: nn.Module, given: dict[str, Any]) -> Scope:
+        """The scope that a stack's arguments describe.
+
+        Args:
+            module: the stack.
+            given: its arguments by name.
+        """
+        batch, length, device = self._shape(given)
+        for name in OTHER_CACHES:
+            if given.get(name) is not None:
+                raise NotImplementedError(
+                    f"READ cannot carry its recurrent states through incremental decoding with `{name}`; generate "
+                    "with use_cache=False."
+                )
+        cache = None
+        for name in CACHES:
+            cache = cache or self_attention_cache(given.get(name))
+        if cache is not None and not self.is_stack:
+            raise NotImplementedError(
+                f"READ cannot tell how many tokens the cache held before {type(module).__name__}, because the stack "
+                "around it takes no `inputs_embeds`; generate with use_cache=False."
+            )
+        past = cache_length(cache) if cache is not None else 0
+        mask = self._mask(given, batch, length, past, cache, device)
+        segment_ids = given.get("segment_ids")
+        if segment_ids is None and given.get("cu_seq_lens_q") is not None and length is not None:
+            segment_ids = segments_of_lengths(given["cu_seq_lens_q"], batch, length)
+        elif segment_ids is None and given.get("attention_mask") is None and past == 0:
+            segment_ids = packed_segments(given.get("position_ids"), batch, length)
+        if given.get("segment_ids") is not None and past:
+            raise NotImplementedError("READ does not continue a KV cache when `segment_ids` are given.")
+
+        outer = current_scope()
+        if outer is not None and outer.explicit and (outer.batch, outer.length) == (batch, length):
+            mask = outer.mask if mask is None else mask
+            segment_ids = outer.segment_ids if segment_ids is None else segment_ids
+        use_cache = given.get("use_cache")
+        source = given.get("encoder_hidden_states")
+        source_mask = None
+        if isinstance(source, torch.Tensor) and source.dim() == 3:
+            source_mask = as_mask(given.get("encoder_attention_mask"), source.shape[0], source.shape[1])
+        else:
+            source = None
+        return Scope(
+            batch=batch,
+            length=length,
+            mask=mask,
+            segment_ids=segment_ids,
+            cache=cache,
+            past=past,
+            keeps_states=cache is not None or bool(self.default_use_cache if use_cache is None else use_cache),
+            source=source,
+            source_mask=source_mask,
+            owner=module,
+        )
+
+    def _shape(self, given: dict[str, Any]) -> tuple[int | None, int | None, torch.device | None]:
+        """(B, T) and the device, as far as the arguments tell."""
+        for name in ("inputs_embeds", "input_ids", self.names[0] if self.names else "input_ids"):
+            tensor = given.get(name)
+            if not isinstance(tensor, torch.Tensor) or tensor.is_nested:
+                continue
+            if not tensor.is_floating_point():
+                return tensor.numel() // max(tensor.shape[-1], 1), tensor.shape[-1], tensor.device
+            if tensor.dim() == 3:
+                batch, length = tensor.shape[:2] if self.batch_first else (tensor.shape[1], tensor.shape[0])
+                return batch, length, tensor.device
+        return None, None, None
+
+    @staticmethod
+    def _mask(
+        given: dict[str, Any],
+        batch: int | None,
+        length: int | None,
+        past: int,
+        cache: Cache | None,
+        device: torch.device | None,
+    ) -> torch.Tensor | None:
+        padding = given.get("src_key_padding_mask")
+        if isinstance(padding, torch.Tensor):
+            return kept_by_padding_mask(padding)
+        mask = as_mask(given.get("attention_mask"), batch, length, past=past, cache=cache)
+        return mask if mask is None or device is None else mask.to(device)
+
+
+class _Closing:
+    """Forward hook of a stack: close the scope and give the states of the new tokens to the cache."""
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        scope = current_scope()
+        if scope is None or scope.owner is not module:  # the pre-hook itself raised
+            return
+        _leave(scope)
+        if output is None or not scope.pending:  # None: the forward raised, and so does whoever called it
+            return
+        cache = scope.cache if scope.cache is not None else _cache_in(output)
+        if cache is not None and cache_length(cache) == scope.past + (scope.length or 0):
+            commit_states(cache, scope.pending, scope.past)
+
+
+def _cache_in(output: Any) -> Cache | None:
+    """The cache that a stack made itself and returned."""
+    found = getattr(output, "past_key_values", None)
+    if found is None and isinstance(output, tuple):
+        found = next((item for item in output if isinstance(item, Cache)), None)
+    return self_attention_cache(found)
+
+
+class _ScopedCheckpoint:
+    """A checkpointing function that recomputes a block in the scope in which it was first computed."""
+
+    def __init__(self, checkpoint: Any) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        scope = current_scope()
+
+        def scoped(*inner: Any, **named: Any) -> Any:
+            with run_in_scope(scope):
+                return function(*inner, **named)
+
+        return self.checkpoint(scoped, *args, **kwargs)
+
+
+def _checkpoint_in_scope(stack: nn.Module) -> None:
+    """Wrap the checkpointing functions below a stack; backward runs them when the stack's scope is long closed."""
+    if not stack.training or torch.compiler.is_compiling():
+        return
+    for module in stack.modules():
+        for name in ("_gradient_checkpointing_func", "checkpoint_fn"):  # transformers; torch's CheckpointWrapper
+            function = module.__dict__.get(name)
+            if function is not None and not isinstance(function, _ScopedCheckpoint):
+                module.__dict__[name] = _ScopedCheckpoint(function)
+
+
+# --- Where the hooks go -------------------------------------------------------------------------------------------
+
+
+def _parameters(module: nn.Module) -> list[str]:
+    """The names of a forward's parameters, in order, without those that collect the rest."""
+    try:
+        parameters = inspect.signature(module.forward).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+
+
+def find_stack(model: nn.Module, path: str) -> tuple[str, nn.Module, bool] | None:
+    """The module around a layer that knows the sequences: its path, itself, and whether it embeds the tokens.
+
+    The nearest one below whose forward takes `inputs_embeds` is the stack (BartEncoder, T5Stack, LlamaModel ...).
+    Without such a one it is the owner of the list of blocks, if it takes a mask, or the nearest module that does.
+
+    Args:
+        model: the model that the path starts at.
+        path: the layer's path.
+    """
+    parts = path.split(".")
+    above = [".".join(parts[:depth]) for depth in range(len(parts) - 1, -1, -1)]
+    ancestors = [(name, model.get_submodule(name)) for name in above]
+    for name, module in ancestors:
+        if "inputs_embeds" in _parameters(module):
+            return name, module, True
+        if isinstance(module, PreTrainedModel):
+            break
+
+    takes_mask = []
+    for name, module in ancestors:
+        names = _parameters(module)
+        told = {"attention_mask", "src_key_padding_mask", "segment_ids"} & set(names)
+        if told and names[0] not in RAW_INPUTS:
+            inner = parts[len(name.split(".")) if name else 0 :]
+            takes_mask.append((name, module, len(inner) > 1 and inner[1].isdigit()))
+        if isinstance(module, PreTrainedModel):
+            break
+    owners = [(name, module) for name, module, owns_list in takes_mask if owns_list]
+    found = owners[0] if owners else takes_mask[0][:2] if takes_mask else None
+    return None if found is None else (*found, False)
+
+
+def install_scope(model: nn.Module, path: str) -> None:
+    """Put the hooks on the stack around a layer, if it has one and they are not there yet.
+
+    Args:
+        model: the model that the path starts at.
+        path: the layer's path.
+    """
+    found = find_stack(model, path)
+    if found is None:
+        return
+    _, stack, is_stack = found
+    if any(isinstance(hook, _Opening) for hook in stack._forward_pre_hooks.values()):
+        return
+    opening = _Opening(
+        _parameters(stack),
+        batch_first=_is_batch_first(stack),
+        is_stack=is_stack,
+        default_use_cache=bool(getattr(getattr(stack, "config", None), "use_cache", False)),
+    )
+    stack.register_forward_pre_hook(opening, with_kwargs=True)
+    stack.register_forward_hook(_Closing(), with_kwargs=True, always_call=True)
+
+
+class _SlowPath:
+    """A forward pre-hook that does nothing, which is enough."""
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        return None
+
+
+def keep_slow_path(layer: nn.TransformerEncoderLayer) -> None:
+    """Keep a layer of torch's own Transformer from its fast path.
+
+    In evaluation it hands the weights of `linear1` and `linear2` to one fused kernel, past the module that READ has
+    put in their place. A layer with a forward pre-hook does not do that.
+    """
+    if not any(isinstance(hook, _SlowPath) for hook in layer._forward_pre_hooks.values()):
+        layer.register_forward_pre_hook(_SlowPath())
+
+
+def _is_batch_first(stack: nn.Module) -> bool:
+    """Whether a stack of torch's own Transformer layers takes (B, T, d); every other stack does."""
+    attention = next((module for module in stack.modules() if isinstance(module, nn.MultiheadAttention)), None)
+    return attention is None or attention.batch_first
+
+
+def remove_scopes(model: nn.Module) -> None:
+    """Take all hooks of this file off a model.
+
+    They are found by looking, not by stored handles: a copied or unpickled model has hooks but no handles to them.
+    """
+    for module in model.modules():
+        for hooks, kind in ((module._forward_pre_hooks, (_Opening, _SlowPath)), (module._forward_hooks, _Closing)):
+            for number in [number for number, hook in hooks.items() if isinstance(hook, kind)]:
+                del hooks[number]
+                for flags in ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs"):
+                    getattr(module, flags).pop(number, None)
+                module._forward_hooks_always_called.pop(number, None)
+        for name in ("_gradient_checkpointing_func", "checkpoint_fn"):
+            function = module.__dict__.get(name)
+            if isinstance(function, _ScopedCheckpoint):
+                module.__dict__[name] = function.checkpoint

@@ -1,0 +1,49 @@
+"""Several sequences in one row: split a batch into its segments, run a recurrence over each, and put them back."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["Segments"]
+
+
+class Segments:
+    """Where the tokens of a batch go when every segment of every row becomes a row of its own.
+
+    Tokens of one row with the same id form one sequence, in their order and wherever they stand. Padding belongs to
+    no sequence.
+
+    Args:
+        segment_ids: (B, T), any integers.
+        mask: (B, T), True = a real token; every token is real if absent.
+    """
+
+    def __init__(self, segment_ids: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+        batch, length = segment_ids.shape
+        real = torch.ones_like(segment_ids, dtype=torch.bool) if mask is None else mask
+        row = torch.arange(batch, device=segment_ids.device)[:, None].expand(batch, length)
+        tokens = real.flatten().nonzero().squeeze(1)  # (N,): the real tokens, row by row
+        _, group = torch.unique(
+            torch.stack((row, segment_ids), dim=-1).flatten(0, 1)[tokens], dim=0, return_inverse=True
+        )
+        order = torch.argsort(group, stable=True)
+        sizes = torch.bincount(group)  # (G,)
+        starts = sizes.cumsum(0) - sizes
+        rank = torch.arange(len(tokens), device=group.device) - starts[group[order]]
+        self.shape = (batch, length)
+        self.tokens = tokens[order]  # (N,): index into the B · T tokens, segment by segment
+        self.slot = (group[order], rank)  # where each goes in the (G, L) batch
+        self.groups = len(sizes)
+        self.longest = int(sizes.max()) if len(sizes) else 0
+        self.mask = torch.zeros(self.groups, self.longest, dtype=torch.bool, device=real.device)
+        self.mask[self.slot] = True
+
+    def split(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, k) -> (G, L, k), one row a segment, filled up with zeros where `mask` is False."""
+        rows = x.new_zeros(self.groups, self.longest, x.shape[-1])
+        return rows.index_put(self.slot, x.flatten(0, 1)[self.tokens])
+
+    def join(self, rows: torch.Tensor) -> torch.Tensor:
+        """(G, L, k) -> (B, T, k); zero at the padding."""
+        flat = rows.new_zeros(self.shape[0] * self.shape[1], rows.shape[-1])
+        return flat.index_put((self.tokens,), rows[self.slot]).unflatten(0, self.shape)
