@@ -3,9 +3,18 @@
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 
 from .vg_bart import VGBartConfig, VGBartForConditionalGeneration, VGBartModel
+from .vg_t5 import VGT5Config, VGT5ForConditionalGeneration
 
-__all__ = ["VGBartConfig", "VGBartForConditionalGeneration", "VGBartModel"]
+__all__ = [
+    "VGBartConfig",
+    "VGBartForConditionalGeneration",
+    "VGBartModel",
+    "VGT5Config",
+    "VGT5ForConditionalGeneration",
+]
 
 AutoConfig.register("vg_bart", VGBartConfig)
+AutoConfig.register("vg_t5", VGT5Config)
 AutoModel.register(VGBartConfig, VGBartModel)
 AutoModelForSeq2SeqLM.register(VGBartConfig, VGBartForConditionalGeneration)
+AutoModelForSeq2SeqLM.register(VGT5Config, VGT5ForConditionalGeneration)

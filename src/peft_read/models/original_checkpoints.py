@@ -65,7 +65,7 @@ def load_original_weights(
     checkpoint: Checkpoint,
     *,
     ignored: Callable[[str], bool] = lambda key: False,
-    rename: Callable[[str], str] = lambda key: key,
+    prefix: str = "",
 ) -> None:
     """Load a checkpoint into a model and insist that every key finds its place.
 
@@ -73,13 +73,17 @@ def load_original_weights(
         model: the model to fill.
         checkpoint: see `original_state_dict`.
         ignored: tells which original keys hold nothing to load (tables that are recomputed, criteria).
-        rename: from an original key to the key of this project.
+        prefix: what a wrapper may have put before every key, taken off where the key is unknown with it.
 
     Raises:
         ValueError: keys are missing, left over, or have another shape.
     """
-    weights = {rename(key): value for key, value in original_state_dict(checkpoint).items() if not ignored(key)}
     own = model.state_dict(keep_vars=True)
+    weights = {
+        key if key in own else key.removeprefix(prefix): value
+        for key, value in original_state_dict(checkpoint).items()
+        if not ignored(key)
+    }
     strangers = sorted(set(weights) - set(own))
     # Tied parameters carry several names, and one of them in the checkpoint is enough.
     given = {id(own[key]) for key in set(weights) & set(own)}

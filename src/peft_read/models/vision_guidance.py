@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-__all__ = ["ReportedState", "VisionGuidance", "VisualTransformer", "sine_positions"]
+__all__ = ["VISUAL_MODULES", "ReportedState", "VisionGuidance", "VisualTransformer", "sine_positions"]
+
+# Names, directly below the encoder, of what video guidance adds; the last two are the closing norms of BART and T5.
+VISUAL_MODULES = frozenset(
+    {"_linear_1", "_linear_2", "_linear_3", "_linear_4", "_multi_head_attn", "fg", "img_transformer"}
+    | {"final_layer_norm", "custom_layer_norm"}
+)
 
 
 def sine_positions(length: int, width: int, *, device: torch.device | None = None) -> Tensor:

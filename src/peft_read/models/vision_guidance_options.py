@@ -24,7 +24,6 @@ class VisionGuidanceOptions:
     def set_vision_guidance(
         self,
         *,
-        number_of_layers: int,
         text_dim: int,
         fusion_layer: int | None,
         cross_attn_type: int,
@@ -43,7 +42,6 @@ class VisionGuidanceOptions:
         """Check the fields against each other and store them.
 
         Args:
-            number_of_layers: layers of the text encoder; negative `fusion_layer` counts from there.
             text_dim: width of the text encoder.
             fusion_layer: see the configuration classes.
             cross_attn_type: 0 to 5, the form of the text-video attention.
@@ -77,10 +75,6 @@ class VisionGuidanceOptions:
             )
         if softmax_dim not in ("text", "video"):
             raise ValueError(f"softmax_dim must be 'text' or 'video', not {softmax_dim!r}")
-        if fusion_layer is not None and fusion_layer < 0:
-            if fusion_layer < -number_of_layers:
-                raise ValueError(f"fusion_layer={fusion_layer} lies before the first of {number_of_layers} layers")
-            fusion_layer += number_of_layers
         self.fusion_layer = fusion_layer
         self.cross_attn_type = cross_attn_type
         self.use_forget_gate = use_forget_gate
@@ -123,7 +117,4 @@ class VisionGuidanceOptions:
             **options: the fields of this mixin, and any field of the plain configuration to override.
         """
         fields = {name: value for name, value in plain_config.to_dict().items() if name not in _FIELDS_OF_THE_CLASS}
-        if hasattr(plain_config, "scale_decoder_outputs"):
-            # T5Config reads whether the head's input is scaled from the value that was GIVEN for this field.
-            fields["tie_word_embeddings"] = fields.pop("scale_decoder_outputs")
         return cls(**{**fields, **options})

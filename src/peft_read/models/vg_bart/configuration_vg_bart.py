@@ -35,7 +35,7 @@ class VGBartConfig(VisionGuidanceOptions, BartConfig):
 
     Raises:
         ValueError: a field is not allowed (see `VisionGuidanceOptions.set_vision_guidance`), or `fusion_layer` is
-            beyond the last encoder layer.
+            no layer of the encoder.
 
     Example:
         >>> config = VGBartConfig(encoder_layers=2, decoder_layers=2, visual_feature_dim=64, use_forget_gate=True)
@@ -70,10 +70,14 @@ class VGBartConfig(VisionGuidanceOptions, BartConfig):
         }
         super().__init__(**{**base, **kwargs})
         layers = cast(int, self.encoder_layers)
+        if fusion_layer is not None and not -layers <= fusion_layer < layers:
+            raise ValueError(
+                f"fusion_layer={fusion_layer} is none of the {layers} encoder layers, so no video would be fused; use "
+                "-1 for the last layer, or None for a text-only model"
+            )
         self.set_vision_guidance(
-            number_of_layers=layers,
             text_dim=cast(int, self.d_model),
-            fusion_layer=fusion_layer,
+            fusion_layer=None if fusion_layer is None else fusion_layer % layers,
             cross_attn_type=cross_attn_type,
             use_forget_gate=use_forget_gate,
             use_img_trans=use_img_trans,
@@ -87,11 +91,6 @@ class VGBartConfig(VisionGuidanceOptions, BartConfig):
             softmax_dim=softmax_dim,
             mask_fusion=mask_fusion,
         )
-        if self.fusion_layer is not None and self.fusion_layer >= layers:
-            raise ValueError(
-                f"fusion_layer={fusion_layer} is beyond the last of {layers} encoder layers, so no video "
-                "would be fused; use -1 for the last layer, or None for a text-only model"
-            )
 
 
 _BASE_STACK = {"layers": 6, "ffn_dim": 3072, "attention_heads": 12}

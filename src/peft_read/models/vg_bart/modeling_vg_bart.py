@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any, cast
 
 import torch
@@ -14,9 +13,9 @@ from transformers.models.bart.modeling_bart import BartAttention, BartEncoder
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ..original_checkpoints import Checkpoint, load_original_weights
 from ..sequence_loss import sequence_cross_entropy
 from ..vision_guidance import ReportedState, VisionGuidance
+from ..vision_guided_generation import VisionGuidedGeneration
 from .configuration_vg_bart import VGBartConfig
 
 __all__ = ["VGBartEncoder", "VGBartForConditionalGeneration", "VGBartModel"]
@@ -152,7 +151,7 @@ class VGBartModel(BartModel):
         )
 
 
-class VGBartForConditionalGeneration(BartForConditionalGeneration):
+class VGBartForConditionalGeneration(VisionGuidedGeneration, BartForConditionalGeneration):
     """VG-BART with its language-modelling head (Yu et al., EMNLP 2021).
 
     A plain BART checkpoint is a valid start: `from_plain_checkpoint`, or `from_pretrained(folder, config=...)` with a
@@ -172,8 +171,7 @@ class VGBartForConditionalGeneration(BartForConditionalGeneration):
     """
 
     config_class = VGBartConfig
-    # The loss below divides by `num_items_in_batch`, so the Trainer need not rescale it.
-    accepts_loss_kwargs = True
+    plain_config_class = BartConfig
 
     def __init__(self, config: VGBartConfig):
         super().__init__(config)
@@ -241,68 +239,3 @@ class VGBartForConditionalGeneration(BartForConditionalGeneration):
         if labels is None:
             return outputs
         return Seq2SeqLMOutput(loss=sequence_cross_entropy(outputs.logits, labels, num_items_in_batch), **outputs)
-
-    @classmethod
-    def from_plain_checkpoint(
-        cls, checkpoint: str | os.PathLike, *, config: VGBartConfig | None = None, **options: Any
-    ) -> VGBartForConditionalGeneration:
-        """Start from a plain BART checkpoint; the visual modules are new.
-
-        Args:
-            checkpoint: folder or name of a BART checkpoint.
-            config: the configuration; by default the checkpoint's own with `options` added.
-            **options: fields of `VGBartConfig`, such as `cross_attn_type` or `visual_feature_dim`.
-
-        Raises:
-            ValueError: a weight that plain BART has is not in the checkpoint.
-        """
-        if config is None:
-            config = VGBartConfig.from_plain_config(BartConfig.from_pretrained(checkpoint), **options)
-        elif options:
-            raise ValueError(f"give the fields in config, not beside it: {sorted(options)}")
-        model, report = cast(tuple, cls.from_pretrained(checkpoint, config=config, output_loading_info=True))
-        lost = sorted(key for key in report["missing_keys"] if not _is_visual(key))
-        if lost:
-            raise ValueError(f"{checkpoint} is not a plain BART checkpoint: it lacks {lost[:5]}")
-        return model
-
-    @classmethod
-    def from_original_checkpoint(cls, checkpoint: Checkpoint, config: VGBartConfig) -> VGBartForConditionalGeneration:
-        """Load weights of the original implementation.
-
-        Args:
-            checkpoint: path or state dict, with or without Lightning's wrapper and its extra `model.` prefix.
-            config: the configuration, see `VGBartConfig.from_original_options`.
-
-        Raises:
-            ValueError: the keys do not fit the configuration.
-        """
-        model = cls(config)
-        load_original_weights(
-            model,
-            checkpoint,
-            ignored=lambda key: key.endswith("img_transformer.pos_encoder.pe"),
-            rename=_without_lightning_prefix,
-        )
-        return model.eval()
-
-
-def _is_visual(key: str) -> bool:
-    name = key.removeprefix("model.encoder.")
-    return name != key and name.split(".")[0] in _VISUAL_MODULES
-
-
-_VISUAL_MODULES = {
-    *(f"_linear_{i}" for i in range(1, 5)),
-    "_multi_head_attn",
-    "fg",
-    "final_layer_norm",
-    "img_transformer",
-}
-
-
-def _without_lightning_prefix(key: str) -> str:
-    for inner in ("model.model.", "model.lm_head.", "model.final_logits_bias"):
-        if key.startswith(inner):
-            return key.removeprefix("model.")
-    return key

@@ -1,0 +1,191 @@
+"""VG-T5: T5 whose encoder fuses a video into its final states."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import T5Config, T5ForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers.models.t5.modeling_t5 import T5Stack
+from transformers.utils import can_return_tuple
+
+from ..sequence_loss import sequence_cross_entropy
+from ..vision_guidance import VISUAL_MODULES, VisionGuidance
+from ..vision_guided_generation import VisionGuidedGeneration
+from .configuration_vg_t5 import VGT5Config
+
+__all__ = ["VGT5Encoder", "VGT5ForConditionalGeneration"]
+
+
+class VGT5Encoder(VisionGuidance, T5Stack):
+    """T5's encoder with the fusion after its final norm, so that two norms follow each other (RMS, then LayerNorm).
+
+    Args:
+        config: the configuration of the encoder.
+    """
+
+    config_class = VGT5Config
+
+    def __init__(self, config: VGT5Config):
+        super().__init__(config)
+        self.custom_layer_norm = self.add_vision_guidance(config.d_model)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """T5's initialisation for T5's modules, PyTorch's own for the linears of the video guidance."""
+        visual = (part for name, child in self.named_children() if name in VISUAL_MODULES for part in child.modules())
+        if isinstance(module, nn.Linear | nn.MultiheadAttention) and any(module is part for part in visual):
+            reset = module.reset_parameters if isinstance(module, nn.Linear) else module._reset_parameters
+            reset()
+        else:
+            super()._init_weights(module)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        video_features: Tensor | None = None,
+        video_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutput:
+        """Encode text (B, S) with a video.
+
+        Args:
+            input_ids: (B, S), or `inputs_embeds` (B, S, d) in their place.
+            attention_mask: (B, S), non-zero = real.
+            inputs_embeds: see `input_ids`.
+            video_features: (B, F, visual_feature_dim).
+            video_mask: (B, F), non-zero = real.
+            **kwargs: `output_hidden_states`, `output_attentions`, ...
+
+        Returns:
+            The output of T5's encoder; the last state is the fused one, also in `hidden_states`.
+
+        Raises:
+            ValueError: the video is missing or has another shape.
+        """
+        output = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            return_dict=True,
+            **kwargs,
+        )
+        states, hidden_states = output.last_hidden_state, output.hidden_states
+        if self.config.fusion_layer:
+            states = self._fused(states, attention_mask, video_features, video_mask)
+            if hidden_states and hidden_states[-1] is not None:
+                hidden_states = (*hidden_states[:-1], states)
+        # T5Stack returns a decoder's output class, which T5's model takes apart by position if it comes from outside.
+        return BaseModelOutput(last_hidden_state=states, hidden_states=hidden_states, attentions=output.attentions)
+
+    def _fused(
+        self, states: Tensor, attention_mask: Tensor | None, video_features: Tensor | None, video_mask: Tensor | None
+    ) -> Tensor:
+        video, frames = self.check_video(video_features, video_mask, states)
+        if self.config.apply_img_trans:
+            video = self.img_transformer(video, attention_mask=frames)
+        words = attention_mask.ne(0) if attention_mask is not None and attention_mask.dim() == 2 else None
+        update = self.fuse(states, video, text_mask=words, video_mask=frames, dropout=self.dropout)
+        return self.custom_layer_norm(states + self.dropout(update))
+
+
+class VGT5ForConditionalGeneration(VisionGuidedGeneration, T5ForConditionalGeneration):
+    """VG-T5 with its language-modelling head (Yu et al., EMNLP 2021).
+
+    A plain T5 or flan-T5 checkpoint is a valid start: `from_plain_checkpoint`, or `from_pretrained(folder,
+    config=...)` with a `VGT5Config`; only the new visual modules are drawn at random. The names in the state dict are
+    T5's and the fusion's.
+
+    Args:
+        config: the configuration.
+
+    Example:
+        >>> config = VGT5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2,
+        ...     visual_feature_dim=6)
+        >>> model = VGT5ForConditionalGeneration(config)
+        >>> tokens, frames = torch.ones(1, 3, dtype=torch.long), torch.randn(1, 5, 6)
+        >>> model(tokens, video_features=frames, labels=tokens).loss.shape
+        torch.Size([])
+    """
+
+    config_class = VGT5Config
+    plain_config_class = T5Config
+
+    def __init__(self, config: VGT5Config):
+        super().__init__(config)
+        self.encoder = VGT5Encoder(cast(VGT5Config, self.encoder.config))
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        video_features: Tensor | None = None,
+        video_mask: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Seq2SeqLMOutput:
+        """Predict the next tokens of a summary.
+
+        Args:
+            input_ids: the transcript (B, S).
+            attention_mask: (B, S), non-zero = real.
+            decoder_input_ids: (B, T); by default the labels, shifted.
+            decoder_attention_mask: (B, T).
+            encoder_outputs: what the encoder returned for the same inputs.
+            past_key_values: the cache of generation.
+            inputs_embeds: (B, S, d) in place of `input_ids`.
+            decoder_inputs_embeds: (B, T, d) in place of `decoder_input_ids`.
+            labels: (B, T), -100 = no label.
+            use_cache: whether to return a cache.
+            video_features: the frames (B, F, visual_feature_dim).
+            video_mask: (B, F), non-zero = real.
+            num_items_in_batch: see `sequence_cross_entropy`.
+            **kwargs: `output_hidden_states`, `output_attentions`, ...
+
+        Returns:
+            `Seq2SeqLMOutput`; `encoder_hidden_states[-1]` is the fused state, those before it are the blocks' outputs.
+        """
+        if labels is not None:
+            use_cache = False
+            if decoder_input_ids is None and decoder_inputs_embeds is None:
+                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        if encoder_outputs is None:
+            encoder_outputs = self.encoder(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                inputs_embeds=inputs_embeds,
+                video_features=video_features,
+                video_mask=video_mask,
+                return_dict=True,
+                **kwargs,
+            )
+        outputs = super().forward(
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            encoder_outputs=encoder_outputs,
+            past_key_values=past_key_values,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        if labels is None:
+            return outputs
+        return Seq2SeqLMOutput(loss=sequence_cross_entropy(outputs.logits, labels, num_items_in_batch), **outputs)

@@ -1,0 +1,64 @@
+"""Where the weights of a video-guided language model come from: plain text checkpoints, or the original's."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, cast
+
+from .original_checkpoints import Checkpoint, load_original_weights
+from .vision_guidance import VISUAL_MODULES
+
+__all__ = ["VisionGuidedGeneration"]
+
+
+class VisionGuidedGeneration:
+    """Class methods that VG-BART and VG-T5 share; a mixin for their conditional-generation classes."""
+
+    plain_config_class: Any
+    config_class: Any
+    # The losses divide by `num_items_in_batch` themselves, so the Trainer need not rescale them.
+    accepts_loss_kwargs = True
+
+    @classmethod
+    def from_plain_checkpoint(cls, checkpoint: str | os.PathLike, *, config: Any = None, **options: Any) -> Any:
+        """Start from a checkpoint of the plain text model; the visual modules are drawn at random.
+
+        Args:
+            checkpoint: folder or name of a BART or T5 checkpoint.
+            config: the configuration; by default the checkpoint's own with `options` added.
+            **options: fields of the configuration, such as `cross_attn_type` or `visual_feature_dim`.
+
+        Raises:
+            ValueError: both `config` and `options` are given, or a weight of the text model is not in the checkpoint.
+        """
+        if config is None:
+            plain_config = cls.plain_config_class.from_pretrained(checkpoint)
+            config = cls.config_class.from_plain_config(plain_config, **options)
+        elif options:
+            raise ValueError(f"give the fields in config, not beside it: {sorted(options)}")
+        load = cast(Any, cls).from_pretrained
+        model, report = load(checkpoint, config=config, output_loading_info=True)
+        lost = sorted(key for key in report["missing_keys"] if not VISUAL_MODULES & set(key.split(".")[:3]))
+        if lost:
+            raise ValueError(f"{checkpoint} is not a checkpoint of the plain text model: it lacks {lost[:5]}")
+        return model
+
+    @classmethod
+    def from_original_checkpoint(cls, checkpoint: Checkpoint, config: Any) -> Any:
+        """Load weights of the original implementation, in evaluation mode.
+
+        Args:
+            checkpoint: path or state dict, with or without Lightning's wrapper and its extra `model.` prefix.
+            config: the configuration, see `from_original_options`.
+
+        Raises:
+            ValueError: the keys do not fit the configuration.
+        """
+        model = cast(Any, cls)(config)
+        load_original_weights(model, checkpoint, prefix="model.", ignored=_is_recomputed_or_unused)
+        return model.eval()
+
+
+def _is_recomputed_or_unused(key: str) -> bool:
+    # The table of sine positions, and a T5 weight that old checkpoints hold and no version of T5 reads.
+    return key.endswith(("img_transformer.pos_encoder.pe", "EncDecAttention.relative_attention_bias.weight"))
