@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from ..recurrence import Bidirectional, Identity, build_cell
+from ..recurrence import Identity, build_cell
 from .config import READConfig
 from .mixed import mixed_rows
 from .scope import Scope, current_scope
@@ -210,13 +210,13 @@ class Linear(nn.Module, READLayer):
         self, adapter: str, hidden: torch.Tensor, sequences: Sequences, rows: torch.Tensor | None
     ) -> torch.Tensor:
         """Run one adapter's recurrence over (B, T, k): segment by segment, or on from the states on the cache."""
-        cell = self.readapter_cell[adapter]
+        cell: Any = self.readapter_cell[adapter]
         if isinstance(cell, Identity):
             return hidden
         mask = sequences.mask if rows is None or sequences.mask is None else sequences.mask[rows]
         scope = sequences.scope
         segments = None if scope is None else scope.segments if rows is None else scope.segments_of(rows)
-        if isinstance(cell, Bidirectional) and scope is not None and scope.cache is not None:
+        if cell.bidirectional and scope is not None and scope.cache is not None:
             raise ValueError(
                 f"READ layer {self.path!r} is bidirectional, and its stack decodes with a KV cache: what a token "
                 "adds would depend on tokens that do not exist yet. Adapt the encoder only (target_modules), or use "

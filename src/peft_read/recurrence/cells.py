@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-__all__ = ["CELLS", "GRU", "LSTM", "RNN", "Bidirectional", "Cell", "Identity", "build_cell"]
+__all__ = ["CELLS", "GRU", "LSTM", "RNN", "Cell", "Identity", "build_cell"]
 
 
 class Cell(nn.Module):
@@ -21,41 +21,52 @@ class Cell(nn.Module):
     the weights of one module at a time (FSDP) may treat it like any linear layer.
 
     Args:
-        size: the width k of the outputs.
-        bias: whether the two bias vectors exist.
-        input_size: the width of the inputs, k if absent.
+        size: the width k of inputs and outputs.
+        bias: whether the bias vectors exist.
+        bidirectional: half of the outputs come from a recurrence that runs backward in time. Each direction has the
+            width k/2 and reads all k inputs, as in `torch.nn.RNN(k, k // 2, bidirectional=True)`; the parameters of
+            the second have the suffix `_reverse`. There is no state to carry over then.
+
+    Raises:
+        ValueError: if the width is not positive, or is odd where it is to be split in two.
     """
 
+    weight_ih: nn.Parameter
+    weight_hh: nn.Parameter
+    bias_ih: nn.Parameter | None
+    bias_hh: nn.Parameter | None
     gates: int
     state_width: int = 1  # the state of one step is this many vectors of width k
 
-    def __init__(self, size: int, *, bias: bool = True, input_size: int | None = None) -> None:
+    def __init__(self, size: int, *, bias: bool = True, bidirectional: bool = False) -> None:
         super().__init__()
         if size < 1:
             raise ValueError(f"A cell needs a width of at least 1, got {size}.")
+        if bidirectional and size % 2:
+            raise ValueError(f"A bidirectional cell splits its width in two, so it must be even, got {size}.")
         self.size = size
-        self.input_size = size if input_size is None else input_size
-        self.weight_ih = nn.Parameter(torch.empty(self.gates * size, self.input_size))
-        self.weight_hh = nn.Parameter(torch.empty(self.gates * size, size))
-        if bias:
-            self.bias_ih = nn.Parameter(torch.empty(self.gates * size))
-            self.bias_hh = nn.Parameter(torch.empty(self.gates * size))
-        else:
-            self.register_parameter("bias_ih", None)
-            self.register_parameter("bias_hh", None)
+        self.bidirectional = bidirectional
+        width = size // 2 if bidirectional else size
+        for suffix in self._suffixes:
+            self.register_parameter(f"weight_ih{suffix}", nn.Parameter(torch.empty(self.gates * width, size)))
+            self.register_parameter(f"weight_hh{suffix}", nn.Parameter(torch.empty(self.gates * width, width)))
+            for name in ("bias_ih", "bias_hh"):
+                vector = nn.Parameter(torch.empty(self.gates * width)) if bias else None
+                self.register_parameter(name + suffix, vector)
         self.reset_parameters()
 
+    @property
+    def _suffixes(self) -> tuple[str, ...]:
+        return ("", "_reverse") if self.bidirectional else ("",)
+
     def reset_parameters(self, *, zero: bool = False) -> None:
-        """Draw the weights from PyTorch's uniform ±1/√k (or set them to zero) and set the biases to zero."""
-        bound = 1 / math.sqrt(self.size)
-        for weight in (self.weight_ih, self.weight_hh):
-            if zero:
-                nn.init.zeros_(weight)
+        """Draw the weights from PyTorch's uniform ±1/√width (or set them to zero) and set the biases to zero."""
+        bound = 1 / math.sqrt(self.weight_hh.shape[1])
+        for name, parameter in self.named_parameters():
+            if zero or name.startswith("bias"):
+                nn.init.zeros_(parameter)
             else:
-                nn.init.uniform_(weight, -bound, bound)
-        for bias in (self.bias_ih, self.bias_hh):
-            if bias is not None:
-                nn.init.zeros_(bias)
+                nn.init.uniform_(parameter, -bound, bound)
 
     @property
     def weight(self) -> nn.Parameter:
@@ -64,8 +75,8 @@ class Cell(nn.Module):
 
     @property
     def state_size(self) -> int:
-        """How many numbers the state of one token has."""
-        return self.state_width * self.size
+        """How many numbers the state of one token has; none if it cannot be carried over."""
+        return 0 if self.bidirectional else self.state_width * self.size
 
     def forward(
         self,
@@ -78,7 +89,7 @@ class Cell(nn.Module):
         """Run the recurrence forward in time, in at least float32 and outside autocast.
 
         Args:
-            x: the inputs, (B, T, input_size).
+            x: the inputs, (B, T, k).
             state: the state before the first token, (B, S) with S = `state_size`; zero if absent.
             mask: (B, T), True = a real token; every token is real if absent.
             keep_states: ask for the state after every token, which an LSTM does not compute otherwise.
@@ -89,18 +100,27 @@ class Cell(nn.Module):
         """
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(device_type=x.device.type, enabled=False):
-            weights = [weight.to(dtype) for weight in self._weights()]
             x = x.to(dtype)
-            state = x.new_zeros(x.shape[0], self.state_size) if state is None else state.to(dtype)
-            if mask is None:
-                return self._scan(x, state, weights, keep_states)
-            return self._masked_scan(x, state, mask, weights, keep_states)
+            state = None if state is None else state.to(dtype)
+            if not self.bidirectional:
+                return self._run(x, state, mask, "", keep_states)
+            if state is not None:
+                raise ValueError("A bidirectional cell cannot continue from a state: it needs the whole sequence.")
+            ahead, _ = self._run(x, None, mask, "", False)
+            back, _ = self._run(x.flip(1), None, None if mask is None else mask.flip(1), "_reverse", False)
+            return torch.cat((ahead, back.flip(1)), dim=-1), None
 
-    def _weights(self) -> list[torch.Tensor]:
-        weights: list[torch.Tensor] = [self.weight_ih, self.weight_hh]
-        if self.bias_ih is not None:
-            weights += [self.bias_ih, self.bias_hh]
-        return weights
+    def _run(
+        self, x: torch.Tensor, state: torch.Tensor | None, mask: torch.Tensor | None, suffix: str, keep_states: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One direction."""
+        parameters = (getattr(self, name + suffix) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        weights = [parameter.to(x.dtype) for parameter in parameters if parameter is not None]
+        if state is None:
+            state = x.new_zeros(x.shape[0], self.state_width * weights[1].shape[1])
+        if mask is None:
+            return self._scan(x, state, weights, keep_states)
+        return self._masked_scan(x, state, mask, weights, keep_states)
 
     def _masked_scan(
         self, x: torch.Tensor, state: torch.Tensor, mask: torch.Tensor, weights: list[torch.Tensor], keep_states: bool
@@ -109,7 +129,7 @@ class Cell(nn.Module):
         front = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)  # (B, T)
         outputs, states = self._scan(_take(x, front), state, weights, keep_states)
         seen = mask.cumsum(dim=1)  # (B, T): real tokens up to and including this one; 0 = the initial state
-        outputs = _take(torch.cat((state[:, None, : self.size], outputs), dim=1), seen)
+        outputs = _take(torch.cat((state[:, None, : outputs.shape[-1]], outputs), dim=1), seen)
         if states is not None:
             states = _take(torch.cat((state[:, None], states), dim=1), seen)
         return outputs, states
@@ -120,8 +140,8 @@ class Cell(nn.Module):
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        """The two widths, and whether there are biases."""
-        return f"{self.input_size}, {self.size}, bias={self.bias_ih is not None}"
+        """The width, and what kind of cell it is."""
+        return f"{self.size}, bias={self.bias_ih is not None}, bidirectional={self.bidirectional}"
 
 
 def _take(sequence: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -168,13 +188,13 @@ class LSTM(Cell):
             return outputs, None
         # The fused kernel keeps the memories c_t to itself. All gates follow from the outputs it returned, so only
         # c_t = f_t c_{t-1} + i_t g_t is left to do step by step.
-        previous = torch.cat((state[:, None, : self.size], outputs[:, :-1]), dim=1)
+        previous = torch.cat((hidden[:, None], outputs[:, :-1]), dim=1)
         biases = weights[2:] or (None, None)
         gates = nn.functional.linear(x, weights[0], biases[0]) + nn.functional.linear(previous, weights[1], biases[1])
         opened, kept, new, _ = gates.chunk(4, dim=-1)
         kept, added = kept.sigmoid(), opened.sigmoid() * new.tanh()
         memories = []
-        step = state[:, self.size :]
+        step = memory
         for t in range(x.shape[1]):
             step = kept[:, t] * step + added[:, t]
             memories.append(step)
@@ -201,48 +221,6 @@ class Identity(nn.Module):
         return x, None
 
 
-class Bidirectional(nn.Module):
-    """One cell of half the width in each direction of time, their outputs concatenated: (B, T, k).
-
-    Both read all k inputs, as `torch.nn.RNN(k, k // 2, bidirectional=True)` does. There is no state to carry over,
-    since a token's output depends on the tokens after it.
-
-    Args:
-        kind: the class of the two cells.
-        size: the width k, an even number.
-        bias: whether the cells have biases.
-    """
-
-    state_size = 0
-
-    def __init__(self, kind: type[Cell], size: int, *, bias: bool = True) -> None:
-        super().__init__()
-        if size % 2:
-            raise ValueError(f"A bidirectional cell splits its width in two, so r must be even, got {size}.")
-        self.ahead = kind(size // 2, bias=bias, input_size=size)
-        self.back = kind(size // 2, bias=bias, input_size=size)
-
-    def reset_parameters(self, *, zero: bool = False) -> None:
-        """Initialise both directions."""
-        self.ahead.reset_parameters(zero=zero)
-        self.back.reset_parameters(zero=zero)
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        state: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-        *,
-        keep_states: bool = False,
-    ) -> tuple[torch.Tensor, None]:
-        """Run both directions over (B, T, k); an initial state has no meaning here and is refused."""
-        if state is not None:
-            raise ValueError("A bidirectional cell cannot continue from a state: it needs the whole sequence.")
-        ahead, _ = self.ahead(x, None, mask)
-        back, _ = self.back(x.flip(1), None, None if mask is None else mask.flip(1))
-        return torch.cat((ahead, back.flip(1)), dim=-1), None
-
-
 CELLS: dict[str, type[nn.Module]] = {"rnn": RNN, "gru": GRU, "lstm": LSTM, "none": Identity}
 
 
@@ -253,7 +231,7 @@ def build_cell(name: str, size: int, *, bias: bool = True, bidirectional: bool =
         name: one of `CELLS`: "rnn", "gru", "lstm", or "none" for no recurrence.
         size: the width k.
         bias: whether the cell has biases.
-        bidirectional: two cells of width k/2, one in each direction of time.
+        bidirectional: half of the width runs backward in time.
 
     Raises:
         ValueError: if the name is unknown.
@@ -263,4 +241,4 @@ def build_cell(name: str, size: int, *, bias: bool = True, bidirectional: bool =
     kind = CELLS[name]
     if not issubclass(kind, Cell):
         return kind()
-    return Bidirectional(kind, size, bias=bias) if bidirectional else kind(size, bias=bias)
+    return kind(size, bias=bias, bidirectional=bidirectional)
