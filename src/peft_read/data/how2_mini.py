@@ -93,22 +93,20 @@ HOW2_MINI_DOMAINS: dict[str, Domain] = {
 
 MENTIONS = (
     "here is my {noun} .",
-    "this {noun} is from the market .",
-    "i really like the {noun} .",
-    "we also have a {noun} .",
-    "look at the {noun} over there .",
-    "my friend gave me that {noun} .",
-    "you will see a {noun} too .",
-    "do not forget the {noun} .",
+    "this {noun} is new .",
+    "i like the {noun} .",
+    "we have a {noun} .",
+    "look at that {noun} .",
+    "a {noun} too .",
+    "there is the {noun} .",
+    "and one {noun} .",
 )
 CHATTER = (
     "hi everyone and welcome back .",
     "thanks for watching today .",
     "it is so warm in here .",
     "let me know what you think .",
-    "my camera was broken last week .",
     "okay so let us begin .",
-    "please be careful at home .",
     "this is going to be fun .",
 )
 NUM_MOTIONS, NUM_LOOKS = 10, 8
@@ -135,7 +133,12 @@ def _codes() -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
 
 
 def generate_how2_mini(
-    num_clips: int, *, seed: int, domains: Sequence[str] = ("gardening",), prefix: str = "clip"
+    num_clips: int,
+    *,
+    seed: int,
+    domains: Sequence[str] = ("gardening",),
+    num_steps: tuple[int, int] = (3, 6),
+    prefix: str = "clip",
 ) -> list[How2MiniClip]:
     """Draws clips of the given domains.
 
@@ -143,6 +146,7 @@ def generate_how2_mini(
         num_clips: how many.
         seed: of the draw; the codes of motions, looks and domains do not depend on it.
         domains: keys of `HOW2_MINI_DOMAINS`, drawn uniformly.
+        num_steps: fewest and most steps of a clip, at most eight.
         prefix: video ids are `<prefix><seed>_<index>`.
 
     Raises:
@@ -156,10 +160,10 @@ def generate_how2_mini(
     for index in range(num_clips):
         name = domains[int(rng.integers(len(domains)))]
         domain = HOW2_MINI_DOMAINS[name]
-        num_steps = int(rng.integers(3, 7))
+        count = int(rng.integers(num_steps[0], num_steps[1] + 1))
         shown_looks = rng.permutation(NUM_LOOKS)
         nouns = [domain.nouns[look][rng.integers(2)] for look in shown_looks]
-        shown_motions = rng.choice(NUM_MOTIONS, size=num_steps, replace=False)
+        shown_motions = rng.choice(NUM_MOTIONS, size=count, replace=False)
         steps = tuple((domain.verbs[m], noun) for m, noun in zip(shown_motions, nouns, strict=False))
 
         frames = []
@@ -168,9 +172,9 @@ def generate_how2_mini(
         features = np.stack(frames) + FRAME_NOISE * rng.normal(size=(len(frames), FEATURE_DIM))
 
         # Named but untouched objects: only the video tells them from the others.
-        num_named = min(NUM_LOOKS, num_steps + int(rng.integers(1, 3)))
+        num_named = min(NUM_LOOKS, count + int(rng.integers(1, 3)))
         sentences = [MENTIONS[rng.integers(len(MENTIONS))].format(noun=noun) for noun in nouns[:num_named]]
-        sentences += [CHATTER[rng.integers(len(CHATTER))] for _ in range(int(rng.integers(1, 3)))]
+        sentences += [CHATTER[rng.integers(len(CHATTER))] for _ in range(int(rng.integers(0, 3)))]
         rng.shuffle(sentences)
 
         told = f" {domain.joint} ".join(f"{verb} the {noun}" for verb, noun in steps)

@@ -1,0 +1,326 @@
+"""The alignment loss and its streams: known answers, masks, recording, failures."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import BartConfig, BartForConditionalGeneration
+
+from peft_read import Aligner, PVLAConfig, PVLALoss, Stream, partial_optimal_transport
+from peft_read.alignment import alignment_distance
+from peft_read.transport import cosine_cost
+
+
+def states(batch=2, frames=5, words=4, width=6):
+    return torch.randn(batch, frames, width), torch.randn(batch, words, width)
+
+
+def test_the_same_orthogonal_tokens_are_aligned_and_opposite_ones_are_not():
+    tokens = torch.eye(6).unsqueeze(0)
+    assert PVLALoss()(tokens, tokens) < 1e-6
+    assert torch.isclose(PVLALoss(mass=1.0)(tokens, tokens), torch.tensor(0.0), atol=1e-6)
+    one = torch.ones(1, 1, 6)
+    assert torch.isclose(PVLALoss()(one, -one), torch.tensor(2.0))
+
+
+def test_partial_transport_ignores_the_half_that_has_no_match():
+    words = torch.eye(4).unsqueeze(0)
+    frames = torch.cat([words[:, :2], -torch.ones(1, 2, 4)], dim=1)  # two frames match, two resemble nothing
+    assert PVLALoss(mass=0.5)(frames, words) < 1e-5
+    assert PVLALoss(mass=1.0)(frames, words) > 0.5
+
+
+def test_the_loss_is_the_mean_of_cost_over_mass():
+    video, language = states()
+    plan = partial_optimal_transport(cosine_cost(video, language), mass=0.3)
+    assert torch.isclose(PVLALoss(mass=0.3)(video, language), (plan.cost / 0.3).mean(), rtol=1e-4)
+
+
+def test_blocks_of_different_lengths_are_averaged():
+    first, second = states(), states(frames=3, words=7)
+    loss = PVLALoss()
+    both = loss([first[0], second[0]], [first[1], second[1]])
+    assert torch.isclose(both, (loss(*first) + loss(*second)) / 2, rtol=1e-4)
+
+
+@pytest.mark.parametrize("distance", ["partial_ot", "avg_cosine", "max_cosine", "avg_l2", "max_l2"])
+def test_padding_is_invisible(distance):
+    video, language = states()
+    loss = PVLALoss(distance=distance)
+    padded_video = torch.cat([video, torch.full((2, 3, 6), 50.0)], dim=1).requires_grad_()
+    padded_language = torch.cat([torch.full((2, 2, 6), -50.0), language], dim=1)
+    video_mask = torch.tensor([[1] * 5 + [0] * 3] * 2)
+    language_mask = torch.tensor([[0] * 2 + [1] * 4] * 2, dtype=torch.float)
+    padded = loss(padded_video, padded_language, video_mask, language_mask)
+    assert torch.isclose(padded, loss(video, language), rtol=1e-4)
+    padded.backward()
+    assert padded_video.grad[:, 5:].abs().max() == 0
+
+
+def test_pooled_distances_have_their_closed_forms():
+    video = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])
+    language = torch.tensor([[[1.0, 1.0]]])
+    expected = {
+        "avg_cosine": 1 - 1.5 / (1.25**0.5 * 2**0.5),
+        "max_cosine": 1 - 3 / (5**0.5 * 2**0.5),
+        "avg_l2": (0.5**2 + 0) / 2,
+        "max_l2": (0 + 1) / 2,
+    }
+    for distance, value in expected.items():
+        assert float(PVLALoss(distance=distance)(video, language)) == pytest.approx(value, abs=1e-6)
+
+
+@pytest.mark.parametrize("distance", ["partial_ot", "avg_cosine", "max_l2"])
+def test_an_example_without_video_has_no_distance_and_no_gradient(distance):
+    video, language = states()
+    video.requires_grad_()
+    mask = torch.ones(2, 5)
+    mask[1] = 0
+    result = alignment_distance(video, language, mask, distance=distance)
+    assert result.distance[0, 1] == 0
+    assert result.mass[0, 1] == 0
+    result.distance.sum().backward()
+    assert video.grad[1].abs().max() == 0
+    assert torch.isfinite(video.grad).all()
+    assert video.grad[0].abs().max() > 0
+
+
+def test_bfloat16_states_and_autocast_are_solved_in_float32():
+    video, language = states()
+    exact = PVLALoss()(video.bfloat16().float(), language.bfloat16().float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = PVLALoss()(video.bfloat16(), language.bfloat16())
+    assert loss.dtype == torch.float32
+    assert torch.isclose(loss, exact, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"distance": "median"}, "is not one of"),
+        ({"mass": 0.0}, "outside"),
+        ({"mass": 1.5}, "outside"),
+        ({"reg": 0.0}, "positive"),
+    ],
+)
+def test_impossible_settings_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PVLALoss(**arguments)
+    with pytest.raises(ValueError, match=message):
+        PVLAConfig(**arguments)
+
+
+def test_shapes_that_do_not_belong_together_are_named():
+    video, language = states()
+    with pytest.raises(ValueError, match=r"block 0.*project one of them"):
+        PVLALoss()(video, language[..., :3])
+    with pytest.raises(ValueError, match="cannot be paired"):
+        PVLALoss()([video, video], [language])
+    with pytest.raises(ValueError, match="block 0: a mask of shape"):
+        PVLALoss()(video, language, torch.ones(2, 4))
+
+
+def tiny_bart():
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=40, d_model=16, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=16, decoder_ffn_dim=16,
+        encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=32, dropout=0.0,
+    )  # fmt: skip
+    return BartForConditionalGeneration(config)
+
+
+def batch(size=3, length=7, target=5):
+    mask = torch.ones(size, length, dtype=torch.long)
+    mask[0, 5:] = 0
+    return {
+        "input_ids": torch.randint(4, 40, (size, length)),
+        "attention_mask": mask,
+        "labels": torch.randint(4, 40, (size, target)),
+    }
+
+
+ENCODER = r"model\.encoder\.layers\.\d+"
+SLICED = PVLAConfig(
+    video=Stream(ENCODER, tokens=slice(0, 3), mask=lambda b: b["attention_mask"][:, :3]),
+    language=Stream(ENCODER, tokens=lambda b, length: slice(3, length), mask=lambda b: b["attention_mask"][:, 3:]),
+)
+
+
+def test_streams_find_the_states_that_hidden_states_report():
+    model, inputs = tiny_bart(), batch()
+    aligner = Aligner(model, SLICED)
+    with aligner.record() as recording:
+        outputs = model(**inputs, output_hidden_states=True)
+    blocks = aligner.blocks(recording, inputs)
+    assert len(blocks) == 2
+    for block, hidden in zip(blocks, outputs.encoder_hidden_states[1:], strict=True):
+        assert torch.equal(block.video, hidden[:, :3])
+        assert torch.equal(block.language, hidden[:, 3:])
+        assert block.language_mask.tolist()[0] == [True, True, False, False]
+
+
+def test_a_recording_ends_with_its_context_and_nothing_is_kept():
+    model, inputs = tiny_bart(), batch()
+    aligner = Aligner(model, SLICED)
+    with aligner.record() as recording:
+        model(**inputs)
+    count = len(recording.states)
+    model(**inputs)
+    model.generate(inputs["input_ids"], max_new_tokens=3)
+    assert len(recording.states) == count == 4
+    aligner.remove()
+    with aligner.record() as recording:
+        model(**inputs)
+    assert not recording.states
+
+
+def test_two_forward_passes_in_one_recording_are_an_error():
+    model, inputs = tiny_bart(), batch()
+    aligner = Aligner(model, SLICED)
+    with aligner.record(), pytest.raises(RuntimeError, match="ran twice"):
+        model(**inputs)
+        model(**inputs)
+
+
+def test_one_module_is_broadcast_and_blocks_can_be_chosen():
+    model, inputs = tiny_bart(), batch()
+    single = Stream(["model.encoder.layernorm_embedding"], tokens=slice(0, 3))
+    config = PVLAConfig(video=single, language=SLICED.language)
+    aligner = Aligner(model, config)
+    assert len(aligner.pair.names) == 2
+    assert aligner.describe(model, inputs).count("layernorm_embedding") == 2
+    last = Aligner(model, PVLAConfig(video=single, language=SLICED.language, blocks=[-1]))
+    assert [name for _, name in last.pair.names] == ["model.encoder.layers.1"]
+
+
+def test_input_output_and_layout_of_a_stream():
+    class SequenceFirst(nn.Module):
+        def forward(self, states, other=None):
+            return {"other": states + 1, "states": states * 2}
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = SequenceFirst()
+
+        def forward(self, states):
+            return self.inner(states.transpose(0, 1))
+
+    model, x = Model(), torch.randn(2, 5, 3, requires_grad=True)
+    config = PVLAConfig(
+        video=Stream(["inner"], output="states", batch_first=False),
+        language=Stream(["inner"], input=True, batch_first=False),
+    )
+    aligner = Aligner(model, config)
+    with aligner.record() as recording:
+        model(x)
+    (block,) = aligner.blocks(recording, {})
+    assert torch.equal(block.video, x * 2)
+    assert torch.equal(block.language, x)
+
+
+def test_inverted_masks_and_extractors():
+    model, inputs = tiny_bart(), batch()
+    inputs["padding"] = 1 - inputs["attention_mask"]
+    inverted = Stream(ENCODER, mask="padding", invert_mask=True)
+    aligner = Aligner(model, PVLAConfig(video=inverted, language=inverted))
+    forward = {key: value for key, value in inputs.items() if key != "padding"}
+    with aligner.record() as recording:
+        model(**forward)
+    mask = aligner.blocks(recording, inputs)[0].video_mask
+    assert torch.equal(mask, inputs["attention_mask"] != 0)
+
+    def extractor(batch, outputs):
+        hidden = outputs.encoder_hidden_states[-1]
+        yield hidden[:, :3], hidden[:, 3:], None, batch["attention_mask"][:, 3:]
+
+    aligner = Aligner(model, PVLAConfig(extractor=extractor, weight=2.0))
+    with aligner.record() as recording:
+        outputs = model(**forward, output_hidden_states=True)
+    loss = aligner.loss(recording, inputs, outputs)
+    hidden = outputs.encoder_hidden_states[-1]
+    expected = PVLALoss()(hidden[:, :3], hidden[:, 3:], None, inputs["attention_mask"][:, 3:])
+    assert torch.isclose(loss, 2 * expected)
+
+
+def test_schedules_follow_the_progress_of_training():
+    config = PVLAConfig(weight=lambda progress: 0.1 * progress, mass=lambda progress: 0.5 + 0.5 * progress)
+    assert config.weight_at(0.5) == pytest.approx(0.05)
+    assert config.mass_at(1.0) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (PVLAConfig(), "no preset streams for model_type='bart'"),
+        (PVLAConfig(video=Stream("nothing"), language=Stream(ENCODER)), "no module .* matches 'nothing'; some of its"),
+        (PVLAConfig(video=Stream(["model.encodr"]), language=Stream(ENCODER)), "has no modules"),
+        (
+            PVLAConfig(video=Stream(r"model\.encoder\.layers\.\d\.(fc1|fc2)"), language=Stream(ENCODER)),
+            "4 video modules .* and 2 language modules",
+        ),
+        (PVLAConfig(video=Stream(ENCODER), language=Stream(ENCODER), blocks=[5]), "blocks=5 does not exist"),
+    ],
+)
+def test_streams_that_do_not_fit_the_model_say_what_there_is(config, message):
+    with pytest.raises(ValueError, match=message):
+        Aligner(tiny_bart(), config)
+
+
+@pytest.mark.parametrize(
+    ("stream", "message"),
+    [
+        (Stream(ENCODER, mask="video_mask"), "the batch has no mask 'video_mask'"),
+        (Stream(ENCODER, mask="attention_mask", tokens=slice(0, 2)), "has shape .* set Stream.tokens"),
+        (Stream(ENCODER, output=lambda output: output.mean(1)), "needs states of shape"),
+    ],
+)
+def test_a_batch_that_does_not_fit_the_streams_says_why(stream, message):
+    model, inputs = tiny_bart(), batch()
+    aligner = Aligner(model, PVLAConfig(video=stream, language=Stream(ENCODER)))
+    with pytest.raises(ValueError, match=message), aligner.record() as recording:
+        model(**inputs)
+        aligner.blocks(recording, inputs)
+
+
+def test_a_config_names_both_streams_or_neither():
+    with pytest.raises(ValueError, match="both streams"):
+        PVLAConfig(video=Stream(ENCODER))
+    with pytest.raises(ValueError, match="neither 'all'"):
+        PVLAConfig(blocks="some")
+
+
+def test_states_without_any_gradient_are_an_error():
+    model, inputs = tiny_bart(), batch()
+    model.requires_grad_(False)
+    aligner = Aligner(model, SLICED)
+    with aligner.record() as recording:
+        model(**inputs)
+    with pytest.raises(RuntimeError, match="has a gradient"):
+        aligner.distance(recording, inputs)
+
+
+def test_states_captured_inside_a_reentrant_checkpoint_are_an_error():
+    model, inputs = tiny_bart(), batch()
+    model.train()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    inside = Stream(r"model\.encoder\.layers\.\d+\.fc2")
+    aligner = Aligner(model, PVLAConfig(video=inside, language=inside))
+    with aligner.record(), pytest.raises(RuntimeError, match="reentrant"):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_blocks_give_the_plain_gradients(reentrant):
+    inputs, gradients = batch(), []
+    for checkpointing in (False, True):
+        model = tiny_bart().train()
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        aligner = Aligner(model, SLICED)
+        with aligner.record() as recording:
+            outputs = model(**inputs)
+        (outputs.loss + aligner.loss(recording, inputs, outputs)).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert torch.allclose(*gradients, rtol=1e-5, atol=1e-7)
