@@ -9,7 +9,6 @@ three dense correction matrices; each of them has rank one, so that its iteratio
 """
 
 import torch
-from torch import Tensor
 
 from .problem import Kernel, Problem, Scaling, finite_log
 
@@ -37,16 +36,16 @@ def solve_dykstra(problem: Problem, kernel: Kernel, *, tol: float, max_iter: int
     log_v = torch.where(real_cols, 0.0, -torch.inf).double()
     log_w = torch.zeros_like(problem.total)[:, None]
     if log_total is not None:
-        log_w = log_total - torch.logsumexp(_rows(kernel, log_v) + log_u, -1, keepdim=True)
+        log_w = log_total - torch.logsumexp(kernel.log_row_sums(log_v) + log_u, -1, keepdim=True)
     converged = torch.zeros(len(problem.cost), dtype=torch.bool, device=problem.cost.device)
     n_iter = torch.full_like(converged, max_iter, dtype=torch.int64)
     last_moved = torch.full_like(problem.total, torch.inf)
 
     for sweep in range(1, max_iter + 1):
         before = log_v + log_w
-        level = log_rows - log_w - _rows(kernel, log_v)
+        level = log_rows - log_w - kernel.log_row_sums(log_v)
         log_u = torch.where(real_rows, torch.where(rows_free, level.clamp_max(0), level), -torch.inf)
-        col_sums = _cols(kernel, log_u)
+        col_sums = kernel.log_col_sums(log_u)
         level = log_cols - log_w - col_sums
         log_v = torch.where(real_cols, torch.where(cols_free, level.clamp_max(0), level), -torch.inf)
         if log_total is not None:
@@ -66,16 +65,8 @@ def solve_dykstra(problem: Problem, kernel: Kernel, *, tol: float, max_iter: int
     log_left = log_u + log_w
     if tol > 0:
         # Feasible to the last digit: the little that a converged plan has too much is cut off.
-        row_excess = torch.where(real_rows, log_rows - log_left - _rows(kernel, log_v), 0).clamp_max(0)
+        row_excess = torch.where(real_rows, log_rows - log_left - kernel.log_row_sums(log_v), 0).clamp_max(0)
         log_left = torch.where(converged[:, None], log_left + row_excess, log_left)
-        col_excess = torch.where(real_cols, log_cols - log_v - _cols(kernel, log_left), 0).clamp_max(0)
+        col_excess = torch.where(real_cols, log_cols - log_v - kernel.log_col_sums(log_left), 0).clamp_max(0)
         log_v = torch.where(converged[:, None], log_v + col_excess, log_v)
     return Scaling(log_left, log_v, n_iter, converged)
-
-
-def _rows(kernel: Kernel, log_v: Tensor) -> Tensor:
-    return kernel.log_row_sums(log_v[None])[0]
-
-
-def _cols(kernel: Kernel, log_u: Tensor) -> Tensor:
-    return kernel.log_col_sums(log_u[None])[0]

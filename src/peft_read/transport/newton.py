@@ -12,12 +12,13 @@ is a concave function of y = log v <= 0 on the short side of the matrix, with
 
 S the rows that are full, c and m the column sums and the mass of the other rows. Newton's method on the columns that
 are not held by their bound converges in a handful of steps where first-order schemes need thousands. Unguarded it can
-cycle between active sets; so every step compares the dual at three step lengths and at the plain ascent point, keeps
-the best, and adds one ascent sweep, which never decreases the dual.
+cycle between active sets; so every step goes no further than the dual rises, and adds one ascent sweep, which never
+lowers it.
 """
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,9 +28,15 @@ from .problem import Kernel, Problem, Scaling, finite_log
 __all__ = ["fill_rows", "solve_newton"]
 
 WARM_SWEEPS = 3
-STEP_LENGTHS = (1.0, 0.3, 0.05)
-LONGEST_STEP = 5.0  # of one log potential in one step: beyond it the quadratic model says nothing
-RIDGE = {torch.float32: 1e-6, torch.float64: 1e-12}  # some units of rounding of the scaled Hessian (diagonal 1)
+LONGEST_STEP = 20.0  # of one log potential in one step; where the dual is flat Newton's step knows no limit
+LINE_SEARCH_TRIALS = 10
+FLAT = 0.3  # a slope of at most this share of the first one counts as the top
+ROUNDING = {torch.float32: 2e-6, torch.float64: 1e-14}  # of a column sum, relative
+CHEAPEST = 0.01  # mean cost of the plan over the range of the cost, below which the accuracy is relative to the range
+# Of a matrix with entries of order 1: where the dual is flatter than this, the gradient is rounding.
+RIDGE = {torch.float32: 1e-7, torch.float64: 1e-14}
+# A penalty that moves nearly everything leaves the uniform shift of log v nearly without effect.
+UNIFORM_RIDGE = {torch.float32: 1e-6, torch.float64: 1e-13}
 FILL_ITERATIONS = 100  # the filling ends after as many steps as there are groups of rows; this is never reached
 
 
@@ -37,6 +44,8 @@ FILL_ITERATIONS = 100  # the filling ends after as many steps as there are group
 class _Dual:
     """The constants of the reduced dual function, and its evaluation."""
 
+    problem: Problem
+    index: Tensor  # (P,) which of the problems are left; all other fields are of these only
     kernel: Kernel
     rows: Tensor  # (P, N) float64
     cols: Tensor  # (P, M)
@@ -45,11 +54,12 @@ class _Dual:
     total: Tensor  # (P,)
     rows_full: Tensor  # (P, 1) bool
     cols_full: Tensor  # (P, 1) bool
-    penalised: bool
 
     @classmethod
     def of(cls, problem: Problem, kernel: Kernel) -> "_Dual":
         return cls(
+            problem,
+            torch.arange(len(problem.cost), device=problem.cost.device),
             kernel,
             problem.rows,
             problem.cols,
@@ -58,32 +68,29 @@ class _Dual:
             problem.total,
             problem.rows_full[:, None],
             problem.cols_full[:, None],
-            problem.penalty is not None,
         )
 
-    def select(self, index: Tensor) -> "_Dual":
-        stacked = ("rows", "cols", "log_rows", "log_cols", "total", "rows_full", "cols_full")
-        parts = {name: getattr(self, name)[index] for name in stacked}
-        return replace(self, kernel=self.kernel.select(index), **parts)
+    def select(self, chosen: Tensor) -> "_Dual":
+        stacked = ("index", "rows", "cols", "log_rows", "log_cols", "total", "rows_full", "cols_full")
+        parts: dict[str, Any] = {name: getattr(self, name)[chosen] for name in stacked}
+        return replace(self, kernel=self.kernel.select(chosen), **parts)
+
+    @property
+    def penalised(self) -> bool:
+        return self.problem.penalty is not None
 
     def rows_at(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Fills the rows for log v = y, (S, P, M).
+        """Fills the rows for log v = y, (P, M).
 
         Returns:
-            level (S, P, N), the log scaling at which each row is full; log w (S, P, 1); the dual value (S, P).
+            level (P, N), the log scaling at which each row is full; log w (P, 1); log(K' w u) (P, M).
         """
         level = self.log_rows - self.kernel.log_row_sums(y)
         if self.penalised:
-            log_mass = level.new_zeros(*level.shape[:-1], 1)
+            log_mass = torch.zeros_like(level[:, :1])
         else:
             log_mass = fill_rows(self.rows, level, self.total, self.rows_full)
-        slack = torch.where(self.rows > 0, level - log_mass, 0)
-        value = (self.rows * torch.where(self.rows_full, slack, slack.clamp_max(0))).sum(-1) + (self.cols * y).sum(-1)
-        if self.penalised:
-            value = value - (self.rows * (-slack).clamp_max(0).exp()).sum(-1)
-        else:
-            value = value + self.total * log_mass[..., 0]
-        return level, log_mass, value
+        return level, log_mass, self.kernel.log_col_sums(self.left(level, log_mass))
 
     def left(self, level: Tensor, log_mass: Tensor) -> Tensor:
         """log(w u), the row scaling that keeps every row within its weight."""
@@ -152,75 +159,122 @@ def solve_newton(problem: Problem, *, dtype: torch.dtype, log_domain: bool, tol:
     converged = torch.zeros(count, dtype=torch.bool, device=problem.cost.device)
 
     dual = _Dual.of(problem, Kernel(problem, dtype, log_domain))
-    index = torch.arange(count, device=problem.cost.device)
     y = torch.zeros_like(problem.cols)
     for _ in range(WARM_SWEEPS):
-        level, log_mass, _ = dual.rows_at(y[None])
-        left = dual.left(level, log_mass)
-        y = dual.feasible(dual.ascent(dual.kernel.log_col_sums(left)[0]))
+        y = dual.feasible(dual.ascent(dual.rows_at(y)[2]))
     for step in range(max_iter + 1):
-        level, log_mass, _ = (part[0] for part in dual.rows_at(y[None]))
-        left = dual.left(level, log_mass)
-        pull = dual.kernel.log_col_sums(left[None])[0]
+        level, log_mass, pull = dual.rows_at(y)
         cols = (y + pull).exp()
-        ascent = dual.ascent(pull)
-        move = ascent - y
+        move = dual.ascent(pull) - y
         moved = (cols * move.expm1().abs()).sum(-1) / cols.sum(-1).clamp_min(torch.finfo(dtype).tiny)
-        done = moved <= tol
+        done = moved <= max(tol, ROUNDING[dtype])
+        if bool(done.any()):
+            strict = (_price(dual, done, level, log_mass, y) * tol).clamp_min(ROUNDING[dtype])
+            done[done.clone()] = moved[done] <= strict
         last = step == max_iter
         if last or bool(done.any()):
             # The rows are exact; scaling the overfull columns down makes the plan feasible at the price of the mass
             # that they had too much, at most `tol` of it.
-            here = index if last else index[done]
+            here = dual.index if last else dual.index[done]
             part = slice(None) if last else done
             cap = torch.where(dual.cols > 0, dual.log_cols - pull, 0)
             y_found[here] = torch.minimum(y, cap)[part]
-            left_found[here] = left[part]
+            left_found[here] = dual.left(level, log_mass)[part]
             converged[here] = done[part]
             n_iter[here] = step
             if last or bool(done.all()):
                 break
             keep = (~done).nonzero()[:, 0]
-            dual, index, y = dual.select(keep), index[keep], y[keep]
-            level, log_mass, left = level[keep], log_mass[keep], left[keep]
-            cols, ascent = cols[keep], ascent[keep]
-        direction = _newton_direction(dual, y, level, log_mass, left, cols)
-        trials = torch.stack([*(y + length * direction for length in STEP_LENGTHS), ascent])
-        trials = dual.feasible(trials)
-        levels, log_masses, values = dual.rows_at(trials)
-        best = values.nan_to_num(-math.inf).argmax(0)
-        pick = (best, torch.arange(len(best), device=best.device))
-        y = trials[pick]
-        left = dual.left(levels[pick], log_masses[pick])
-        y = dual.feasible(dual.ascent(dual.kernel.log_col_sums(left[None])[0]))
+            dual = dual.select(keep)
+            y, level, log_mass, cols = y[keep], level[keep], log_mass[keep], cols[keep]
+        direction = _newton_direction(dual, y, level, log_mass, cols)
+        pull = _line_search(dual, y, direction, cols)
+        y = dual.feasible(dual.ascent(pull))
     return Scaling(left_found, y_found, n_iter, converged)
 
 
-def _newton_direction(dual: _Dual, y: Tensor, level: Tensor, log_mass: Tensor, left: Tensor, cols: Tensor) -> Tensor:
+def _price(dual: _Dual, chosen: Tensor, level: Tensor, log_mass: Tensor, y: Tensor) -> Tensor:
+    """How much tighter the tolerance of some problems must be because misplaced mass costs more than the mean.
+
+    A cheap plan in a matrix of dear entries is the hard case: there a little mass in the wrong place is a large share
+    of the cost.
+    """
+    part, problem = dual.select(chosen), dual.problem
+    plan = part.kernel.plan(part.left(level[chosen], log_mass[chosen]), y[chosen])
+    cost = (plan * problem.cost[part.index]).sum((-2, -1)) / plan.sum((-2, -1)).clamp_min(torch.finfo(plan.dtype).tiny)
+    spread = (problem.high - problem.low)[part.index]
+    return (cost.abs() / spread).nan_to_num(1.0).clamp(CHEAPEST, 1)
+
+
+def _line_search(dual: _Dual, y: Tensor, direction: Tensor, cols: Tensor) -> Tensor:
+    """Goes up along a direction, and returns log(K' w u) at the point reached.
+
+    The dual is concave, so its slope says it all: where the slope is still positive the dual has only risen, and a
+    slope of nearly 0 is the top. Slopes stand above rounding where differences of the dual itself do not. The full
+    step is nearly always taken; a kink on the way, where a row fills or opens, is found by secants and bisections of
+    the logarithm.
+    """
+    tiny = torch.finfo(torch.float64).tiny
+    first = ((dual.cols - cols) * direction).sum(-1)
+    noise = ROUNDING[dual.kernel.dtype] * (cols * direction.abs()).sum(-1)
+    length = torch.ones_like(first)
+    low, high = torch.zeros_like(first), torch.full_like(first, math.inf)
+    low_slope, high_slope = first, -first
+    found = torch.zeros_like(first)
+    settled = first <= 0  # not uphill: only rounding is left, the ascent sweep decides
+    for trial in range(LINE_SEARCH_TRIALS):
+        free = y + length[:, None] * direction
+        inside = dual.cols_full | (free <= 0)
+        point = torch.where(inside, free, 0)
+        pull = dual.rows_at(point)[2]
+        slope = (dual.cols - (point + pull).exp()) * direction
+        # A column that stopped at its bound moves no further; but if the dual falls there, it should not have come.
+        slope = torch.where(inside, slope, slope.clamp_max(0)).sum(-1)
+        top = slope.abs() <= FLAT * first + noise
+        rising = slope > 0
+        found = torch.where(~settled & (top | rising), length, found)
+        settled = settled | top | (rising & (length >= 1))
+        if bool(settled.all()):
+            break
+        low, low_slope = torch.where(rising, length, low), torch.where(rising, slope, low_slope)
+        high, high_slope = torch.where(rising, high, length), torch.where(rising, high_slope, slope)
+        if trial % 2 == 0:
+            between = low + (high - low) * low_slope / (low_slope - high_slope).clamp_min(tiny)
+        else:
+            between = (torch.maximum(low, high * 1e-4) * high).sqrt()
+        length = torch.where(settled, found, between)
+    if bool((found != length).any()):
+        free = y + found[:, None] * direction
+        pull = dual.rows_at(torch.where(dual.cols_full, free, free.clamp_max(0)))[2]
+    return pull
+
+
+def _newton_direction(dual: _Dual, y: Tensor, level: Tensor, log_mass: Tensor, cols: Tensor) -> Tensor:
     """The Newton step for the columns that their bound does not hold, (P, M) float64; 0 for the others."""
-    matrix = dual.kernel.by_rows
     gradient = dual.cols - cols
     held = (dual.cols == 0) | (~dual.cols_full & (y >= 0) & (gradient >= 0))
     root = cols.clamp_min(torch.finfo(torch.float64).tiny).sqrt()
-    right = torch.where(held, -math.inf, y - root.log())
-    full = dual.rows_full | (level <= log_mass)
-    # diag(cols)^-1/2 H diag(cols)^-1/2 = I - B'B - q q': entries of order 1 whatever the weights are.
-    half = dual.kernel.plan(torch.where(full & (dual.rows > 0), left - dual.log_rows / 2, -math.inf), right)
-    scaled = -(half.mT @ half)
+    full, left = dual.rows_full | (level <= log_mass), dual.left(level, log_mass)
+    half = dual.kernel.plan(torch.where(full & (dual.rows > 0), left - dual.log_rows / 2, -math.inf), y)
+    links = (half.mT @ half).double()
+    open_cols = (y + dual.kernel.log_col_sums(torch.where(full, -math.inf, left))).exp()
     if not dual.penalised:
-        flow = torch.where(full, -math.inf, left)
-        open_mass = torch.where(full, 0, dual.rows * (left - level).exp()).sum(-1, keepdim=True)
-        open_cols = (dual.kernel.log_col_sums(flow[None])[0] + right).exp() / open_mass.clamp_min(1e-300).sqrt()
-        scaled = scaled - (open_cols[:, :, None] * open_cols[:, None, :]).to(matrix.dtype)
-        # With every column free, shifting all of log v only trades against w: close that direction.
-        uniform = torch.where(held.any(-1, keepdim=True) & ~dual.cols_full, 0, root / root.norm(dim=-1, keepdim=True))
-        uniform = torch.where(held, 0, uniform)
-        scaled = scaled + (uniform[:, :, None] * uniform[:, None, :]).to(matrix.dtype)
-    scaled.diagonal(dim1=-2, dim2=-1).add_(1 + RIDGE[matrix.dtype])
+        open_mass = open_cols.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+        links = links + open_cols[:, :, None] * (open_cols / open_mass)[:, None, :]
+    # diag(cols) - links has the row sums 0 (or the open mass, under a penalty): a graph Laplacian. Its small
+    # eigenvalues, between groups of tokens that hardly touch, survive only if the diagonal is summed, not subtracted.
+    links.diagonal(dim1=-2, dim2=-1).zero_()
+    diagonal = links.sum(-1) + (open_cols if dual.penalised else 0)
+    links = links / (root[:, :, None] * root[:, None, :])
+    hessian = torch.where(held[:, :, None] | held[:, None, :], 0, -links)
+    hessian.diagonal(dim1=-2, dim2=-1).copy_(torch.where(held, 1, diagonal / root.square() + RIDGE[dual.kernel.dtype]))
+    # With every column free, shifting all of log v only trades against w: close that direction.
+    uniform = torch.where(held.any(-1, keepdim=True) & ~dual.cols_full, 0, root / root.norm(dim=-1, keepdim=True))
+    uniform = torch.where(held, 0, uniform) * (math.sqrt(UNIFORM_RIDGE[dual.kernel.dtype]) if dual.penalised else 1)
+    hessian = hessian + uniform[:, :, None] * uniform[:, None, :]
     target = torch.where(held, 0, gradient / root)
-    factor, failed = torch.linalg.cholesky_ex(scaled)
-    solution = torch.cholesky_solve(target.to(matrix.dtype)[..., None], factor)[..., 0].double()
+    factor, failed = torch.linalg.cholesky_ex(hessian)
+    solution = torch.cholesky_solve(target[..., None], factor)[..., 0]
     # Where rounding made the matrix indefinite, the plain gradient step: the safeguard does the rest.
     direction = torch.where((failed > 0)[:, None], target, solution) / root
-    direction = direction.nan_to_num(0.0, 0.0, 0.0)
-    return direction * (LONGEST_STEP / direction.abs().amax(-1, keepdim=True).clamp_min(LONGEST_STEP))
+    return direction.nan_to_num(0.0, 0.0, 0.0).clamp(-LONGEST_STEP, LONGEST_STEP)

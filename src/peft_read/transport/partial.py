@@ -92,9 +92,9 @@ def partial_optimal_transport(
     leading, (n_rows, n_cols) = cost.shape[:-2], cost.shape[-2:]
     with torch.autocast(cost.device.type, enabled=False):
         matrix = cost if cost.dtype == torch.float64 else cost.float()
-        matrix = matrix.reshape(-1, n_rows, n_cols)
         if not matrix.numel():
             return _nothing(matrix, leading)
+        matrix = matrix.reshape(-1, n_rows, n_cols)
         rows = _weights("row", row_weights, row_mask, marginals, (*leading, n_rows), cost.device)
         cols = _weights("col", col_weights, col_mask, marginals, (*leading, n_cols), cost.device)
         if row_mask is not None or col_mask is not None or row_weights is not None or col_weights is not None:
@@ -213,9 +213,8 @@ def _result(
 
 def _nothing(matrix: Tensor, leading: torch.Size) -> TransportPlan:
     """The answer to problems without rows or without columns."""
-    plan = (matrix * 0).reshape(*leading, *matrix.shape[-2:])
-    zero = plan.detach().new_zeros(leading)
-    return TransportPlan(plan.detach(), plan.sum((-2, -1)), zero, zero.long(), zero == 0, zero.clone())
+    zero = matrix.detach().new_zeros(leading)
+    return TransportPlan(matrix.detach(), matrix.sum((-2, -1)), zero, zero.long(), zero == 0, zero.clone())
 
 
 def _weights(

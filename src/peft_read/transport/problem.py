@@ -106,7 +106,7 @@ class Kernel:
     """
 
     def __init__(self, problem: Problem, dtype: torch.dtype, log_domain: bool) -> None:
-        self.log_domain = log_domain
+        self.dtype, self.log_domain = dtype, log_domain
         low = problem.low.to(dtype)[:, None, None]
         matrix = (low - problem.cost.to(dtype)) / problem.reg
         if problem.penalty is not None:
@@ -124,16 +124,16 @@ class Kernel:
     def select(self, index: Tensor) -> "Kernel":
         """The kernel of some of the problems."""
         part = object.__new__(Kernel)
-        part.log_domain = self.log_domain
+        part.dtype, part.log_domain = self.dtype, self.log_domain
         part.by_rows, part.by_cols = self.by_rows[index], self.by_cols[index]
         return part
 
     def log_row_sums(self, log_right: Tensor) -> Tensor:
-        """log(K v) for log v of shape (S, P, M), S trials for every problem: (S, P, N) float64."""
+        """The log of K v for log v of shape (P, M): (P, N) float64."""
         return _log_product(log_right, self.by_cols, self.log_domain)
 
     def log_col_sums(self, log_left: Tensor) -> Tensor:
-        """log(K' u) for log u of shape (S, P, N): (S, P, M) float64."""
+        """The log of K' u for log u of shape (P, N): (P, M) float64."""
         return _log_product(log_left, self.by_rows, self.log_domain)
 
     def plan(self, log_left: Tensor, log_right: Tensor) -> Tensor:
@@ -145,12 +145,11 @@ class Kernel:
 
 
 def _log_product(log_vector: Tensor, matrix: Tensor, log_domain: bool) -> Tensor:
-    """log(Σ_k exp(log_vector_k) A_kl) for every trial and problem, (S, P, K), (P, K, L) -> (S, P, L)."""
+    """log(Σ_k exp(log_vector_k) A_kl) for every problem, (P, K), (P, K, L) -> (P, L)."""
     if log_domain:
-        trials = [torch.logsumexp(matrix + vector[:, :, None], dim=1) for vector in log_vector.to(matrix.dtype)]
-        return torch.stack(trials).double()
-    vector = log_vector.exp().to(matrix.dtype).transpose(0, 1)  # (P, S, K)
-    return (vector @ matrix).transpose(0, 1).double().log()
+        return torch.logsumexp(matrix + log_vector.to(matrix.dtype)[:, :, None], dim=1).double()
+    product = log_vector.exp().to(matrix.dtype)[:, None, :] @ matrix
+    return product[:, 0].double().log()
 
 
 def finite_log(weights: Tensor) -> Tensor:
