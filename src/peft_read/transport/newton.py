@@ -251,10 +251,14 @@ def _line_search(dual: _Dual, y: Tensor, direction: Tensor, cols: Tensor) -> Ten
 
 def _newton_direction(dual: _Dual, y: Tensor, level: Tensor, log_mass: Tensor, cols: Tensor) -> Tensor:
     """The Newton step for the columns that their bound does not hold, (P, M) float64; 0 for the others."""
+    left = dual.left(level, log_mass)
+    # The rows know the mass to the last digit; without it the uniform part of the gradient would be rounding.
+    mass = (dual.rows * (left - level).exp()).sum(-1, keepdim=True)
+    cols = cols * (mass / cols.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny))
     gradient = dual.cols - cols
     held = (dual.cols == 0) | (~dual.cols_full & (y >= 0) & (gradient >= 0))
     root = cols.clamp_min(torch.finfo(torch.float64).tiny).sqrt()
-    full, left = dual.rows_full | (level <= log_mass), dual.left(level, log_mass)
+    full = dual.rows_full | (level <= log_mass)
     half = dual.kernel.plan(torch.where(full & (dual.rows > 0), left - dual.log_rows / 2, -math.inf), y)
     links = (half.mT @ half).double()
     open_cols = (y + dual.kernel.log_col_sums(torch.where(full, -math.inf, left))).exp()
@@ -269,8 +273,12 @@ def _newton_direction(dual: _Dual, y: Tensor, level: Tensor, log_mass: Tensor, c
     hessian = torch.where(held[:, :, None] | held[:, None, :], 0, -links)
     hessian.diagonal(dim1=-2, dim2=-1).copy_(torch.where(held, 1, diagonal / root.square() + RIDGE[dual.kernel.dtype]))
     # With every column free, shifting all of log v only trades against w: close that direction.
-    uniform = torch.where(held.any(-1, keepdim=True) & ~dual.cols_full, 0, root / root.norm(dim=-1, keepdim=True))
-    uniform = torch.where(held, 0, uniform) * (math.sqrt(UNIFORM_RIDGE[dual.kernel.dtype]) if dual.penalised else 1)
+    anchored = (held & (dual.cols > 0)).any(-1, keepdim=True)
+    root_free = torch.where(held, 0, root)
+    uniform = root_free / root_free.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    uniform = torch.where(anchored, 0, uniform) * (
+        math.sqrt(UNIFORM_RIDGE[dual.kernel.dtype]) if dual.penalised else 1
+    )
     hessian = hessian + uniform[:, :, None] * uniform[:, None, :]
     target = torch.where(held, 0, gradient / root)
     factor, failed = torch.linalg.cholesky_ex(hessian)
