@@ -10,6 +10,7 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from ..recurrence import CELLS
+from .card import update_model_card
 
 __all__ = ["READConfig"]
 
@@ -134,6 +135,12 @@ class READConfig(PeftConfig):
         }.items():
             if cell not in CELLS:
                 raise ValueError(f"`{origin}` should be one of {', '.join(map(repr, CELLS))}, got {cell!r}.")
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save the configuration, and READ's part of the model card beside it."""
+        auto_mapping = kwargs.get("auto_mapping_dict")
+        super().save_pretrained(save_directory, **kwargs)
+        update_model_card(save_directory, self, auto_mapping)
 
     @property
     def ranks(self) -> dict[str, int]:

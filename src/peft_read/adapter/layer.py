@@ -72,6 +72,7 @@ class READLayer(BaseTunerLayer):
         self.path = path
         self.batch_first = batch_first
         self.notice = notice or Notice()
+        self.cast_input_dtype_enabled = True  # peft.helpers.disable_input_dtype_casting switches it
         self._had_scope = False
 
         base = self.get_base_layer()
@@ -163,9 +164,7 @@ class Linear(nn.Module, READLayer):
         active = [adapter for adapter in active if adapter in self.readapter_down]
         if not active:
             return result
-        sequences = as_sequences(
-            result, x, self._scope(), path=self.path, batch_first=self.batch_first, notice=self.notice
-        )
+        sequences = self._sequences(result, x, active, mixed is not None)
         delta = None
         for adapter in active:
             rows = None if mixed is None else mixed.rows_of(adapter, sequences.tensor.shape[0], result.device)
@@ -173,6 +172,12 @@ class Linear(nn.Module, READLayer):
             delta = one if delta is None else delta + one
         assert delta is not None
         return result + sequences.restore(delta).to(result.dtype)
+
+    def _sequences(self, result: torch.Tensor, x: torch.Tensor, active: list[str], mixed: bool) -> Sequences:
+        """The sequences in the base layer's output, which only a recurrence or a mixed batch asks for."""
+        if not mixed and all(isinstance(self.readapter_cell[adapter], Identity) for adapter in active):
+            return Sequences(result, lambda delta: delta)
+        return as_sequences(result, x, self._scope(), path=self.path, batch_first=self.batch_first, notice=self.notice)
 
     def _scope(self) -> Scope | None:
         """The scope of the running stack.

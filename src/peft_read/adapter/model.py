@@ -14,7 +14,7 @@ from .config import READConfig
 from .layer import CANNOT_MERGE, Linear, READLayer
 from .mixed import copies_in_generate, mixed_batch
 from .registration import PREFIX
-from .scope import install_scope, keep_slow_path, remove_scopes
+from .scope import install_scope, is_causal, keep_slow_path, remove_scopes
 from .sequences import Notice
 
 __all__ = ["TARGET_MODULES", "READModel"]
@@ -101,6 +101,12 @@ def _matching(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
     return default
 
 
+def _base_parameters(model: nn.Module) -> int:
+    """How many parameters a model has without its adapters and the copies that are trained as a whole."""
+    added = (f".{PREFIX}", ".modules_to_save.", ".trainable_tokens_")
+    return sum(p.numel() for name, p in model.named_parameters() if not any(part in f".{name}" for part in added))
+
+
 # The tokens that a router sends to an expert are no sequence. Shared experts see all tokens, and are none of these.
 EXPERTS = re.compile(r"(^|\.)(local_)?experts(\.|$)")
 
@@ -149,15 +155,20 @@ class READModel(BaseTuner):
             "cell": _matching(peft_config.cell_pattern, current_key, peft_config.cell),
             "config": peft_config,
         }
-        if isinstance(target, READLayer):
-            target.update_layer(adapter_name, **settings)
-            return
         if settings["cell"] != "none" and EXPERTS.search(current_key):
             raise ValueError(
                 f"READ cannot adapt {current_key!r}, one expert of a mixture: it sees only the tokens routed to it, "
                 "in no order, so there is no sequence for the recurrence to run along. Leave the experts out "
                 "(exclude_modules), or use cell='none' for them (cell_pattern)."
             )
+        if peft_config.bidirectional and settings["cell"] != "none" and is_causal(self.model, current_key):
+            raise ValueError(
+                f"READ cannot be bidirectional on {current_key!r}: it belongs to a decoder, where a token must not "
+                "depend on those after it. Adapt the encoder only (target_modules), or use bidirectional=False."
+            )
+        if isinstance(target, READLayer):
+            target.update_layer(adapter_name, **settings)
+            return
         layer = Linear(
             target,
             adapter_name,
@@ -174,6 +185,8 @@ class READModel(BaseTuner):
         """Put the adapter's layers into the model, then hooks on the stacks around them."""
         if "_notice" not in self.__dict__:  # the first adapter is injected from within BaseTuner.__init__
             self._notice = Notice()
+        # Not a field: the card tells it, the configuration on disk does not.
+        self.peft_config[adapter_name].base_parameters = _base_parameters(model)  # type: ignore[attr-defined]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for name, module in list(model.named_modules()):
             if not isinstance(module, READLayer):

@@ -21,7 +21,16 @@ from ..recurrence import Segments
 from .cache import States, cache_length, commit_states, saved_states, self_attention_cache
 from .masks import as_mask, kept_by_padding_mask, packed_segments, segments_of_lengths
 
-__all__ = ["Scope", "current_scope", "find_stack", "install_scope", "remove_scopes", "run_in_scope", "sequence_scope"]
+__all__ = [
+    "Scope",
+    "current_scope",
+    "find_stack",
+    "install_scope",
+    "is_causal",
+    "remove_scopes",
+    "run_in_scope",
+    "sequence_scope",
+]
 
 _CURRENT: ContextVar[Scope | None] = ContextVar("peft_read_scope", default=None)
 # torch.compile cannot trace a ContextVar. While it traces, scopes are kept on this plain list instead.
@@ -415,6 +424,25 @@ def find_stack(model: nn.Module, path: str) -> tuple[str, nn.Module, bool] | Non
     owners = [(name, module) for name, module, owns_list in takes_mask if owns_list]
     found = owners[0] if owners else takes_mask[0][:2] if takes_mask else None
     return None if found is None else (*found, False)
+
+
+def is_causal(model: nn.Module, path: str) -> bool:
+    """Whether a layer belongs to a decoder: its stack says so, or the self-attention beside it."""
+    found = find_stack(model, path)
+    stack = found[1] if found is not None else None
+    if getattr(stack, "is_decoder", False) or getattr(getattr(stack, "config", None), "is_decoder", False) is True:
+        return True
+    # The block around the layer is the part of its path up to the last number.
+    parts = path.split(".")
+    numbers = [depth for depth, part in enumerate(parts) if part.isdigit()]
+    if not numbers:
+        return False
+    block = model.get_submodule(".".join(parts[: numbers[-1] + 1]))
+    return any(
+        getattr(module, "is_causal", False) is True
+        for name, module in block.named_modules()
+        if "cross" not in name and "encoder_attn" not in name
+    )
 
 
 def install_scope(model: nn.Module, path: str) -> None:

@@ -99,6 +99,8 @@ class Cell(nn.Module):
             have to compute it and `keep_states` is False.
         """
         dtype = torch.promote_types(x.dtype, torch.float32)
+        if 0 in x.shape[:2]:  # the fused kernels refuse what has no tokens
+            return x.new_zeros(x.shape, dtype=dtype), x.new_zeros(*x.shape[:2], self.state_size, dtype=dtype)
         with torch.autocast(device_type=x.device.type, enabled=False):
             x = x.to(dtype)
             state = None if state is None else state.to(dtype)
@@ -182,8 +184,9 @@ class LSTM(Cell):
     def _scan(
         self, x: torch.Tensor, state: torch.Tensor, weights: list[torch.Tensor], keep_states: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        hidden, memory = state[None, :, : self.size].contiguous(), state[None, :, self.size :].contiguous()
-        outputs, _, _ = torch.lstm(x, (hidden, memory), weights, len(weights) == 4, 1, 0.0, self.training, False, True)
+        hidden, memory = state.chunk(2, dim=-1)
+        first = (hidden[None].contiguous(), memory[None].contiguous())
+        outputs, _, _ = torch.lstm(x, first, weights, len(weights) == 4, 1, 0.0, self.training, False, True)
         if not keep_states:
             return outputs, None
         # The fused kernel keeps the memories c_t to itself. All gates follow from the outputs it returned, so only

@@ -1,0 +1,134 @@
+"""The model card of a saved READ adapter: what a stranger needs to load it and to know what it is."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import safe_open
+
+if TYPE_CHECKING:
+    from .config import READConfig
+
+__all__ = ["TAGS", "update_model_card"]
+
+TAGS = ("read", "peft-read", "arxiv:2312.06950")
+BEGIN, END = "<!-- peft-read: begin -->", "<!-- peft-read: end -->"
+
+AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "FEATURE_EXTRACTION": "AutoModel",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+}
+
+
+def update_model_card(folder: str | os.PathLike, config: READConfig, auto_mapping: dict | None = None) -> None:
+    """Write READ's part of the README.md in the folder of a saved adapter, anew each time; nothing without weights.
+
+    An adapter that is not called "default" lies in a folder of its own below the card that peft writes; both cards
+    are updated then.
+
+    Args:
+        folder: where `adapter_config.json` lies.
+        config: the adapter's configuration.
+        auto_mapping: the class of the base model, which peft records where there is no task type.
+    """
+    folder = Path(folder)
+    trained = _saved_parameters(folder)
+    if trained is None:  # a configuration alone is no adapter, and needs no card
+        return
+    section = _section(trained, config, auto_mapping)
+    for path in (folder / "README.md", folder.parent / "README.md"):
+        if path.exists():
+            card = ModelCard.load(path)
+        elif path.parent == folder:
+            card = ModelCard.from_template(ModelCardData(library_name="peft"))
+        else:
+            continue
+        if card.data.library_name != "peft":
+            continue  # a README above that is no card of peft's
+        card.data.tags = sorted({*(card.data.tags or []), *TAGS})
+        before, _, rest = card.text.partition(BEGIN)
+        after = rest.partition(END)[2] if rest else before
+        card.text = (before if rest else "") + section + (after if rest else f"\n\n{before.lstrip()}")
+        card.save(path)
+
+
+def _section(trained: int, config: READConfig, auto_mapping: dict | None) -> str:
+    rows = _facts(trained, config)
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return f"""{BEGIN}
+# READ adapter
+
+A recurrent adapter (READ, [arXiv 2312.06950](https://arxiv.org/abs/2312.06950)): the output O of each adapted module
+becomes O + GELU(RNN(O W_down)) W_up, with the base model frozen.
+
+```bash
+pip install peft-read
+```
+
+```python
+{_loading_code(config, auto_mapping)}
+```
+
+The first line registers the method with peft. Without it, loading stops with `KeyError: 'READ'`.
+
+| | |
+|---|---|
+{table}
+{END}"""
+
+
+def _loading_code(config: READConfig, auto_mapping: dict | None) -> str:
+    library, cls = "transformers", AUTO_CLASSES.get(str(getattr(config.task_type, "value", config.task_type)))
+    if cls is None and auto_mapping is not None:
+        library, cls = auto_mapping["parent_library"], auto_mapping["base_model_class"]
+    base = config.base_model_name_or_path or "<the base model>"
+    return f"""import peft_read
+from peft import PeftModel
+from {library} import {cls or "AutoModel"}
+
+base = {cls or "AutoModel"}.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "<this repository>")"""
+
+
+def _facts(trained: int, config: READConfig) -> dict[str, str]:
+    """The rows of the card's table."""
+    targets = config.target_modules
+    named = f"`{targets}`" if isinstance(targets, str) else ", ".join(f"`{name}`" for name in sorted(targets or ()))
+    facts = {
+        "base model": f"`{config.base_model_name_or_path or 'unknown'}`",
+        "adapted modules": named,
+        "r": str(config.r),
+        "cell": config.cell + (", bidirectional" if config.bidirectional else ""),
+        "biases": "yes" if config.use_bias else "no",
+    }
+    for name in ("exclude_modules", "layers_to_transform", "rank_pattern", "cell_pattern", "modules_to_save"):
+        value = getattr(config, name)
+        if value:
+            facts[name.replace("_", " ")] = f"`{sorted(value) if isinstance(value, set) else value}`"
+    base = getattr(config, "base_parameters", None)
+    share = f" ({100 * trained / (base + trained):.4f} % of {base + trained:,})" if base else ""
+    facts["trained parameters"] = f"{trained:,}{share}"
+    for name, value in (config.pvla or {}).items():
+        facts[f"alignment loss (PVLA): {name}"] = f"`{value}`"
+    return facts
+
+
+def _saved_parameters(folder: Path) -> int | None:
+    """How many numbers the saved adapter holds, modules saved as a whole included."""
+    if (folder / SAFETENSORS_WEIGHTS_NAME).exists():
+        with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    if (folder / WEIGHTS_NAME).exists():
+        weights: dict[str, Any] = torch.load(folder / WEIGHTS_NAME, map_location="cpu", weights_only=True)
+        return sum(weight.numel() for weight in weights.values())
+    return None

@@ -1,0 +1,190 @@
+"""The cells against torch's own recurrences and against plain loops: values, gradients, masks and states."""
+
+import pytest
+import torch
+from torch import nn
+
+from peft_read.recurrence import CELLS, Segments, build_cell
+from peft_read.recurrence.naive import naive_recurrence
+
+RECURRENT = ("rnn", "gru", "lstm")
+TORCH = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
+MASKS = {
+    "left": [[0, 0, 1, 1, 1, 1, 1], [1] * 7, [0, 0, 0, 0, 0, 1, 1]],
+    "right": [[1, 1, 1, 0, 0, 0, 0], [1] * 7, [1, 0, 0, 0, 0, 0, 0]],
+    "holes": [[1, 0, 1, 0, 0, 1, 1], [0, 1, 0, 1, 0, 1, 0], [1, 1, 0, 0, 0, 0, 1]],
+    "an empty row": [[0] * 7, [1] * 7, [0, 1, 1, 1, 0, 0, 0]],
+}
+
+
+def make_cell(name, size=4, *, dtype=torch.float64, **settings):
+    cell = build_cell(name, size, **settings).to(dtype)
+    with torch.no_grad():
+        for parameter in cell.parameters():
+            parameter.uniform_(-0.9, 0.9)
+    return cell
+
+
+def weights_of(cell, suffix=""):
+    return {name: getattr(cell, name + suffix) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
+
+
+def torch_twin(name, cell, bidirectional=False):
+    """torch's module with the same weights."""
+    bias = cell.bias_ih is not None
+    twin = TORCH[name](
+        cell.size, cell.weight_hh.shape[1], bias=bias, batch_first=True, bidirectional=bidirectional
+    ).to(cell.weight_ih.dtype)
+    with torch.no_grad():
+        for key, value in cell.state_dict().items():
+            base, reverse = key.removesuffix("_reverse"), key.endswith("_reverse")
+            getattr(twin, f"{base}_l0{'_reverse' if reverse else ''}").copy_(value)
+    return twin
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_cell_is_torchs_recurrence(name, bias, bidirectional):
+    cell = make_cell(name, bias=bias, bidirectional=bidirectional)
+    twin = torch_twin(name, cell, bidirectional)
+    x = torch.randn(3, 6, 4, dtype=torch.float64, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    ours, theirs = cell(x)[0], twin(y)[0]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-14)
+    probe = torch.randn_like(ours)
+    (ours * probe).sum().backward()
+    (theirs * probe).sum().backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=0, atol=1e-13)
+    torch.testing.assert_close(cell.weight_hh.grad, twin.weight_hh_l0.grad, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("pattern", MASKS)
+@pytest.mark.parametrize("name", RECURRENT)
+def test_masked_values_states_and_gradients_are_those_of_the_loop(name, pattern):
+    cell = make_cell(name)
+    mask = torch.tensor(MASKS[pattern], dtype=torch.bool)
+    x = torch.randn(3, 7, 4, dtype=torch.float64, requires_grad=True)
+    start = torch.randn(3, cell.state_size, dtype=torch.float64).tanh()
+    outputs, states = cell(x, start, mask, keep_states=True)
+    expected, expected_states = naive_recurrence(name, x, weights_of(cell), start, mask)
+    torch.testing.assert_close(outputs, expected, rtol=0, atol=1e-14)
+    torch.testing.assert_close(states, expected_states, rtol=0, atol=1e-14)
+    probe = torch.randn_like(states)
+    tensors = [x, *cell.parameters()]
+    ours = torch.autograd.grad((states * probe).sum(), tensors)
+    theirs = torch.autograd.grad((expected_states * probe).sum(), tensors)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("pattern", MASKS)
+@pytest.mark.parametrize("name", RECURRENT)
+def test_real_tokens_do_not_feel_the_padding_between_them(name, pattern):
+    cell = make_cell(name)
+    mask = torch.tensor(MASKS[pattern], dtype=torch.bool)
+    x = torch.randn(3, 7, 4, dtype=torch.float64)
+    outputs, _ = cell(x, None, mask)
+    for row in range(3):
+        if mask[row].any():
+            alone, _ = cell(x[row, mask[row]][None])
+            torch.testing.assert_close(outputs[row, mask[row]], alone[0], rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_sequence_in_two_pieces_is_the_sequence(name):
+    cell = make_cell(name)
+    x = torch.randn(2, 9, 4, dtype=torch.float64)
+    whole, _ = cell(x)
+    for cut in (1, 4, 8):
+        first, states = cell(x[:, :cut], keep_states=True)
+        second, _ = cell(x[:, cut:], states[:, -1])
+        torch.testing.assert_close(torch.cat((first, second), dim=1), whole, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_both_directions_skip_the_padding(name):
+    cell = make_cell(name, bidirectional=True)
+    mask = torch.tensor(MASKS["holes"], dtype=torch.bool)
+    x = torch.randn(3, 7, 4, dtype=torch.float64)
+    outputs, states = cell(x, None, mask)
+    assert states is None
+    for row in range(3):
+        alone, _ = cell(x[row, mask[row]][None])
+        torch.testing.assert_close(outputs[row, mask[row]], alone[0], rtol=0, atol=1e-14)
+    with pytest.raises(ValueError, match="cannot continue from a state"):
+        cell(x, torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_half_precision_is_computed_in_float32_outside_autocast(name):
+    cell = make_cell(name, dtype=torch.bfloat16)
+    x = torch.randn(2, 5, 4, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs, _ = cell(x)
+    assert outputs.dtype == torch.float32
+    exact = naive_recurrence(name, x.double(), {k: v.double() for k, v in weights_of(cell).items()})[0]
+    torch.testing.assert_close(outputs.double(), exact, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_initialisation_is_torchs_uniform_with_zero_biases(name):
+    cell = build_cell(name, 64)
+    for weight in (cell.weight_ih, cell.weight_hh):
+        assert weight.abs().max() <= 1 / 8
+        assert weight.std().item() == pytest.approx(1 / 8 / 3**0.5, rel=0.05)
+    assert not cell.bias_ih.any() and not cell.bias_hh.any()
+    assert set(cell.state_dict()) == {"weight_ih", "weight_hh", "bias_ih", "bias_hh"}
+    assert not list(cell.children()) and cell.weight is cell.weight_hh
+    cell.reset_parameters(zero=True)
+    assert not any(parameter.any() for parameter in cell.parameters())
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_cell_compiles_to_one_graph(name):
+    cell = make_cell(name, dtype=torch.float32)
+    x, mask = torch.randn(3, 7, 4), torch.tensor(MASKS["holes"], dtype=torch.bool)
+    compiled = torch.compile(cell, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, None, mask)[0], cell(x, None, mask)[0])
+
+
+def test_no_recurrence_is_the_identity():
+    cell = build_cell("none", 4)
+    x = torch.randn(2, 3, 4)
+    assert cell(x)[0] is x and not list(cell.parameters())
+
+
+def test_bad_cells_are_refused():
+    with pytest.raises(ValueError, match="Unknown cell 'elman'; choose one of 'rnn', 'gru', 'lstm', 'none'"):
+        build_cell("elman", 4)
+    with pytest.raises(ValueError, match="must be even, got 3"):
+        build_cell("rnn", 3, bidirectional=True)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        build_cell("rnn", 0)
+    assert set(CELLS) == {*RECURRENT, "none"}
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_segments_are_run_as_sequences_of_their_own(name):
+    cell = make_cell(name)
+    segment_ids = torch.tensor([[5, 5, 5, 2, 2, 9, 9], [0, 1, 0, 1, 0, 1, 1]])
+    mask = torch.tensor([[1, 0, 1, 1, 1, 1, 0], [1] * 7], dtype=torch.bool)
+    x = torch.randn(2, 7, 4, dtype=torch.float64, requires_grad=True)
+    segments = Segments(segment_ids, mask)
+    joined = segments.join(cell(segments.split(x), None, segments.mask)[0])
+    for row in range(2):
+        for segment in segment_ids[row].unique():
+            tokens = (segment_ids[row] == segment) & mask[row]
+            alone, _ = cell(x[row, tokens][None])
+            torch.testing.assert_close(joined[row, tokens], alone[0], rtol=0, atol=1e-14)
+    assert not joined[~mask].any()
+    joined.sum().backward()
+    assert x.grad[mask].abs().sum(-1).gt(0).all() and not x.grad[~mask].any()
+
+
+def test_segments_of_nothing_but_padding():
+    segments = Segments(torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3, dtype=torch.bool))
+    x = torch.randn(2, 3, 4)
+    cell = build_cell("rnn", 4)
+    assert not segments.join(cell(segments.split(x), None, segments.mask)[0]).any()
