@@ -259,6 +259,9 @@ def test_a_plain_checkpoint_is_a_start(backbone, tmp_path):
     else:  # PyTorch's own, uniform up to 1 / sqrt(12)
         assert 0.25 < new.weight.abs().max() < 0.29
         assert 0.2 < new.bias.abs().max() < 0.29
+        attention = T5.model_class(T5.config_class(**T5.sizes, **VISUAL, cross_attn_type=4)).encoder._multi_head_attn
+        assert not attention.out_proj.bias.any()
+        assert attention.in_proj_weight.abs().max() < (6 / 64) ** 0.5
     with pytest.raises(ValueError, match="not beside it"):
         backbone.model_class.from_plain_checkpoint(tmp_path, config=model.config, cross_attn_type=2)
 

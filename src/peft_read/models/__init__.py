@@ -2,10 +2,13 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 
+from .moment_detr import MomentDetrConfig, MomentDetrForTemporalGrounding
 from .vg_bart import VGBartConfig, VGBartForConditionalGeneration, VGBartModel
 from .vg_t5 import VGT5Config, VGT5ForConditionalGeneration
 
 __all__ = [
+    "MomentDetrConfig",
+    "MomentDetrForTemporalGrounding",
     "VGBartConfig",
     "VGBartForConditionalGeneration",
     "VGBartModel",
@@ -13,8 +16,10 @@ __all__ = [
     "VGT5ForConditionalGeneration",
 ]
 
+AutoConfig.register("moment_detr", MomentDetrConfig)
 AutoConfig.register("vg_bart", VGBartConfig)
 AutoConfig.register("vg_t5", VGT5Config)
+AutoModel.register(MomentDetrConfig, MomentDetrForTemporalGrounding)
 AutoModel.register(VGBartConfig, VGBartModel)
 AutoModelForSeq2SeqLM.register(VGBartConfig, VGBartForConditionalGeneration)
 AutoModelForSeq2SeqLM.register(VGT5Config, VGT5ForConditionalGeneration)

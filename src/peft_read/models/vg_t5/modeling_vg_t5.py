@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.t5.modeling_t5 import T5Stack
@@ -40,6 +41,8 @@ class VGT5Encoder(VisionGuidance, T5Stack):
         if isinstance(module, nn.Linear | nn.MultiheadAttention) and any(module is part for part in visual):
             reset = module.reset_parameters if isinstance(module, nn.Linear) else module._reset_parameters
             reset()
+            if isinstance(module, NonDynamicallyQuantizableLinear):  # the output projection of PyTorch's attention
+                nn.init.zeros_(module.bias)
         else:
             super()._init_weights(module)
 

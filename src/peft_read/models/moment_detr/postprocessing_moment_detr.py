@@ -1,0 +1,89 @@
+"""From Moment-DETR's outputs to ranked windows in seconds and to highlight scores, as its evaluation writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...spans import centre_width_to_start_end, clips_to_seconds, temporal_nms
+from .configuration_moment_detr import MomentDetrConfig
+
+__all__ = ["highlight_scores", "ranked_windows"]
+
+
+@torch.no_grad()
+def ranked_windows(
+    pred_logits: Tensor,
+    pred_spans: Tensor,
+    duration_seconds: Sequence[float],
+    *,
+    config: MomentDetrConfig,
+    clip_seconds: float | None = 2.0,
+    longest_seconds: float = 150.0,
+    nms_threshold: float | None = None,
+) -> list[list[list[float]]]:
+    """Windows (start, end, score) of every video by descending score, in the numbers of the official submission.
+
+    The score of a regressed span is its foreground probability; that of a classified span (`"ce"`) is the product of
+    the probabilities of its first and last clip. Every number is rounded to 4 decimals, windows are then clamped to
+    [0, longest_seconds] and rounded to whole clips (half to even), all in float32 as in the original.
+
+    Args:
+        pred_logits: (B, Q, 2).
+        pred_spans: (B, Q, 2) or (B, Q, 2 bins).
+        duration_seconds: length of each video; not used with `"ce"` spans, whose unit is the clip.
+        config: the model's configuration.
+        clip_seconds: length of a clip; None leaves windows of regressed spans as they are, not rounded to clips.
+        longest_seconds: upper end of every window.
+        nms_threshold: drop windows that overlap a better one by more (see `temporal_nms`); None: keep all.
+
+    Returns:
+        A list of rows [start, end, score] a video.
+
+    Raises:
+        ValueError: there is not one duration a video, or `"ce"` spans come without a clip length.
+    """
+    if len(duration_seconds) != len(pred_logits):
+        raise ValueError(f"{len(duration_seconds)} durations for {len(pred_logits)} videos")
+    pred_logits, pred_spans = pred_logits.float().cpu(), pred_spans.float().cpu()
+    if config.span_loss_type == "l1":
+        scores = pred_logits.softmax(-1)[..., 0]
+        durations = torch.tensor(duration_seconds, dtype=torch.float32)
+        windows = centre_width_to_start_end(pred_spans) * durations[:, None, None]
+    else:
+        if clip_seconds is None:
+            raise ValueError("span_loss_type='ce' names clips: pass clip_seconds")
+        best, clips = pred_spans.unflatten(-1, (2, -1)).softmax(-1).max(-1)  # (B, Q, 2)
+        scores, windows = best.prod(-1), clips_to_seconds(clips, clip_seconds)
+    results = []
+    for rows in torch.cat((windows, scores.unsqueeze(-1)), dim=-1).tolist():
+        ranked = sorted(rows, key=lambda row: row[2], reverse=True)
+        table = torch.tensor([[_four_decimals(value) for value in row] for row in ranked], dtype=torch.float32)
+        bounds = table[:, :2].clamp(0, longest_seconds)
+        if clip_seconds is not None:
+            bounds = torch.round(bounds / clip_seconds) * clip_seconds
+        final = [
+            [*bound, _four_decimals(score)] for bound, score in zip(bounds.tolist(), table[:, 2].tolist(), strict=True)
+        ]
+        results.append(final if nms_threshold is None else temporal_nms(final, nms_threshold))
+    return results
+
+
+@torch.no_grad()
+def highlight_scores(saliency_scores: Tensor, video_mask: Tensor, *, half_precision: bool = True) -> list[list[float]]:
+    """The highlight scores of every video's real clips.
+
+    Args:
+        saliency_scores: (B, L).
+        video_mask: (B, L), non-zero = real, real clips first.
+        half_precision: round to float16 first, as the original does before it writes a submission.
+    """
+    scores = saliency_scores.half() if half_precision else saliency_scores
+    lengths = video_mask.ne(0).sum(1).tolist()
+    return [row[:length].tolist() for row, length in zip(scores.cpu(), lengths, strict=True)]
+
+
+def _four_decimals(value: float) -> float:
+    return float(f"{value:.4f}")
