@@ -40,9 +40,9 @@ from transformers import (
     set_seed,
 )
 from transformers.models.bart.modeling_bart import BartEncoder
-from transformers.trainer_utils import get_last_checkpoint
 
 from peft_read import PVLAConfig, PVLALossMixin, READConfig
+from peft_read.alignment import last_whole_checkpoint
 from peft_read.baselines import train_only
 from peft_read.data import FeatureStore, How2Collator, generate_how2_mini, load_how2, write_how2_mini
 from peft_read.metrics import rouge_scores
@@ -321,7 +321,7 @@ class Run:
             result["rouge_before"], before = self.measure(trainer, "before")
         if script.method == "none":
             return result | {"rouge_after": result["rouge_before"], "examples": self.examples(before, before)}
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(training.output_dir) or None)
+        trainer.train(resume_from_checkpoint=last_whole_checkpoint(training.output_dir))
         result["log"] = trainer.state.log_history
         result["rouge_after"], after = self.measure(trainer, "after")
         result["examples"] = self.examples(before, after)
@@ -416,7 +416,7 @@ def prepare_output(script: ScriptArguments, training: TrainingArguments) -> None
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "run.json"
     now = {**asdict(script), **{k: v for k, v in training.to_dict().items() if k in RUN_ARGUMENTS}}
-    if path.exists() and get_last_checkpoint(str(folder)):
+    if path.exists() and last_whole_checkpoint(folder):
         then = json.loads(path.read_text(encoding="utf-8"))
         if changed := sorted(k for k in now if now[k] != then.get(k)):
             raise ValueError(
@@ -430,7 +430,7 @@ def prepare_output(script: ScriptArguments, training: TrainingArguments) -> None
 def remove_checkpoints(folder: Path) -> None:
     """What is left is the adapter; a finished run that is started again starts anew."""
     for checkpoint in folder.rglob("checkpoint-*"):
-        if (checkpoint / "trainer_state.json").exists():
+        if checkpoint.is_dir():
             shutil.rmtree(checkpoint)
 
 

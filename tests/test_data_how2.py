@@ -65,7 +65,7 @@ def test_how2_mini_keeps_its_promises():
         assert len(named) > len(clip.steps), "something named must remain untouched"
         told = [word for word in clip.summary.split() if word in domain.verbs]
         assert told == [verb for verb, _ in clip.steps]
-    in_order = [[w for w in c.transcript.split() if w in dict((n, v) for v, n in c.steps)] for c in clips]
+    in_order = [[w for w in c.transcript.split() if w in {n: v for v, n in c.steps}] for c in clips]
     assert any(order != [noun for _, noun in c.steps] for order, c in zip(in_order, clips, strict=True))
 
 

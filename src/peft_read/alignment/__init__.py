@@ -4,7 +4,7 @@ from .aligner import Aligner, PVLAConfig
 from .loss import DISTANCES, AlignmentDistance, PVLALoss, alignment_distance
 from .recorder import AlignedBlock, Recording
 from .streams import PRESETS, Stream, preset_streams
-from .trainer import PVLALossMixin
+from .trainer import PVLALossMixin, last_whole_checkpoint
 
 __all__ = [
     "DISTANCES",
@@ -18,5 +18,6 @@ __all__ = [
     "Recording",
     "Stream",
     "alignment_distance",
+    "last_whole_checkpoint",
     "preset_streams",
 ]

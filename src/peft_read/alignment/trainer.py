@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 from .aligner import Aligner, PVLAConfig
 from .loss import AlignmentDistance
 
-__all__ = ["PVLALossMixin"]
+__all__ = ["PVLALossMixin", "last_whole_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +119,14 @@ class PVLALossMixin(_Base):
         loss = loss + self._aligner.config.weight_at(self._progress) * pvla.to(loss.dtype)
         return (loss, outputs) if return_outputs else loss
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in the Trainer; `resume_from_checkpoint=True` takes the last checkpoint that was written whole."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"{self.args.output_dir} holds no whole checkpoint to resume from")
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As in the Trainer; where it generates, one more forward pass under `no_grad` measures the alignment."""
         before = self._eval_sums.examples if self._aligner is not None else 0
@@ -195,12 +206,36 @@ class PVLALossMixin(_Base):
             return loss
         tokens = labels.ne(-100).sum()
         if self._task_loss_is_local_mean is None and self.model_accepts_loss_kwargs:
-            self._task_loss_is_local_mean = _is_local_mean(outputs, logits, labels, tokens, num_items_in_batch)
+            # Trainer has multiplied the loss by the number of processes, against DDP's averaging.
+            factor = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            self._task_loss_is_local_mean = _is_local_mean(loss / factor, logits, labels, tokens, num_items_in_batch)
         if not self._task_loss_is_local_mean:
             return loss
         # A micro-batch without any label has the mean of nothing, NaN; it contributes nothing.
         scaled = loss * (tokens / num_items_in_batch)
         return torch.where(tokens > 0, scaled, logits.sum() * 0)
+
+
+def last_whole_checkpoint(folder: str | Path) -> str | None:
+    """The newest `checkpoint-<step>` in a folder that was written to its end, None if there is none.
+
+    A process that is killed while it saves leaves a folder without its last file, the trainer's state, or with half
+    of it; transformers' own `get_last_checkpoint` would return that folder.
+    """
+    found = [
+        (int(match.group(1)), path)
+        for path in Path(folder).glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and _is_whole(path)
+    ]
+    return str(max(found)[1]) if found else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 class _Sums:
@@ -229,7 +264,7 @@ def _batch_size(batch: Mapping[str, Any]) -> int:
 
 
 def _is_local_mean(
-    outputs: Mapping[str, Any], logits: Tensor, labels: Tensor, tokens: Tensor, num_items_in_batch: Tensor | int
+    loss: Tensor, logits: Tensor, labels: Tensor, tokens: Tensor, num_items_in_batch: Tensor | int
 ) -> bool | None:
     """Whether the model divided its cross-entropy by its own tokens; None while both readings agree."""
     if int(tokens) == 0 or int(tokens) == int(num_items_in_batch) or logits.shape[:-1] != labels.shape:
@@ -238,7 +273,7 @@ def _is_local_mean(
         summed = nn.functional.cross_entropy(
             logits.float().flatten(0, -2), labels.flatten().to(logits.device), reduction="sum"
         )
-        reported = float(outputs["loss"])
+        reported = float(loss)
         local_mean, exact = float(summed / tokens), float(summed / num_items_in_batch)
     if abs(reported - exact) <= 1e-3 * abs(exact):
         return False

@@ -1,0 +1,93 @@
+"""Run by torchrun on two CPU processes: gradients of DDP and FSDP2 against those of one process.
+
+torchrun --nproc_per_node 2 tests/distributed_checks.py ddp|fsdp2 <folder> [family]
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from peft import get_peft_model
+from test_alignment_trainer import (
+    AlignedTrainer,
+    collate,
+    items,
+    one_step,
+    pvla_config,
+    reference_gradient,
+    relative_error,
+    tiny_model,
+)
+
+from peft_read import Aligner, READConfig
+
+WORLD_SIZE = 2
+
+
+def check_ddp(folder: Path) -> None:
+    """Two processes x accumulation 2 x batch 4 = one batch of 16, with unequal label counts."""
+    for family in ("bart", "t5", "gpt2", "llama"):
+        for find_unused in (None, True, False):
+            found, log = one_step(
+                family,
+                folder / family,
+                batch_size=4,
+                accumulation=2,
+                trainer_class=AssertingTrainer,
+                ddp_backend="gloo",
+                ddp_find_unused_parameters=find_unused,
+            )
+            expected, task, pvla = reference_gradient(family, items(family))
+            error = relative_error(found, expected)
+            assert error < 1e-5, (family, find_unused, error)
+            assert abs(log[0]["task_loss"] - task) < 1e-4 * task, (family, log[0], task)
+            assert abs(log[0]["pvla_loss"] - pvla) < 1e-4 * pvla, (family, log[0], pvla)
+            if family != "bart":
+                break
+
+
+class AssertingTrainer(AlignedTrainer):
+    def training_step(self, model, *args, **kwargs):
+        assert self.accelerator.num_processes == WORLD_SIZE
+        assert type(model).__name__ == "DistributedDataParallel"
+        return super().training_step(model, *args, **kwargs)
+
+
+def check_fsdp2(folder: Path) -> None:
+    """READ + PVLA under fully_shard per block: loss and gradients of the unsharded model."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    dist.init_process_group("gloo")
+    assert dist.get_world_size() == WORLD_SIZE
+    batch = collate(items("bart"))
+
+    def gradients(shard: bool) -> tuple[float, torch.Tensor]:
+        torch.manual_seed(0)
+        config = READConfig(r=2, target_modules=["fc2"], init_weights=False)
+        model = get_peft_model(tiny_model("bart"), config)
+        if shard:
+            base = model.get_base_model().model
+            for layer in [*base.encoder.layers, *base.decoder.layers]:
+                fully_shard(layer)
+            fully_shard(model)
+        aligner = Aligner(model, pvla_config("bart"))
+        with aligner.record() as recording:
+            outputs = model(**batch)
+        loss = outputs.loss + aligner.loss(recording, batch, outputs)
+        loss.backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        whole = [g.full_tensor() if isinstance(g, DTensor) else g for g in grads]
+        return float(loss.detach()), torch.cat([g.flatten() for g in whole])
+
+    (plain_loss, plain), (sharded_loss, sharded) = gradients(False), gradients(True)
+    assert plain.abs().max() > 0
+    assert abs(plain_loss - sharded_loss) < 1e-5 * abs(plain_loss)
+    assert relative_error(sharded.double(), plain.double()) < 1e-5
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    {"ddp": check_ddp, "fsdp2": check_fsdp2}[sys.argv[1]](Path(sys.argv[2]))
