@@ -8,6 +8,8 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
 
 __all__ = ["MixedRows", "copies_in_generate", "mixed_batch", "mixed_rows"]
 
@@ -27,8 +29,8 @@ class MixedRows:
         self.copies = copies
         self.adapters = [name for name in dict.fromkeys(self.names) if name != BASE]
 
-    def rows_of(self, adapter: str, batch: int, device: torch.device) -> torch.Tensor:
-        """The rows (n,) of a batch that an adapter serves.
+    def names_of(self, batch: int) -> list[str]:
+        """The adapter of each row of a batch that the model makes of the user's.
 
         Raises:
             ValueError: if the batch has neither the rows of the user's batch nor their copies.
@@ -42,8 +44,16 @@ class MixedRows:
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(self.names)} and {batch} respectively."
             )
-        rows = [i for i, name in enumerate(self.names) for _ in range(copies)]
-        return torch.tensor([i for i, row in enumerate(rows) if self.names[row] == adapter], device=device)
+        return [name for name in self.names for _ in range(copies)]
+
+    def rows_of(self, adapter: str, batch: int, device: torch.device) -> torch.Tensor:
+        """The rows (n,) of a batch that an adapter serves."""
+        names = self.names_of(batch)
+        return torch.tensor([i for i, name in enumerate(names) if name == adapter], dtype=torch.long, device=device)
+
+    def tell_saved_module(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        """Forward pre-hook of a module trained as a whole, which peft lets choose its copy by `adapter_names`."""
+        return args, {**kwargs, "adapter_names": self.names_of(len(args[0]))} if args else kwargs
 
 
 _CURRENT: ContextVar[MixedRows | None] = ContextVar("peft_read_mixed_rows", default=None)
@@ -56,13 +66,24 @@ def mixed_rows() -> MixedRows | None:
 
 
 @contextmanager
-def mixed_batch(names: Sequence[str], *, copies: int = 1) -> Iterator[None]:
-    """Serve each row by its own adapter for the time of one call."""
-    token = _CURRENT.set(MixedRows(names, copies))
+def mixed_batch(model: nn.Module, names: Sequence[str], *, copies: int = 1) -> Iterator[None]:
+    """Serve each row by its own adapter for the time of one call.
+
+    Args:
+        model: whose modules trained as a whole (`modules_to_save`) are to follow.
+        names: an adapter's name for each row.
+        copies: how many rows `generate` makes of each.
+    """
+    rows = MixedRows(names, copies)
+    saved = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    handles = [module.register_forward_pre_hook(rows.tell_saved_module, with_kwargs=True) for module in saved]
+    token = _CURRENT.set(rows)
     try:
         yield
     finally:
         _CURRENT.reset(token)
+        for handle in handles:
+            handle.remove()
 
 
 def copies_in_generate(kwargs: dict[str, Any]) -> int:

@@ -212,7 +212,7 @@ class READModel(BaseTuner):
         unknown = sorted(set(names) - {"__base__"} - set(self.peft_config))
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        with mixed_batch(names, copies=copies_in_generate(kwargs)):
+        with mixed_batch(self.model, names, copies=copies_in_generate(kwargs)):
             yield
 
     def _check_merge_allowed(self) -> None:
