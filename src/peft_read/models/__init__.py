@@ -3,12 +3,15 @@
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 
 from .moment_detr import MomentDetrConfig, MomentDetrForTemporalGrounding
+from .umt import UMTConfig, UMTForTemporalGrounding
 from .vg_bart import VGBartConfig, VGBartForConditionalGeneration, VGBartModel
 from .vg_t5 import VGT5Config, VGT5ForConditionalGeneration
 
 __all__ = [
     "MomentDetrConfig",
     "MomentDetrForTemporalGrounding",
+    "UMTConfig",
+    "UMTForTemporalGrounding",
     "VGBartConfig",
     "VGBartForConditionalGeneration",
     "VGBartModel",
@@ -17,9 +20,11 @@ __all__ = [
 ]
 
 AutoConfig.register("moment_detr", MomentDetrConfig)
+AutoConfig.register("umt", UMTConfig)
 AutoConfig.register("vg_bart", VGBartConfig)
 AutoConfig.register("vg_t5", VGT5Config)
 AutoModel.register(MomentDetrConfig, MomentDetrForTemporalGrounding)
+AutoModel.register(UMTConfig, UMTForTemporalGrounding)
 AutoModel.register(VGBartConfig, VGBartModel)
 AutoModelForSeq2SeqLM.register(VGBartConfig, VGBartForConditionalGeneration)
 AutoModelForSeq2SeqLM.register(VGT5Config, VGT5ForConditionalGeneration)
