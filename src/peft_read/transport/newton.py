@@ -30,8 +30,8 @@ __all__ = ["fill_rows", "solve_newton"]
 WARM_SWEEPS = 3
 LONGEST_STEP = 20.0  # of one log potential in one step; where the dual is flat Newton's step knows no limit
 LINE_SEARCH_TRIALS = 10
-FLAT = 0.3  # a slope of at most this share of the first one counts as the top
-ROUNDING = {torch.float32: 2e-6, torch.float64: 1e-14}  # of a column sum, relative
+FLAT = 0.5  # a slope of at most this share of the first one counts as the top
+ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-14}  # of a column sum, relative
 CHEAPEST = 0.01  # mean cost of the plan over the range of the cost, below which the accuracy is relative to the range
 # Of a matrix with entries of order 1: where the dual is flatter than this, the gradient is rounding.
 RIDGE = {torch.float32: 1e-7, torch.float64: 1e-14}
@@ -51,7 +51,7 @@ class _Dual:
     cols: Tensor  # (P, M)
     log_rows: Tensor
     log_cols: Tensor
-    total: Tensor  # (P,)
+    total: Tensor  # (P, 1)
     rows_full: Tensor  # (P, 1) bool
     cols_full: Tensor  # (P, 1) bool
 
@@ -65,7 +65,7 @@ class _Dual:
             problem.cols,
             finite_log(problem.rows),
             finite_log(problem.cols),
-            problem.total,
+            problem.total[:, None],
             problem.rows_full[:, None],
             problem.cols_full[:, None],
         )
@@ -79,7 +79,7 @@ class _Dual:
     def penalised(self) -> bool:
         return self.problem.penalty is not None
 
-    def rows_at(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def rows_at(self, y: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Fills the rows for log v = y, (P, M).
 
         Returns:
@@ -89,7 +89,7 @@ class _Dual:
         if self.penalised:
             log_mass = torch.zeros_like(level[:, :1])
         else:
-            log_mass = fill_rows(self.rows, level, self.total, self.rows_full)
+            log_mass = fill_rows(self.rows, level, self.total, self.rows_full, start)
         return level, log_mass, self.kernel.log_col_sums(self.left(level, log_mass))
 
     def left(self, level: Tensor, log_mass: Tensor) -> Tensor:
@@ -109,86 +109,97 @@ class _Dual:
         return torch.where(self.cols_full, y - top, shifted.clamp_max(0))
 
 
-def fill_rows(rows: Tensor, level: Tensor, total: Tensor, rows_full: Tensor) -> Tensor:
+def fill_rows(rows: Tensor, level: Tensor, total: Tensor, rows_full: Tensor, start: Tensor | None = None) -> Tensor:
     """The log w such that Σ_i min(a_i, w r_i) = s, where level_i = log a_i - log r_i.
 
-    The sum is concave and piecewise linear in w, so Newton's method from the left climbs to the root without passing
-    it, in as many steps as new groups of rows fill up.
+    The sum is concave and piecewise linear in w, so Newton's method climbs to the root without passing it, in as many
+    steps as new groups of rows fill up; from the right its first step goes to the left of the root.
 
     Args:
         rows: (P, N) weights a.
-        level: (..., P, N), the log w at which a row is full; +inf on padding.
-        total: (P,) the mass s.
+        level: (P, N), the log w at which a row is full; +inf on padding.
+        total: (P, 1) the mass s.
         rows_full: (P, 1), problems in which every row is full: their log w is 0.
+        start: (P, 1), a guess.
 
     Returns:
-        (..., P, 1).
+        (P, 1).
     """
-    lowest = level.amin(-1, keepdim=True)
-    total = total[:, None]
-    log_mass = lowest + (total / (rows * (lowest - level).exp()).sum(-1, keepdim=True)).log()
+    log_mass = _lower_bound(rows, level, total) if start is None else start
+    last_full = None
     for _ in range(FILL_ITERATIONS):
-        flow = rows * (log_mass - level).clamp_max(0).exp()
-        full = level <= log_mass
-        held = torch.where(full, rows, 0).sum(-1, keepdim=True)
-        step = ((total - held) / torch.where(full, 0, flow).sum(-1, keepdim=True)).log()
-        step = torch.where(rows_full | (step <= 1e-14), 0, step)  # NaN, where no row is left, ends as "no step" too
-        step = step.nan_to_num(0.0, 0.0, 0.0)
-        log_mass = log_mass + step
-        if not bool(step.any()):
+        gap = log_mass - level
+        full = gap >= 0
+        if last_full is not None and bool((full == last_full).all()):
             break
+        held = (rows * full).sum(-1, keepdim=True)
+        flow = torch.where(full, 0, rows * gap.clamp_max(0).exp()).sum(-1, keepdim=True)
+        step = ((total - held) / flow).log()
+        if start is not None and last_full is None:
+            bound = _lower_bound(rows, level, total)
+            log_mass = torch.where(step.isfinite(), log_mass + step, bound)
+        else:
+            log_mass = torch.where(step > 0, log_mass + step, log_mass)
+        last_full = full
     return torch.where(rows_full, 0, log_mass)
 
 
-def solve_newton(problem: Problem, *, dtype: torch.dtype, log_domain: bool, tol: float, max_iter: int) -> Scaling:
+def _lower_bound(rows: Tensor, level: Tensor, total: Tensor) -> Tensor:
+    """The log w that would do if no row could be full, (P, 1)."""
+    lowest = level.amin(-1, keepdim=True)
+    return lowest + (total / (rows * (lowest - level).exp()).sum(-1, keepdim=True)).log()
+
+
+def solve_newton(problem: Problem, kernel: Kernel, *, tol: float, max_iter: int) -> Scaling:
     """Solves every problem until one more half sweep would move less than `tol` of its mass.
 
     Args:
-        problem: P problems.
-        dtype: of the matrices; the vectors are float64 always.
-        log_domain: whether exp(-C / reg) would leave the range of `dtype`.
+        problem: P problems; the columns should be the shorter side.
+        kernel: their kernel; the vectors are float64 whatever its dtype.
         tol: the relative mass at which a problem is done.
         max_iter: Newton steps at most.
     """
-    if problem.cost.shape[-2] < problem.cost.shape[-1]:
-        return solve_newton(problem.mT, dtype=dtype, log_domain=log_domain, tol=tol, max_iter=max_iter).mT
+    dtype = kernel.dtype
     count = len(problem.cost)
     y_found = torch.zeros_like(problem.cols)
     left_found = torch.zeros_like(problem.rows)
     n_iter = torch.full((count,), max_iter, device=problem.cost.device)
     converged = torch.zeros(count, dtype=torch.bool, device=problem.cost.device)
 
-    dual = _Dual.of(problem, Kernel(problem, dtype, log_domain))
-    y = torch.zeros_like(problem.cols)
+    dual = _Dual.of(problem, kernel)
+    floor = ROUNDING[dtype] * (1 + problem.rows.shape[-1] / 128)
+    y, log_mass = torch.zeros_like(problem.cols), None
     for _ in range(WARM_SWEEPS):
-        y = dual.feasible(dual.ascent(dual.rows_at(y)[2]))
+        _, log_mass, pull = dual.rows_at(y, log_mass)
+        y = dual.feasible(dual.ascent(pull))
     for step in range(max_iter + 1):
-        level, log_mass, pull = dual.rows_at(y)
+        level, log_mass, pull = dual.rows_at(y, log_mass)
         cols = (y + pull).exp()
         move = dual.ascent(pull) - y
         moved = (cols * move.expm1().abs()).sum(-1) / cols.sum(-1).clamp_min(torch.finfo(dtype).tiny)
-        done = moved <= max(tol, ROUNDING[dtype])
+        done = moved <= max(tol, floor)
         if bool(done.any()):
-            strict = (_price(dual, done, level, log_mass, y) * tol).clamp_min(ROUNDING[dtype])
-            done[done.clone()] = moved[done] <= strict
+            chosen = done.nonzero()[:, 0]
+            strict = (_price(dual, chosen, level, log_mass, y) * tol).clamp_min(floor)
+            done[chosen] = moved[chosen] <= strict
         last = step == max_iter
         if last or bool(done.any()):
             # The rows are exact; scaling the overfull columns down makes the plan feasible at the price of the mass
             # that they had too much, at most `tol` of it.
-            here = dual.index if last else dual.index[done]
-            part = slice(None) if last else done
+            part = torch.ones_like(done) if last else done
+            here = dual.index[part]
             cap = torch.where(dual.cols > 0, dual.log_cols - pull, 0)
             y_found[here] = torch.minimum(y, cap)[part]
             left_found[here] = dual.left(level, log_mass)[part]
             converged[here] = done[part]
             n_iter[here] = step
-            if last or bool(done.all()):
+            if bool(part.all()):
                 break
             keep = (~done).nonzero()[:, 0]
             dual = dual.select(keep)
             y, level, log_mass, cols = y[keep], level[keep], log_mass[keep], cols[keep]
         direction = _newton_direction(dual, y, level, log_mass, cols)
-        pull = _line_search(dual, y, direction, cols)
+        log_mass, pull = _line_search(dual, y, direction, cols, log_mass)
         y = dual.feasible(dual.ascent(pull))
     return Scaling(left_found, y_found, n_iter, converged)
 
@@ -199,15 +210,15 @@ def _price(dual: _Dual, chosen: Tensor, level: Tensor, log_mass: Tensor, y: Tens
     A cheap plan in a matrix of dear entries is the hard case: there a little mass in the wrong place is a large share
     of the cost.
     """
-    part, problem = dual.select(chosen), dual.problem
-    plan = part.kernel.plan(part.left(level[chosen], log_mass[chosen]), y[chosen])
-    cost = (plan * problem.cost[part.index]).sum((-2, -1)) / plan.sum((-2, -1)).clamp_min(torch.finfo(plan.dtype).tiny)
-    spread = (problem.high - problem.low)[part.index]
+    problem, index = dual.problem, dual.index[chosen]
+    plan = dual.kernel.plan(dual.left(level, log_mass)[chosen], y[chosen], chosen)
+    cost = (plan * problem.cost[index]).sum((-2, -1)) / plan.sum((-2, -1)).clamp_min(torch.finfo(plan.dtype).tiny)
+    spread = (problem.high - problem.low)[index]
     return (cost.abs() / spread).nan_to_num(1.0).clamp(CHEAPEST, 1)
 
 
-def _line_search(dual: _Dual, y: Tensor, direction: Tensor, cols: Tensor) -> Tensor:
-    """Goes up along a direction, and returns log(K' w u) at the point reached.
+def _line_search(dual: _Dual, y: Tensor, direction: Tensor, cols: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:
+    """Goes up along a direction, and returns log w and log(K' w u) at the point reached.
 
     The dual is concave, so its slope says it all: where the slope is still positive the dual has only risen, and a
     slope of nearly 0 is the top. Slopes stand above rounding where differences of the dual itself do not. The full
@@ -226,7 +237,7 @@ def _line_search(dual: _Dual, y: Tensor, direction: Tensor, cols: Tensor) -> Ten
         free = y + length[:, None] * direction
         inside = dual.cols_full | (free <= 0)
         point = torch.where(inside, free, 0)
-        pull = dual.rows_at(point)[2]
+        _, log_mass, pull = dual.rows_at(point, log_mass)
         slope = (dual.cols - (point + pull).exp()) * direction
         # A column that stopped at its bound moves no further; but if the dual falls there, it should not have come.
         slope = torch.where(inside, slope, slope.clamp_max(0)).sum(-1)
@@ -245,8 +256,8 @@ def _line_search(dual: _Dual, y: Tensor, direction: Tensor, cols: Tensor) -> Ten
         length = torch.where(settled, found, between)
     if bool((found != length).any()):
         free = y + found[:, None] * direction
-        pull = dual.rows_at(torch.where(dual.cols_full, free, free.clamp_max(0)))[2]
-    return pull
+        _, log_mass, pull = dual.rows_at(torch.where(dual.cols_full, free, free.clamp_max(0)), log_mass)
+    return log_mass, pull
 
 
 def _newton_direction(dual: _Dual, y: Tensor, level: Tensor, log_mass: Tensor, cols: Tensor) -> Tensor:

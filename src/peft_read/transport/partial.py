@@ -6,20 +6,20 @@ import warnings
 import torch
 from torch import Tensor
 
-from . import exact
+from . import exact, fast
 from .dykstra import solve_dykstra
 from .gradients import ImplicitPlan
-from .newton import solve_newton
 from .paper import printed_algorithm
 from .plan import TransportPlan
 from .problem import Kernel, Problem, domain_for, relative_range
 
 __all__ = ["partial_optimal_transport"]
 
-METHODS = ("auto", "newton", "dykstra", "paper", "exact")
+METHODS = ("auto", "newton", "numba", "triton", "dykstra", "paper", "exact")
 GRADIENTS = ("envelope", "implicit", "unrolled")
 MARGINALS = ("uniform", "count")
-DEFAULT_ITERATIONS = {"newton": 100, "dykstra": 20_000, "paper": 1_000, "exact": 0}
+DEFAULT_ITERATIONS = {"dykstra": 20_000, "paper": 1_000}
+NEWTON_STEPS = 100
 LARGEST_RELATIVE_RANGE = 1e4  # of (max C - min C) / reg: beyond it float64 log potentials lose the fourth digit
 FULL = {torch.float32: 1e-6, torch.float64: 1e-12}  # a mass closer to everything than this is everything
 SAFETY = 0.05  # of `tol`: moved mass is a first-order quantity, its price can be above the mean cost
@@ -63,7 +63,8 @@ def partial_optimal_transport(
         row_mask: (..., N), non-zero = real; any dtype. Masks and weights broadcast over the leading shape.
         col_mask: (..., M), likewise.
         method: "newton" (any device), "dykstra" (the plain reference), "paper" (Algorithm 1 as printed: moves the
-            whole mass 1, ignores `mass` and `tol`), "exact" (no entropy; POT), or "auto", the fastest available.
+            whole mass 1, ignores `mass` and `tol`), "exact" (no entropy; POT), or "auto", the fastest that is
+            installed and fits, with the same answer; "numba" and "triton" insist on one of the fast paths.
         tol: relative accuracy asked of the cost.
         max_iter: at most so many Newton steps or sweeps; the default depends on the method.
         gradient: "envelope": ∂cost/∂C = T, the exact gradient of the regularised value; "implicit": the exact
@@ -144,7 +145,7 @@ def _solved(
     problem: Problem, method: str, tol: float, max_iter: int | None, gradient: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(plan, n_iter, converged); the plan carries the gradient that was asked for."""
-    max_iter = DEFAULT_ITERATIONS[method] if max_iter is None else max_iter
+    max_iter = DEFAULT_ITERATIONS.get(method, NEWTON_STEPS) if max_iter is None else max_iter
     if not len(problem.cost):
         return problem.cost, problem.total.long(), problem.total > 0
     if method != "exact" and relative_range(problem) > LARGEST_RELATIVE_RANGE:
@@ -163,14 +164,17 @@ def _solved(
         else:
             at_least = problem.cost.dtype if tol > 1e-6 else torch.float64
             dtype, log_domain = domain_for(problem, at_least)
-            if method == "newton":
-                scaling = solve_newton(
-                    problem, dtype=dtype, log_domain=log_domain, tol=tol * SAFETY, max_iter=max_iter
-                )
-            kernel = Kernel(problem, dtype, log_domain)
-            if scaling is None:
-                scaling = solve_dykstra(problem, kernel, tol=tol * SAFETY, max_iter=max_iter)
+            # Every solver but Dykstra's works on the shorter side, as columns.
+            tall = problem if problem.cost.shape[-2] >= problem.cost.shape[-1] or method == "dykstra" else problem.mT
+            kernel = Kernel(tall, dtype, log_domain)
+            if method == "dykstra":
+                scaling = solve_dykstra(tall, kernel, tol=tol * SAFETY, max_iter=max_iter)
+            else:
+                solver = fast.solver_for(method, tall, kernel)
+                scaling = solver(tall, kernel, tol=tol * SAFETY, max_iter=max_iter)
             plan = kernel.plan(scaling.log_left, scaling.log_right).to(problem.cost.dtype)
+            if tall is not problem:
+                plan, scaling = plan.mT, scaling.mT
             n_iter, converged = scaling.n_iter, scaling.converged
     if gradient == "implicit" and scaling is not None:
         plan = ImplicitPlan.apply(problem.cost, plan, scaling.log_left, scaling.log_right, problem)
@@ -306,7 +310,7 @@ def _checked_options(
         if method not in ("auto", "dykstra", "paper"):
             raise ValueError(f'gradient="unrolled" needs method="dykstra" or "paper", got {method!r}.')
         return "dykstra" if method == "auto" else method
-    return "newton" if method == "auto" else method
+    return method
 
 
 def _broadcasts(shape: torch.Size, target: tuple[int, ...]) -> bool:

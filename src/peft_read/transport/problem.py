@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -119,13 +120,19 @@ class Kernel:
         else:
             self.by_rows = torch.where(real, matrix.exp(), matrix.new_zeros(()))
         self.by_rows = self.by_rows.contiguous()
-        self.by_cols = self.by_rows.mT.contiguous()
+
+    @cached_property
+    def by_cols(self) -> Tensor:
+        """The transpose, stored as such, (P, M, N)."""
+        return self.by_rows.mT.contiguous()
 
     def select(self, index: Tensor) -> "Kernel":
         """The kernel of some of the problems."""
         part = object.__new__(Kernel)
         part.dtype, part.log_domain = self.dtype, self.log_domain
-        part.by_rows, part.by_cols = self.by_rows[index], self.by_cols[index]
+        part.by_rows = self.by_rows[index]
+        if "by_cols" in vars(self):
+            part.by_cols = self.by_cols[index]
         return part
 
     def log_row_sums(self, log_right: Tensor) -> Tensor:
@@ -136,12 +143,13 @@ class Kernel:
         """The log of K' u for log u of shape (P, N): (P, M) float64."""
         return _log_product(log_left, self.by_rows, self.log_domain)
 
-    def plan(self, log_left: Tensor, log_right: Tensor) -> Tensor:
-        """diag(u) K diag(v), (P, N, M) in the dtype of the kernel."""
-        left, right = log_left.to(self.by_rows.dtype), log_right.to(self.by_rows.dtype)
+    def plan(self, log_left: Tensor, log_right: Tensor, index: Tensor | None = None) -> Tensor:
+        """diag(u) K diag(v) of all or of some problems, (P, N, M) in the dtype of the kernel."""
+        matrix = self.by_rows if index is None else self.by_rows[index]
+        left, right = log_left.to(matrix.dtype), log_right.to(matrix.dtype)
         if self.log_domain:
-            return (self.by_rows + left[:, :, None] + right[:, None, :]).exp()
-        return self.by_rows * left.exp()[:, :, None] * right.exp()[:, None, :]
+            return (matrix + left[:, :, None] + right[:, None, :]).exp()
+        return matrix * left.exp()[:, :, None] * right.exp()[:, None, :]
 
 
 def _log_product(log_vector: Tensor, matrix: Tensor, log_domain: bool) -> Tensor:

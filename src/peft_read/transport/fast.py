@@ -1,0 +1,71 @@
+"""Which solver answers a stack of problems fastest here: compiled loops, a fused kernel, or plain torch."""
+
+import importlib.util
+import threading
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+from .newton import solve_newton
+from .problem import Kernel, Problem, Scaling
+
+__all__ = ["solver_for"]
+
+Solver = Callable[..., Scaling]
+
+
+def solver_for(method: str, problem: Problem, kernel: Kernel) -> Solver:
+    """The solver to call for "auto", "newton", "numba" or "triton".
+
+    Raises:
+        ImportError: where a fast path that was asked for by name is not installed.
+        ValueError: where it does not fit the problem.
+    """
+    if method == "newton":
+        return solve_newton
+    if method == "numba":
+        if not is_installed("numba"):
+            raise ImportError('method="numba" needs numba (`pip install "peft-read[fast]"`); "newton" does not.')
+        if not _numba_fits(problem, kernel):
+            raise ValueError(
+                'method="numba" works on the CPU, in float32, and where (max cost - min cost) / reg is at most 42; '
+                'use method="newton".'
+            )
+        from .compiled import solve_compiled
+
+        return solve_compiled
+    if _numba_fits(problem, kernel) and is_installed("numba"):
+        return _numba_once_compiled() or solve_newton
+    return solve_newton
+
+
+@cache
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported."""
+    return importlib.util.find_spec(package) is not None
+
+
+def _numba_fits(problem: Problem, kernel: Kernel) -> bool:
+    return problem.cost.device.type == "cpu" and kernel.dtype == torch.float32 and not kernel.log_domain
+
+
+def _numba_once_compiled() -> Solver | None:
+    """The numba solver, unless that would keep the caller waiting for a compiler.
+
+    Compiling takes many seconds, once per machine: numba keeps the machine code beside the package. Where it is
+    there, it is used from the first call on. Where it is not, a thread compiles it, and torch answers until then.
+    """
+    from . import compiled
+
+    if compiled.is_ready():
+        return compiled.solve_compiled
+    with _lock:
+        if not _threads:
+            _threads.append(threading.Thread(target=compiled.compile_now, name="peft_read-compile", daemon=True))
+            _threads[0].start()
+    return None
+
+
+_lock = threading.Lock()
+_threads: list[threading.Thread] = []
