@@ -1,5 +1,7 @@
 """Evaluation metrics as plain functions."""
 
+from .highlight_detection import tvsum_map, youtube_highlights_map
+from .moment_retrieval import evaluate_qvhighlights
 from .summarization import content_f1, rouge_scores
 
-__all__ = ["content_f1", "rouge_scores"]
+__all__ = ["content_f1", "evaluate_qvhighlights", "rouge_scores", "tvsum_map", "youtube_highlights_map"]
