@@ -1,6 +1,6 @@
 """READ as a method of peft; importing this package registers `PeftType.READ`."""
 
-from .registration import add_peft_type, register
+from .registration import add_peft_type, keep_cards_on_upload, register
 
 add_peft_type()
 
@@ -9,5 +9,6 @@ from .model import READModel  # noqa: E402
 from .scope import sequence_scope  # noqa: E402
 
 register(READConfig, READModel)
+keep_cards_on_upload()
 
 __all__ = ["READConfig", "READModel", "sequence_scope"]

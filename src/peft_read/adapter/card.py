@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from pathlib import Path
@@ -9,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import safe_open
 
 if TYPE_CHECKING:
     from .config import READConfig
 
-__all__ = ["TAGS", "update_model_card"]
+__all__ = ["TAGS", "renew_model_cards", "update_model_card"]
 
 TAGS = ("read", "peft-read", "arxiv:2312.06950")
 BEGIN, END = "<!-- peft-read: begin -->", "<!-- peft-read: end -->"
@@ -60,6 +61,22 @@ def update_model_card(folder: str | os.PathLike, config: READConfig, auto_mappin
         after = rest.partition(END)[2] if rest else before
         card.text = (before if rest else "") + section + (after if rest else f"\n\n{before.lstrip()}")
         card.save(path)
+
+
+def renew_model_cards(folder: str | os.PathLike, configs: dict[str, Any]) -> None:
+    """Write READ's part into the cards of all READ adapters that one model has saved below a folder.
+
+    Args:
+        folder: where the model was saved.
+        configs: the configuration of each adapter, by name.
+    """
+    for name, config in configs.items():
+        if config.peft_type != "READ":
+            continue
+        place = Path(folder) / ("" if name == "default" else name)
+        saved = place / CONFIG_NAME
+        mapping = json.loads(saved.read_text()).get("auto_mapping") if saved.exists() else None
+        update_model_card(place, config, mapping)
 
 
 def _section(trained: int, config: READConfig, auto_mapping: dict | None) -> str:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import peft
+from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
 
+from .card import renew_model_cards
 from .enum_extension import extend_str_enum
 
 TABLES: tuple[dict[Any, Any], dict[Any, Any]] = (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING)
 
-__all__ = ["PREFIX", "add_peft_type", "register"]
+__all__ = ["PREFIX", "add_peft_type", "keep_cards_on_upload", "register"]
 
 # Parameters, files and tables know READ by this prefix. The plain "read_" would match inside names such as
 # "thread_ff", and peft tests for prefixes with `in`.
@@ -56,3 +59,24 @@ def register(config_cls: type, model_cls: type) -> None:
         raise _claimed_by_someone_else(owner)
     for table, cls in zip(TABLES, (config_cls, model_cls), strict=True):
         table[PeftType.READ] = cls  # type: ignore[attr-defined]
+
+
+def keep_cards_on_upload() -> None:
+    """Let `PeftModel.push_to_hub` upload the card of a READ adapter.
+
+    transformers' `push_to_hub` saves the model, card and all, and then writes a card for transformers models over it.
+    Between that and the upload there is one door, this method; models without READ pass through it unchanged.
+    """
+    upload = getattr(PeftModel, "_upload_modified_files", None)
+    if upload is None or getattr(upload, "keeps_read_cards", False):
+        return
+
+    @functools.wraps(upload)
+    def upload_with_card(self: PeftModel, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(config.peft_type == "READ" for config in self.peft_config.values()):
+            self.create_or_update_model_card(str(working_dir))
+            renew_model_cards(working_dir, self.peft_config)
+        return upload(self, working_dir, *args, **kwargs)
+
+    upload_with_card.keeps_read_cards = True  # type: ignore[attr-defined]
+    PeftModel._upload_modified_files = upload_with_card  # type: ignore[method-assign, assignment]

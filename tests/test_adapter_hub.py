@@ -1,0 +1,150 @@
+"""The model card of a saved adapter, and pushing it to a Hub that is not there."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import LocalEntryNotFoundError
+from peft import PeftModel, get_peft_model
+from tiny_models import adapted, build
+from torch import nn
+
+from peft_read import READConfig
+
+
+def card_of(folder):
+    card = ModelCard.load(folder / "README.md")
+    return card, card.text
+
+
+@pytest.fixture
+def summariser():
+    base = build("bart")
+    base.name_or_path = base.config._name_or_path = "someone/tiny-bart"
+    settings = {"r": 2, "cell": "gru", "task_type": "SEQ_2_SEQ_LM", "rank_pattern": {r"layers\.0\.fc2": 4}}
+    return get_peft_model(base, READConfig(**settings, pvla={"mass": 0.5, "weight": 0.01}))
+
+
+def test_the_card_says_what_a_stranger_needs(tmp_path, summariser):
+    summariser.save_pretrained(tmp_path)
+    card, text = card_of(tmp_path)
+    assert {"read", "peft-read", "arxiv:2312.06950"} <= set(card.data.tags)
+    assert card.data.library_name == "peft" and card.data.base_model == "someone/tiny-bart"
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
+    assert code.splitlines()[:3] == [
+        "import peft_read",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForSeq2SeqLM",
+    ]
+    assert 'AutoModelForSeq2SeqLM.from_pretrained("someone/tiny-bart")' in code and "KeyError: 'READ'" in text
+    rows = dict(re.findall(r"^\| ([^|]+) \| ([^|]*) \|$", text, re.MULTILINE))
+    assert rows["adapted modules"] == "`fc2`" and rows["r"] == "2" and rows["cell"] == "gru"
+    trained, total = summariser.get_nb_trainable_parameters()
+    assert rows["trained parameters"] == f"{trained:,} ({100 * trained / total:.4f} % of {total:,})"
+    assert rows["alignment loss (PVLA): mass"] == "`0.5`" and rows["rank pattern"].startswith("`{")
+    assert text.index("# READ adapter") < text.index("Framework versions")
+
+
+def test_saving_again_renews_the_card_and_keeps_what_others_wrote(tmp_path, summariser):
+    summariser.save_pretrained(tmp_path)
+    path = tmp_path / "README.md"
+    path.write_text(path.read_text() + "\nResults: see the paper.\n")
+    summariser.peft_config["default"].pvla = None
+    summariser.save_pretrained(tmp_path)
+    _, text = card_of(tmp_path)
+    assert text.count("# READ adapter") == 1 and "Results: see the paper." in text and "PVLA" not in text
+
+
+def test_an_adapter_of_another_name_has_a_card_in_both_places(tmp_path):
+    model = get_peft_model(build("bart"), READConfig(), adapter_name="summaries")
+    model.save_pretrained(tmp_path)
+    for folder in (tmp_path, tmp_path / "summaries"):
+        card, text = card_of(folder)
+        assert "import peft_read" in text and "peft-read" in card.data.tags
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "README.md").write_text("A page of my own.\n")
+    model.save_pretrained(tmp_path / "other" / "adapter")
+    assert (tmp_path / "other" / "README.md").read_text() == "A page of my own.\n"
+
+
+def test_a_model_without_a_task_names_its_class(tmp_path):
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.linear(x)
+
+    model = get_peft_model(Encoder(), READConfig(target_modules=["linear"], modules_to_save=None))
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    _, text = card_of(tmp_path)
+    assert f"from {__name__} import Encoder" in text
+    trained, total = model.get_nb_trainable_parameters()
+    assert f"{trained:,} ({100 * trained / total:.4f} % of {total:,})" in text
+
+
+def card_on_the_hub(load):
+    """ModelCard.load for files as ever; there is nothing on the Hub."""
+
+    def stub(name, **settings):
+        if not Path(name).exists():
+            raise LocalEntryNotFoundError("no card there yet")
+        return load(name, **settings)
+
+    return stub
+
+
+def test_pushing_to_the_hub(tmp_path, monkeypatch, summariser):
+    """The files that leave for the Hub are a working adapter with its card; the Hub itself is a stub."""
+    import transformers.utils.hub as hub
+
+    sent, repositories = {}, []
+
+    class Address:
+        repo_id, endpoint = "me/read-tiny-bart", "https://hub.invalid"
+
+        def __str__(self):
+            return "https://hub.invalid/me/read-tiny-bart"
+
+    class Api:
+        def __getattr__(self, name):
+            raise AssertionError(f"an unexpected call to the Hub: {name}")
+
+        def create_repo(self, repo_id, **settings):
+            repositories.append(repo_id)
+            return Address()
+
+        def create_commit(self, repo_id, operations, **settings):
+            for operation in operations:
+                sent[operation.path_in_repo] = Path(operation.path_or_fileobj).read_bytes()
+
+    monkeypatch.setattr(hub, "hf_api", Api)
+    monkeypatch.setattr(hub.ModelCard, "load", card_on_the_hub(hub.ModelCard.load))
+    with torch.no_grad():
+        for parameter in summariser.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    summariser.push_to_hub("me/read-tiny-bart")
+    assert repositories == ["me/read-tiny-bart"]
+    assert set(sent) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    card = ModelCard(sent["README.md"].decode())
+    assert card.data.library_name == "peft" and {"read", "peft-read", "arxiv:2312.06950"} <= set(card.data.tags)
+    assert card.data.base_model == "someone/tiny-bart" and card.text.count("import peft_read") == 1
+    for name, content in sent.items():
+        (tmp_path / name).write_bytes(content)
+    loaded = PeftModel.from_pretrained(build("bart"), tmp_path)
+    for name, parameter in summariser.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], parameter), name
+
+
+def test_the_card_of_an_adapter_with_every_setting(tmp_path):
+    model = adapted(
+        "bart", target_modules=r".*encoder.*fc2", bidirectional=True, use_bias=False, modules_to_save=["lm_head"]
+    )
+    model.save_pretrained(tmp_path)
+    _, text = card_of(tmp_path)
+    assert "| cell | rnn, bidirectional |" in text and "| biases | no |" in text
+    assert "| adapted modules | `.*encoder.*fc2` |" in text and "`['lm_head']`" in text
