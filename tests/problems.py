@@ -53,8 +53,7 @@ def one_hot(batch: int, n: int, m: int, generator: torch.Generator) -> Tensor:
 
 
 FAMILIES = {
-    function.__name__: function
-    for function in (iid, aligned, matched, lowd, grid, duplicates, nearly_equal, one_hot)
+    function.__name__: function for function in (iid, aligned, matched, lowd, grid, duplicates, nearly_equal, one_hot)
 }
 
 

@@ -23,7 +23,7 @@ MIXED_SWEEPS = 40
 MEMORY = 5  # of Anderson's mixing
 LARGEST_NEWTON_SIDE = 96  # beyond it the matrix products of torch are faster than these loops
 # Reassociation lets the sums vectorise; infinities keep their meaning.
-_compiled = njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "arcp", "nsz"})
+_compiled = njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "arcp", "nsz"})
 
 
 def solve_compiled(problem: Problem, kernel: Kernel, *, tol: float, max_iter: int) -> Scaling:
@@ -98,9 +98,8 @@ def _solve_all(
         n, m = rows.shape[1], cols.shape[1]
         while n > 1 and rows[p, n - 1] == 0:
             n -= 1
-        while m > 1 and cols[p, m - 1] == 0:
-            m -= 1
-        k, c, a, b = matrix[p, :n], cost[p, :n], rows[p, :n], cols[p, :m]
+        # Padded rows are left out; padded columns cost little, and cutting them would cost the contiguous layout.
+        k, c, a, b = matrix[p, :n], cost[p, :n], rows[p, :n], cols[p]
         y = np.zeros(m)
         v = np.zeros(m, dtype=matrix.dtype)
         pull = np.zeros(m, dtype=matrix.dtype)
@@ -117,8 +116,8 @@ def _solve_all(
         converged[p] = done
         for i in range(rows.shape[1]):
             left[p, i] = np.log(scale[i]) if i < n and scale[i] > 0 else -np.inf
-        for j in range(cols.shape[1]):
-            if j < m and b[j] > 0:
+        for j in range(m):
+            if b[j] > 0:
                 right[p, j] = min(y[j], np.log(b[j] / pull[j]))  # overfull columns are cut down
             else:
                 right[p, j] = -np.inf

@@ -1,0 +1,394 @@
+"""How fast and how exact partial optimal transport is, beside POT, geomloss and the paper's printed algorithm.
+
+    python examples/benchmarks/transport.py                  # a few minutes; prints Markdown
+    python examples/benchmarks/transport.py --quick          # under a minute, small problems
+    python examples/benchmarks/transport.py --output docs/transport_benchmark   # and .json, .md, .png
+
+One thread, float32 in. Every error is the largest relative error of the cost against the float64 optimum of the same
+problem. Times are medians of repetitions interleaved over the methods, so that a busy machine slows all of them alike;
+what would take minutes is timed on fewer iterations or problems and scaled, and marked "~". Peers that are not
+installed are left out with a note.
+"""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import argparse
+import importlib.util
+import json
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peft_read.transport import partial_optimal_transport
+
+REG = 0.05
+FULL = [
+    (32, 75, 32, "aligned", 0.5), (32, 75, 32, "aligned", 0.8), (32, 75, 32, "matched", 0.8),
+    (8, 300, 77, "aligned", 0.5), (8, 300, 77, "aligned", 0.8), (8, 300, 77, "matched", 0.8),
+    (4, 256, 512, "aligned", 0.5), (4, 256, 512, "aligned", 0.8), (4, 256, 512, "matched", 0.8),
+]  # fmt: skip
+QUICK = [(8, 40, 20, "aligned", 0.5), (8, 40, 20, "matched", 0.8)]
+GOALS = [  # (our method, the other one, must, aim)
+    ("torch Newton", "POT entropic, 1000 iterations", 30, 100),
+    ("torch Newton", "POT entropic, stopped in time", 3, 10),
+    ("numba", "POT entropic, 1000 iterations", 200, 1000),
+    ("numba", "POT entropic, stopped in time", 60, 200),
+    ("numba", "POT exact LP", 1.5, 10),
+    ("torch Newton", "paper's printed loop", 450, 2000),
+]
+
+
+@dataclass
+class Result:
+    """One method on one row: milliseconds for the whole batch, largest relative cost error, iterations."""
+
+    row: str
+    method: str
+    milliseconds: float
+    error: float | None
+    iterations: float | None
+    scaled: bool = False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small problems only")
+    parser.add_argument("--repeats", type=int, default=None, help="repetitions of the fast methods")
+    parser.add_argument("--output", type=Path, default=None, help="write OUTPUT.json, OUTPUT.md and OUTPUT.png")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    repeats = arguments.repeats or (5 if arguments.quick else 15)
+
+    results: list[Result] = []
+    for batch, n, m, family, mass in QUICK if arguments.quick else FULL:
+        results += run_row(f"{batch}x{n}x{m} {family} {mass}", family_cost(family, batch, n, m), mass, repeats)
+    notes = [f"{name} is not installed: its rows are missing" for name in ("ot", "numba", "geomloss") if not has(name)]
+    balanced = run_balanced(family_cost("aligned", 8, 40, 20) if arguments.quick else
+                            family_cost("aligned", 32, 75, 32), repeats)  # fmt: skip
+    memory = backward_memory(family_cost("aligned", 4, 75, 32))
+    device = run_gpu(repeats) if torch.cuda.is_available() else []
+    report = markdown(results, balanced, device, memory, notes)
+    print(report)
+    if arguments.output is not None:
+        save(arguments.output, report, results, balanced, device, memory)
+
+
+def run_row(row: str, cost: Tensor, mass: float, repeats: int) -> list[Result]:
+    """All methods on one batch of problems."""
+    optimum = partial_optimal_transport(cost.double(), mass, REG, method="newton", tol=1e-9)
+    assert optimum.converged.all()
+    results, fast = [], {"torch Newton": "newton", "numba": "numba"}
+    if not has("numba"):
+        del fast["numba"]
+    timed: dict[str, Callable[[], object]] = {
+        name: lambda method=method: partial_optimal_transport(cost, mass, REG, method=method)
+        for name, method in fast.items()
+    }
+    needed = iterations_needed(cost.double(), mass, optimum.cost)
+    timed["POT entropic, stopped in time"] = lambda: pot_entropic(cost, mass, needed)
+    timed["POT exact LP"] = lambda: pot_exact(cost, mass)
+    if not has("ot"):
+        del timed["POT entropic, stopped in time"], timed["POT exact LP"]
+    times = interleaved(timed, repeats)
+    for name, method in fast.items():
+        plan = partial_optimal_transport(cost, mass, REG, method=method)
+        assert plan.converged.all()
+        results.append(
+            Result(row, name, times[name], error(plan.cost, optimum.cost), plan.n_iter.double().mean().item())
+        )
+    if has("ot"):
+        name = "POT entropic, stopped in time"
+        results.append(Result(row, name, times[name], error(pot_entropic(cost, mass, needed), optimum.cost),
+                              float(np.mean(needed))))  # fmt: skip
+        probe, share = cost[:1], 50
+        seconds = statistics.median(clock(lambda: pot_entropic(probe, mass, [share])) for _ in range(3))
+        results.append(Result(row, "POT entropic, 1000 iterations", 1e3 * seconds * len(cost) * 1000 / share, None,
+                              1000, True))  # fmt: skip
+        results.append(Result(row, "POT exact LP", times["POT exact LP"], None, None))
+    # The paper's loop: every problem alone, every s from 1 to min(N, M), 1000 iterations each.
+    share = 50
+    seconds = statistics.median(clock(lambda: printed_pass(cost[0], share)) for _ in range(3))
+    one_pass = 1e3 * seconds * len(cost) * 1000 / share
+    results.append(Result(row, "paper's printed loop, one s", one_pass, None, 1000, True))
+    results.append(Result(row, "paper's printed loop", one_pass * min(cost.shape[-2:]), None, 1000, True))
+    return results
+
+
+def run_balanced(cost: Tensor, repeats: int) -> list[Result]:
+    """The whole mass: `ot.batch` has this problem only; geomloss' unbalanced problem is another one."""
+    row = "x".join(map(str, cost.shape)) + " aligned 1.0"
+    optimum = partial_optimal_transport(cost.double(), 1.0, REG, method="newton", tol=1e-9)
+    batch, n, m = cost.shape
+    weights = torch.full((batch, n), 1 / n), torch.full((batch, m), 1 / m)
+    timed: dict[str, Callable[[], Tensor]] = {
+        "torch Newton": lambda: partial_optimal_transport(cost, 1.0, REG, method="newton").cost
+    }
+    if has("numba"):
+        timed["numba"] = lambda: partial_optimal_transport(cost, 1.0, REG, method="numba").cost
+    if has("ot") and importlib.util.find_spec("ot.batch"):
+        from ot.batch import solve_batch
+
+        timed["ot.batch (balanced only)"] = lambda: (
+            solve_batch(cost, REG, *weights, tol=1e-5, max_iter=5000, reg_type="entropy").value_linear
+        )
+    if has("geomloss"):
+        points = torch.Generator().manual_seed(0)
+        x, y = torch.randn(batch, n, 64, generator=points), torch.randn(batch, m, 64, generator=points)
+        from geomloss import SamplesLoss
+
+        loss = SamplesLoss("sinkhorn", p=2, blur=REG**0.5, reach=0.5, debias=False, backend="tensorized",
+                           cost=lambda a, b: 1 - torch.nn.functional.normalize(a, dim=-1)
+                           @ torch.nn.functional.normalize(b, dim=-1).mT)  # fmt: skip
+        timed["geomloss, reach 0.5 (another problem: KL-unbalanced)"] = lambda: loss(weights[0], x, weights[1], y)
+    times = interleaved(timed, repeats)
+    return [
+        Result(row, name, times[name], None if "another" in name else error(function(), optimum.cost), None)
+        for name, function in timed.items()
+    ]
+
+
+def run_gpu(repeats: int) -> list[Result]:
+    """On a GPU: the fused kernel and torch Newton beside the printed algorithm in eager torch, batched, one s."""
+    results = []
+    for batch, n, m, family, mass in FULL[:6]:
+        row, cost = f"{batch}x{n}x{m} {family} {mass}", family_cost(family, batch, n, m).cuda()
+        optimum = partial_optimal_transport(cost.double(), mass, REG, method="newton", tol=1e-9)
+        timed = {
+            "torch Newton": lambda c=cost, s=mass: partial_optimal_transport(c, s, REG, method="newton"),
+            "printed algorithm, eager": lambda c=cost: partial_optimal_transport(c, 1.0, REG, method="paper"),
+        }
+        if has("triton"):
+            timed["triton"] = lambda c=cost, s=mass: partial_optimal_transport(c, s, REG, method="triton")
+        times = interleaved(timed, repeats)
+        for name, function in timed.items():
+            wrong = None if "printed" in name else error(function().cost, optimum.cost)
+            results.append(Result(row, name, times[name], wrong, None))
+    return results
+
+
+def family_cost(family: str, batch: int, n: int, m: int) -> Tensor:
+    """Cosine costs of tokens on twelve topics, of which the video shows six; "matched" has hardly any noise."""
+    generator = torch.Generator().manual_seed(0)
+    noise = {"aligned": 1.0, "matched": 0.15}[family]
+    centres = torch.randn(batch, 12, 64, generator=generator)
+    number = torch.arange(batch)[:, None]
+    shown = centres[number, torch.randint(0, 6, (batch, n), generator=generator)]
+    said = centres[number, torch.randint(0, 12, (batch, m), generator=generator)]
+    video = shown + noise * torch.randn(batch, n, 64, generator=generator)
+    language = said + noise * torch.randn(batch, m, 64, generator=generator)
+    return 1 - torch.nn.functional.normalize(video, dim=-1) @ torch.nn.functional.normalize(language, dim=-1).mT
+
+
+def pot_entropic(cost: Tensor, mass: float, iterations: list[int]) -> Tensor:
+    """POT's partial solver, one problem after the other."""
+    import ot
+
+    arrays, (n, m) = cost.double().numpy(), cost.shape[-2:]
+    rows, cols = np.full(n, 1 / n), np.full(m, 1 / m)
+    plans = [
+        ot.partial.entropic_partial_wasserstein(rows, cols, array, REG, m=mass, numItermax=count)
+        for array, count in zip(arrays, iterations, strict=True)
+    ]
+    return torch.tensor([float((plan * array).sum()) for plan, array in zip(plans, arrays, strict=True)])
+
+
+def pot_exact(cost: Tensor, mass: float) -> Tensor:
+    """POT's linear programme, one problem after the other."""
+    import ot
+
+    arrays, (n, m) = cost.double().numpy(), cost.shape[-2:]
+    rows, cols = np.full(n, 1 / n), np.full(m, 1 / m)
+    return torch.tensor([float(ot.partial.partial_wasserstein2(rows, cols, array, m=mass)) for array in arrays])
+
+
+def iterations_needed(cost: Tensor, mass: float, optimum: Tensor) -> list[int]:
+    """When an oracle would stop POT's iteration: the first time the cost of a problem is within 1e-4 for good.
+
+    POT's own test compares plans of two iterations with 1e-100, so that it always runs to the end. Its iteration is
+    run here on vectors, where it gives the same numbers to the last digits.
+    """
+    kernel = (-cost / REG).exp()
+    batch, n, m = cost.shape
+    v, w = torch.ones(batch, m, 1, dtype=cost.dtype), mass / kernel.sum((1, 2))[:, None, None]
+    last_wrong = torch.zeros(batch, dtype=torch.long)
+    for iteration in range(1, 1001):
+        u = (1 / n / (w * (kernel @ v))).clamp_max(1)
+        v = (1 / m / (w * (kernel.mT @ u))).clamp_max(1)
+        w = mass / (u.mT @ kernel @ v)
+        value = ((w * u * v.mT) * kernel * cost).sum((1, 2))
+        last_wrong[(value / optimum - 1).abs() > 1e-4] = iteration
+    return (last_wrong + 1).clamp_max(1000).tolist()
+
+
+def printed_pass(cost: Tensor, iterations: int) -> Tensor:
+    """Lines 3 to 12 of Algorithm 1 for one problem, written down as they are printed."""
+    n, m = cost.shape
+    a, b, ones_n, ones_m = torch.full((n,), 1 / n), torch.full((m,), 1 / m), torch.ones(n), torch.ones(m)
+    plan = torch.exp(-cost / REG)
+    plan = plan / (ones_n @ plan @ ones_m)
+    for _ in range(iterations):
+        p_a = torch.minimum(a / (plan @ ones_m), ones_n)
+        plan_a = torch.diag(p_a) @ plan
+        p_b = torch.minimum(b / (plan_a.T @ ones_n), ones_m)
+        plan_b = plan_a @ torch.diag(p_b)
+        plan = plan_b / (ones_n @ plan_b @ ones_m)
+    return (plan * cost).sum()
+
+
+def backward_memory(cost: Tensor) -> dict[str, float]:
+    """Bytes that autograd keeps for the backward pass: ours, and 1000 unrolled iterations of the printed algorithm."""
+    cost = cost.clone().requires_grad_()
+    ours = bytes_kept(lambda: partial_optimal_transport(cost, method="newton"))
+    unrolled = bytes_kept(lambda: partial_optimal_transport(cost, method="paper", gradient="unrolled", max_iter=1000))
+    return {"envelope": ours, "unrolled": unrolled, "ratio": unrolled / ours}
+
+
+def bytes_kept(function: Callable[[], object]) -> int:
+    """The memory behind the tensors that a graph keeps, each counted once."""
+    kept: dict[int, Tensor] = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.setdefault(tensor.untyped_storage().data_ptr(), tensor), lambda tensor: tensor
+    ):
+        function()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def interleaved(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median milliseconds of every function, taken in turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for function in functions.values():
+        function()
+    spent = dict.fromkeys(functions, 0.0)
+    for repeat in range(repeats):
+        for name, function in functions.items():
+            if repeat >= 3 and spent[name] > 10:
+                continue
+            seconds[name].append(clock(function))
+            spent[name] += seconds[name][-1]
+    return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
+
+
+def clock(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def error(found: Tensor, optimum: Tensor) -> float:
+    return float((found.double() / optimum - 1).abs().max())
+
+
+def has(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def markdown(
+    results: list[Result], balanced: list[Result], device: list[Result], memory: dict[str, float], notes: list[str]
+) -> str:
+    """The report."""
+    versions = ", ".join(
+        f"{name} {version(name)}" for name in ("torch", "numpy", "ot", "numba", "geomloss") if has(name)
+    )
+    lines = [f"Python {platform.python_version()}, {versions}; one thread of {processor()}; float32.", ""]
+    lines += table("Partial transport: ms for the batch (largest relative cost error; mean iterations)", results)
+    lines += ["| ratio over the rows | smallest | median | largest | goal (aim) |", "|---|---|---|---|---|"]
+    for ours, other, must, aim in GOALS:
+        ratios = speed_ups(results, ours, other)
+        if ratios:
+            lines.append(f"| {ours} : {other} | {min(ratios):.3g}x | {statistics.median(ratios):.3g}x | "
+                         f"{max(ratios):.3g}x | {must}x ({aim}x) |")  # fmt: skip
+    lines += [f"| backward memory, 1000 unrolled iterations : envelope | {memory['ratio']:.0f}x | | | 1000x |", ""]
+    lines += table("The whole mass (balanced)", balanced)
+    if device:
+        lines += table(f"On {torch.cuda.get_device_name()}", device)
+    return "\n".join([*lines, *(f"Note: {note}." for note in notes)])
+
+
+def table(title: str, results: list[Result]) -> list[str]:
+    methods, rows = list(dict.fromkeys(r.method for r in results)), list(dict.fromkeys(r.row for r in results))
+    cells = {(r.row, r.method): r for r in results}
+    lines = [f"**{title}**", "", "| | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
+    lines += ["| " + " | ".join([row, *(cell(cells.get((row, method))) for method in methods)]) + " |" for row in rows]
+    return [*lines, ""]
+
+
+def cell(result: Result | None) -> str:
+    if result is None:
+        return ""
+    details = [f"{result.error:.0e}"] if result.error is not None else []
+    details += [f"{result.iterations:.0f}"] if result.iterations is not None else []
+    return (
+        ("~" if result.scaled else "") + f"{result.milliseconds:.3g}" + (f" ({'; '.join(details)})" if details else "")
+    )
+
+
+def speed_ups(results: list[Result], ours: str, other: str) -> list[float]:
+    """How many times longer the other method takes, on every row that has both."""
+    times = {(r.row, r.method): r.milliseconds for r in results}
+    rows = dict.fromkeys(r.row for r in results)
+    return [times[row, other] / times[row, ours] for row in rows if (row, other) in times and (row, ours) in times]
+
+
+def version(package: str) -> str:
+    return str(getattr(__import__(package), "__version__", "?"))
+
+
+def processor() -> str:
+    try:
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        return f"{names[0].split(':')[1].strip()} ({len(names)} cores)"
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()
+
+
+def save(
+    output: Path, report: str, results: list[Result], balanced: list[Result], device: list[Result],
+    memory: dict[str, float],
+) -> None:  # fmt: skip
+    output.parent.mkdir(parents=True, exist_ok=True)
+    everything = {"partial": results, "balanced": balanced, "gpu": device}
+    content = {name: [asdict(result) for result in part] for name, part in everything.items()} | {"memory": memory}
+    output.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+    output.with_suffix(".md").write_text(report + "\n")
+    if has("matplotlib"):
+        draw(output.with_suffix(".png"), results)
+
+
+def draw(path: Path, results: list[Result]) -> None:
+    """Time against method, one line a row, logarithmic."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    methods = sorted(
+        {r.method for r in results},
+        key=lambda method: statistics.median(r.milliseconds for r in results if r.method == method),
+    )
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    for row in dict.fromkeys(r.row for r in results):
+        times = {r.method: r.milliseconds for r in results if r.row == row}
+        axes.plot([times[method] for method in methods if method in times],
+                  [method for method in methods if method in times], marker="o", label=row, linewidth=1)  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xlabel("milliseconds for the batch, one thread")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize=7, title="problems, mass", title_fontsize=7)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

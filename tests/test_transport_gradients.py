@@ -1,0 +1,107 @@
+"""Gradients of the transport cost: envelope, implicit and unrolled, against finite differences and each other."""
+
+import pytest
+import torch
+from problems import costs
+
+from peft_read.transport import cosine_cost, partial_optimal_transport
+
+FORMS = pytest.mark.parametrize(
+    "form",
+    [{"mass": 0.5}, {"mass": 0.9}, {"mass": 1.0}, {"penalty": 0.2}, {"mass": 0.7, "marginals": "count"}],
+    ids=str,
+)
+SIDES = pytest.mark.parametrize("shape", [(8, 5), (5, 8)], ids=str)
+
+
+def gradient_of(cost, function):
+    cost = cost.clone().requires_grad_()
+    return torch.autograd.grad(function(cost), cost)[0]
+
+
+@FORMS
+@SIDES
+def test_the_envelope_gradient_is_that_of_the_regularised_value(form, shape):
+    cost = costs("lowd", 1, *shape)
+    plan = partial_optimal_transport(cost, method="newton", tol=1e-11, **form)
+    gradient = gradient_of(cost, lambda c: partial_optimal_transport(c, method="newton", tol=1e-11, **form).cost.sum())
+    torch.testing.assert_close(gradient, plan.plan, rtol=0, atol=0)
+
+    def value(c):
+        found = partial_optimal_transport(c, method="newton", tol=1e-11, **form)
+        entropy = torch.special.xlogy(found.plan, found.plan) - found.plan
+        reward = -form["penalty"] * found.plan if "penalty" in form else 0
+        if "penalty" in form:  # the entropy is relative to the reference 1 / (N M)
+            entropy = entropy + found.plan * torch.tensor(float(shape[0] * shape[1])).log()
+        return (found.plan * c + 0.05 * entropy + reward).sum()
+
+    direction = torch.randn_like(cost)
+    difference = (value(cost + 1e-5 * direction) - value(cost - 1e-5 * direction)) / 2e-5
+    torch.testing.assert_close((gradient * direction).sum(), difference, rtol=1e-6, atol=1e-9)
+
+
+@FORMS
+@SIDES
+def test_the_implicit_gradient_is_that_of_cost_and_plan(form, shape):
+    cost = costs("lowd", 2, *shape).requires_grad_()
+
+    def both(c):
+        found = partial_optimal_transport(c, method="newton", gradient="implicit", tol=1e-11, **form)
+        return found.cost, found.plan
+
+    assert torch.autograd.gradcheck(both, cost, eps=1e-5, atol=1e-5)
+
+
+@FORMS
+def test_the_implicit_gradient_equals_the_unrolled_one(form):
+    cost = costs("aligned", 2, 8, 5)
+    implicit, unrolled = (
+        gradient_of(
+            cost,
+            lambda c, how=how: partial_optimal_transport(c, gradient=how, tol=1e-10, **form).cost.sum(),
+        )
+        for how in ("implicit", "unrolled")
+    )
+    torch.testing.assert_close(implicit, unrolled, rtol=0, atol=1e-8)
+
+
+def test_the_printed_algorithm_can_be_unrolled():
+    cost = costs("aligned", 1, 6, 4).requires_grad_()
+
+    def value(c):
+        return partial_optimal_transport(c, method="paper", gradient="unrolled", max_iter=30).cost
+
+    assert torch.autograd.gradcheck(value, cost, eps=1e-6, atol=1e-6)
+
+
+def test_the_envelope_keeps_nothing_but_the_plan():
+    cost = torch.rand(4, 30, 12, requires_grad=True)
+    kept = _numbers_kept(lambda: partial_optimal_transport(cost, method="newton"))
+    unrolled = _numbers_kept(
+        lambda: partial_optimal_transport(cost, method="paper", gradient="unrolled", max_iter=1000)
+    )
+    assert kept <= 2 * cost.numel()
+    assert unrolled > 1000 * kept
+
+
+def _numbers_kept(function):
+    """How many numbers autograd keeps for the backward pass."""
+    storages = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: storages.setdefault(tensor.untyped_storage().data_ptr(), tensor), lambda tensor: tensor
+    ):
+        function()
+    return sum(tensor.untyped_storage().nbytes() // tensor.element_size() for tensor in storages.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_shapes_have_finite_gradients(dtype):
+    video = torch.randn(2, 3, 12, 8, dtype=dtype, requires_grad=True)
+    language = torch.randn(2, 3, 7, 8, dtype=dtype, requires_grad=True)
+    mask = torch.ones(3, 12)
+    mask[1, 5:] = 0
+    mask[2] = 0
+    plan = partial_optimal_transport(cosine_cost(video, language, mask), row_mask=mask)
+    (plan.cost / 0.5).mean().backward()
+    assert video.grad.dtype == dtype and video.grad.isfinite().all() and language.grad.isfinite().all()
+    assert (video.grad[:, mask == 0] == 0).all() and (video.grad[:, mask == 1].abs().sum(-1) > 0).all()
