@@ -25,7 +25,7 @@ def build(family: str, **changes) -> t.PreTrainedModel:
         "gpt2": lambda: t.GPT2LMHeadModel(
             t.GPT2Config(**SPECIAL, n_positions=64, n_embd=16, n_layer=2, n_head=2, initializer_range=0.1, **changes)
         ),
-        "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**LLAMA, initializer_range=0.2, **changes)),
+        "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**{**LLAMA, "initializer_range": 0.2, **changes})),
         "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**LLAMA, initializer_range=0.2, **changes)),
         "mistral": lambda: t.MistralForCausalLM(
             t.MistralConfig(**LLAMA, head_dim=8, sliding_window=6, initializer_range=0.2, **changes)
@@ -58,9 +58,9 @@ def build(family: str, **changes) -> t.PreTrainedModel:
     return model.eval()
 
 
-def adapted(family: str, *, cell: str = "rnn", seed: int = 1, **settings):
+def adapted(family: str, *, cell: str = "rnn", seed: int = 1, changes: dict | None = None, **settings):
     """A random model with READ that is not the identity, in evaluation."""
-    model = build(family)
+    model = build(family, **(changes or {}))
     torch.manual_seed(seed)
     settings = {"init_weights": False, "r": 4, **settings}
     model = get_peft_model(model, READConfig(cell=cell, **settings)).eval()

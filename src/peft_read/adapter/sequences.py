@@ -115,10 +115,10 @@ def _without_scope(output: torch.Tensor, batch_first: bool, notice: Notice) -> S
             "sequence. Each row is taken for a sequence of one token, which gives the recurrence nothing to carry. "
             "Target a module that sees (batch, tokens, d), or describe the sequences with `sequence_scope(mask=...)`."
         )
-        return Sequences(output.reshape(-1, 1, shape[-1]), lambda delta: delta.reshape(shape))
+        return Sequences(output.unsqueeze(-2).reshape(-1, 1, shape[-1]), lambda delta: delta.reshape(shape))
     if output.dim() == 3 and not batch_first:
         return Sequences(output.transpose(0, 1), lambda delta: delta.transpose(0, 1))
-    return Sequences(output.reshape(-1, *shape[-2:]), lambda delta: delta.reshape(shape))
+    return Sequences(output.flatten(0, -3), lambda delta: delta.reshape(shape))
 
 
 def _in_a_block(path: str) -> bool:

@@ -1,0 +1,174 @@
+"""READ under torch.compile, FSDP, offloading and quantised caches."""
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel
+from peft.utils.other import fsdp_auto_wrap_policy
+from tiny_models import adapted, build, padded_batch, read_layers
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture
+def compiler():
+    torch._dynamo.reset()
+    yield lambda model, **settings: torch.compile(model, **{"backend": "eager", **settings})
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("family", "cell"), [("bert", "rnn"), ("bart", "lstm"), ("t5", "gru")])
+def test_an_encoder_compiles_to_one_graph(compiler, family, cell):
+    model = adapted(family, cell=cell)
+    encoder = model if family == "bert" else model.get_base_model().get_encoder()
+    ids, mask = padded_batch(family)
+    compiled = compiler(encoder, fullgraph=True)
+    with torch.no_grad():
+        for inputs in ({"input_ids": ids, "attention_mask": mask}, {"input_ids": ids}):
+            expected = encoder(**inputs).last_hidden_state
+            torch.testing.assert_close(compiled(**inputs).last_hidden_state, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_a_decoder_without_a_cache_compiles_to_one_graph_and_trains(compiler):
+    model = adapted("llama", changes={"num_hidden_layers": 1})
+    ids, mask = padded_batch("llama")
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids, "use_cache": False}
+    gradients = []
+    for forward in (model, compiler(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        forward(**inputs).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_compiled_decoder_with_a_cache_breaks_its_graph_and_is_right(compiler):
+    model = adapted("llama", changes={"num_hidden_layers": 1})
+    ids, _ = padded_batch("llama", pads=(0, 0))
+    with torch.no_grad():
+        whole = model(input_ids=ids).logits
+        compiled = compiler(model)
+        first = compiled(input_ids=ids[:, :5], use_cache=True)
+        second = compiled(input_ids=ids[:, 5:], past_key_values=first.past_key_values)
+    torch.testing.assert_close(torch.cat((first.logits, second.logits), dim=1), whole, rtol=0, atol=TOLERANCE)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported), torch.no_grad():
+        compiler(model, fullgraph=True)(input_ids=ids, use_cache=True)
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """A world of one process."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def one_step(model, parameters, ids, mask):
+    """Loss, then the loss after one step."""
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    losses = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("use_orig_params", [True, False])
+@pytest.mark.filterwarnings("ignore")
+def test_fsdp_of_the_first_generation(process_group, use_orig_params):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = adapted("llama")
+    ids, mask = padded_batch("llama")
+    plain = copy.deepcopy(model)
+    expected = one_step(plain, [p for p in plain.parameters() if p.requires_grad], ids, mask)
+    assert expected[1] < expected[0]
+    sharded = FullyShardedDataParallel(
+        model,
+        auto_wrap_policy=fsdp_auto_wrap_policy(model),
+        use_orig_params=use_orig_params,
+        device_id=torch.device("cpu"),
+    )
+    parameters = [p for p in sharded.parameters() if p.requires_grad]
+    assert one_step(sharded, parameters, ids, mask) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fsdp_of_the_second_generation(process_group):
+    from torch.distributed.fsdp import fully_shard
+
+    model = adapted("bart")
+    ids, mask = padded_batch("bart")
+    plain = copy.deepcopy(model)
+    expected = one_step(plain, [p for p in plain.parameters() if p.requires_grad], ids, mask)
+    assert expected[1] < expected[0]
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    inner = model.get_base_model().model
+    for block in [*inner.encoder.layers, *inner.decoder.layers]:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    assert one_step(model, parameters, ids, mask) == pytest.approx(expected, abs=1e-5)
+    with torch.no_grad():
+        result = model.eval()(input_ids=ids, attention_mask=mask, decoder_input_ids=ids).logits
+        reference = plain.eval()(input_ids=ids, attention_mask=mask, decoder_input_ids=ids).logits
+    torch.testing.assert_close(result, reference, rtol=0, atol=TOLERANCE)
+
+
+def test_functional_call_uses_the_weights_it_is_given():
+    model = adapted("bert")
+    ids, mask = padded_batch("bert")
+    swapped = {name: p * 2 for name, p in model.named_parameters() if "readapter_" in name}
+    with torch.no_grad():
+        result = torch.func.functional_call(model, swapped, (), {"input_ids": ids, "attention_mask": mask})
+        for name, parameter in model.named_parameters():
+            if name in swapped:
+                parameter.mul_(2)
+        expected = model(input_ids=ids, attention_mask=mask)
+    torch.testing.assert_close(result.last_hidden_state, expected.last_hidden_state)
+
+
+def test_base_layers_offloaded_to_disk(tmp_path):
+    """Loading an adapter renames the entries of an offload folder, by the layout of the adapter's parts."""
+    donor = adapted("llama")
+    donor.save_pretrained(tmp_path / "adapter")
+    build("llama").save_pretrained(tmp_path / "base")
+    device_map = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    device_map |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    assert next(base.model.layers[1].parameters()).device.type == "meta"
+    device_map = {f"base_model.model.{name}": device for name, device in device_map.items()}
+    model = PeftModel.from_pretrained(
+        base, tmp_path / "adapter", device_map=device_map, offload_dir=str(tmp_path / "offload")
+    ).eval()
+    ids, mask = padded_batch("llama")
+    with torch.no_grad():
+        expected = donor(input_ids=ids, attention_mask=mask).logits
+        result = model(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(result, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_data_parallel_replicas_share_nothing():
+    """Replicas run in threads; on a machine without GPUs the module calls its only copy."""
+    model = adapted("bert")
+    ids, mask = padded_batch("bert")
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        result = nn.DataParallel(model)(input_ids=ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(result, expected)
+
+
+def test_no_tokens_and_no_rows_are_no_error():
+    layer = read_layers(adapted("llama"))[0]
+    with torch.no_grad():
+        for shape in ((2, 0, 32), (0, 3, 32), (0, 32)):
+            assert layer(torch.zeros(shape)).shape == (*shape[:-1], 16)
