@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .packed_attention import PackedAttention
+
 __all__ = ["VISUAL_MODULES", "ReportedState", "VisionGuidance", "VisualTransformer", "sine_positions"]
 
 # Names, directly below the encoder, of what video guidance adds; the last two are the closing norms of BART and T5.
@@ -60,9 +62,7 @@ class VisualTransformerLayer(GradientCheckpointingLayer):
     def __init__(self, config: Any):
         super().__init__()
         width = config.visual_feature_dim
-        self.self_attn = nn.MultiheadAttention(
-            width, config.img_trans_heads, dropout=config.img_trans_dropout, batch_first=True
-        )
+        self.self_attn = PackedAttention(width, config.img_trans_heads, dropout=config.img_trans_dropout)
         self.linear1 = nn.Linear(width, config.img_trans_ffn_dim)
         self.linear2 = nn.Linear(config.img_trans_ffn_dim, width)
         self.norm1 = nn.LayerNorm(width)
@@ -71,9 +71,7 @@ class VisualTransformerLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: Tensor, padding_mask: Tensor | None) -> Tensor:
         """Map (B, F, D) to (B, F, D); `padding_mask` (B, F) is True at padding, which is attended to by nobody."""
-        attended, _ = self.self_attn(
-            hidden_states, hidden_states, hidden_states, key_padding_mask=padding_mask, need_weights=False
-        )
+        attended, _ = self.self_attn(hidden_states, hidden_states, hidden_states, key_padding_mask=padding_mask)
         hidden_states = self.norm1(hidden_states + self.dropout(attended))
         fed_forward = self.linear2(self.dropout(torch.relu(self.linear1(hidden_states))))
         return self.norm2(hidden_states + self.dropout(fed_forward))
@@ -92,10 +90,7 @@ class VisualTransformerStack(nn.Module):
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Map (B, F, D) to (B, F, D); `attention_mask` (B, F) is True at real frames."""
-        padding_mask = None
-        if attention_mask is not None:
-            # A softmax over no key at all is NaN: a video without frames attends to its padding, which nobody uses.
-            padding_mask = ~attention_mask & attention_mask.any(dim=1, keepdim=True)
+        padding_mask = None if attention_mask is None else ~attention_mask
         for layer in self.layers:
             hidden_states = layer(hidden_states, padding_mask)
         return hidden_states
@@ -161,7 +156,7 @@ class VisionGuidance:
             self._linear_1 = nn.Linear(video_dim, common_dim)  # keys
             self._linear_2 = nn.Linear(video_dim, common_dim)  # values
             self._linear_3 = nn.Linear(text_dim, common_dim)  # queries
-            self._multi_head_attn = nn.MultiheadAttention(common_dim, config.n_attn_heads, batch_first=True)
+            self._multi_head_attn = PackedAttention(common_dim, config.n_attn_heads)
             if kind == 4:
                 self._linear_4 = nn.Linear(text_dim + common_dim, text_dim)
         else:
@@ -239,18 +234,12 @@ class VisionGuidance:
         return getattr(self, combine)(torch.cat((text, attended), dim=-1))
 
     def _attend_by_heads(self, text: Tensor, video: Tensor, video_mask: Tensor) -> Tensor:
-        padding_mask = has_frames = None
-        if self.config.mask_fusion:
-            has_frames = video_mask.any(dim=1, keepdim=True)
-            padding_mask = ~video_mask & has_frames  # a softmax over no frame at all would be NaN
+        padding_mask = ~video_mask if self.config.mask_fusion else None
         attended, _ = self._multi_head_attn(
-            self._linear_3(text),
-            self._linear_1(video),
-            self._linear_2(video),
-            key_padding_mask=padding_mask,
-            need_weights=False,
+            self._linear_3(text), self._linear_1(video), self._linear_2(video), key_padding_mask=padding_mask
         )
-        return attended if has_frames is None else attended * has_frames.unsqueeze(-1)
+        # a text without a single frame has nothing to attend to
+        return attended * video_mask.any(dim=1)[:, None, None] if self.config.mask_fusion else attended
 
     def _normalise(self, scores: Tensor, text_mask: Tensor | None, video_mask: Tensor) -> Tensor:
         """Softmax of the scores (B, S, F) over the configured axis, without padding if the configuration says so."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..packed_attention import PackedAttention
 from .configuration_moment_detr import MomentDetrConfig
 
 __all__ = ["MomentDetrTransformer", "SinePositionCode", "TextPositionCode"]
@@ -60,22 +61,12 @@ class TextPositionCode(nn.Module):
         return self.dropout(self.LayerNorm(text + rows[: text.shape[1]]))
 
 
-class _Attention(nn.MultiheadAttention):
-    """Batch-first attention that returns states only, so that PyTorch takes its fused path."""
-
-    def __init__(self, config: MomentDetrConfig):
-        super().__init__(config.d_model, config.num_attention_heads, dropout=config.dropout, batch_first=True)
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        return self(query, key, value, key_padding_mask=padding_mask, need_weights=False)[0]
-
-
 class _Layer(GradientCheckpointingLayer):
     """What encoder and decoder layers share: sub-blocks with residual, dropout and norm before or after."""
 
     def __init__(self, config: MomentDetrConfig):
         super().__init__()
-        self.self_attn = _Attention(config)
+        self.self_attn = PackedAttention(config.d_model, config.num_attention_heads, dropout=config.dropout)
         self.linear1 = nn.Linear(config.d_model, config.ffn_dim)
         self.linear2 = nn.Linear(config.ffn_dim, config.d_model)
         self.norm1 = nn.LayerNorm(config.d_model)
@@ -100,10 +91,10 @@ class MomentDetrEncoderLayer(_Layer):
         if self.pre_norm:
             y = self.norm1(x)
             key = y + position_embeddings
-            x = x + self.dropout(self.self_attn.attend(key, key, y, padding_mask))
+            x = x + self.dropout(self.self_attn(key, key, y, padding_mask)[0])
             return x + self.dropout(self.feed_forward(self.norm2(x)))
         key = x + position_embeddings
-        x = self.norm1(x + self.dropout(self.self_attn.attend(key, key, x, padding_mask)))
+        x = self.norm1(x + self.dropout(self.self_attn(key, key, x, padding_mask)[0]))
         return self.norm2(x + self.dropout(self.feed_forward(x)))
 
 
@@ -117,7 +108,7 @@ class MomentDetrDecoderLayer(_Layer):
     def __init__(self, config: MomentDetrConfig):
         super().__init__(config)
         self.norm3 = nn.LayerNorm(config.d_model)
-        self.multihead_attn = _Attention(config)
+        self.multihead_attn = PackedAttention(config.d_model, config.num_attention_heads, dropout=config.dropout)
 
     def forward(
         self,
@@ -139,12 +130,12 @@ class MomentDetrDecoderLayer(_Layer):
         x, memory_key = hidden_states, memory + memory_positions
         if self.pre_norm:
             y = self.norm1(x)
-            x = x + self.dropout(self.self_attn.attend(y + query_positions, y + query_positions, y))
+            x = x + self.dropout(self.self_attn(y + query_positions, y + query_positions, y)[0])
             y = self.norm2(x) + query_positions
-            x = x + self.dropout(self.multihead_attn.attend(y, memory_key, memory, memory_padding_mask))
+            x = x + self.dropout(self.multihead_attn(y, memory_key, memory, memory_padding_mask)[0])
             return x + self.dropout(self.feed_forward(self.norm3(x)))
-        x = self.norm1(x + self.dropout(self.self_attn.attend(x + query_positions, x + query_positions, x)))
-        attended = self.multihead_attn.attend(x + query_positions, memory_key, memory, memory_padding_mask)
+        x = self.norm1(x + self.dropout(self.self_attn(x + query_positions, x + query_positions, x)[0]))
+        attended, _ = self.multihead_attn(x + query_positions, memory_key, memory, memory_padding_mask)
         x = self.norm2(x + self.dropout(attended))
         return self.norm3(x + self.dropout(self.feed_forward(x)))
 
@@ -182,8 +173,7 @@ class MomentDetrEncoder(nn.Module):
         Returns:
             The memory (B, L, d). Padded positions are transformed like the others.
         """
-        # A softmax over no token at all is NaN: an empty row attends to its padding, which nobody uses.
-        padding_mask = ~attention_mask & attention_mask.any(dim=1, keepdim=True)
+        padding_mask = ~attention_mask
         for layer in self.layers:
             hidden_states = layer(hidden_states, padding_mask, position_embeddings)
             if layer_outputs is not None:
@@ -270,7 +260,7 @@ class MomentDetrTransformer(nn.Module):
         states = self.decoder(
             queries.unsqueeze(0).expand(len(memory), -1, -1),
             memory,
-            ~attention_mask & attention_mask.any(dim=1, keepdim=True),
+            ~attention_mask,
             position_embeddings,
         )
         return states, memory
