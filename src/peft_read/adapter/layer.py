@@ -85,6 +85,11 @@ class READLayer(BaseTunerLayer):
         self.in_features = getattr(base, "in_features", width)
         self.out_features = width
 
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether any adapter has a recurrence, which asks for the order of the tokens."""
+        return any(not isinstance(cell, Identity) for cell in self.readapter_cell.values())
+
     def update_layer(self, adapter_name: str, *, r: int, cell: str, config: READConfig) -> None:
         """Add the weights of one adapter.
 

@@ -191,7 +191,8 @@ class READModel(BaseTuner):
         for name, module in list(model.named_modules()):
             if not isinstance(module, READLayer):
                 continue
-            install_scope(model, name)
+            if module.is_recurrent:
+                install_scope(model, name)
             parent = model.get_submodule(name.rpartition(".")[0])
             if isinstance(parent, nn.TransformerEncoderLayer):
                 keep_slow_path(parent)

@@ -38,6 +38,7 @@ _TRACED: list[Scope] = []
 
 CACHES = ("past_key_values", "past_key_value")
 OTHER_CACHES = ("layer_past", "cache_params", "mems", "past_buckets_states", "cache", "block_table")
+MASKS = {"attention_mask", "src_key_padding_mask", "segment_ids"}
 RAW_INPUTS = ("input_features", "input_values", "pixel_values")
 
 
@@ -396,34 +397,38 @@ def _parameters(module: nn.Module) -> list[str]:
 def find_stack(model: nn.Module, path: str) -> tuple[str, nn.Module, bool] | None:
     """The module around a layer that knows the sequences: its path, itself, and whether it embeds the tokens.
 
-    The nearest one below whose forward takes `inputs_embeds` is the stack (BartEncoder, T5Stack, LlamaModel ...).
-    Without such a one it is the owner of the list of blocks, if it takes a mask, or the nearest module that does.
+    The nearest one whose forward takes `inputs_embeds` is the stack (BartEncoder, T5Stack, LlamaModel ...), unless
+    the layer belongs to another model inside of it, such as a transformer over video frames. Without such a one it is
+    the owner of the list of blocks, if it takes a mask, or the nearest module that does.
 
     Args:
         model: the model that the path starts at.
         path: the layer's path.
     """
     parts = path.split(".")
-    above = [".".join(parts[:depth]) for depth in range(len(parts) - 1, -1, -1)]
-    ancestors = [(name, model.get_submodule(name)) for name in above]
-    for name, module in ancestors:
-        if "inputs_embeds" in _parameters(module):
-            return name, module, True
-        if isinstance(module, PreTrainedModel):
-            break
-
     takes_mask = []
-    for name, module in ancestors:
+    for depth in range(len(parts) - 1, -1, -1):
+        name, below = ".".join(parts[:depth]), parts[depth:]
+        module = model.get_submodule(name)
         names = _parameters(module)
-        told = {"attention_mask", "src_key_padding_mask", "segment_ids"} & set(names)
-        if told and names[0] not in RAW_INPUTS:
-            inner = parts[len(name.split(".")) if name else 0 :]
-            takes_mask.append((name, module, len(inner) > 1 and inner[1].isdigit()))
-        if isinstance(module, PreTrainedModel):
+        if "inputs_embeds" in names and not _is_of_another_model(module, below):
+            return name, module, True
+        if "inputs_embeds" in names:
             break
+        if names and names[0] not in RAW_INPUTS and MASKS & set(names):
+            takes_mask.append((name, module, len(below) > 1 and below[1].isdigit()))
+        if isinstance(module, PreTrainedModel):
+            break  # what is around it has another sequence, as a language model has around its image encoder
     owners = [(name, module) for name, module, owns_list in takes_mask if owns_list]
     found = owners[0] if owners else takes_mask[0][:2] if takes_mask else None
     return None if found is None else (*found, False)
+
+
+def _is_of_another_model(stack: nn.Module, below: list[str]) -> bool:
+    """Whether a layer in a list of blocks stands apart from the list that the stack itself owns."""
+    in_a_list = any(part.isdigit() for part in below)
+    owns = any(isinstance(child, nn.ModuleList) for child in stack.children())
+    return in_a_list and owns and not (len(below) > 1 and below[1].isdigit())
 
 
 def is_causal(model: nn.Module, path: str) -> bool:
