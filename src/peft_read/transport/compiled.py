@@ -82,7 +82,9 @@ def compile_now() -> None:
     one = torch.ones(1)
     none = torch.zeros(1, dtype=torch.bool)
     weights = torch.full((1, 2), 0.5, dtype=torch.float64)
-    problem = Problem(torch.eye(2)[None], weights, weights, one.double() / 2, 0 * one, one, 1.0, None, none, none)
+    problem = Problem(
+        torch.eye(2)[None], weights, weights, one.double() / 2, 0 * one, one, 1.0, None, False, none, none
+    )
     solve_compiled(problem, Kernel(problem, torch.float32, False), tol=1e-4, max_iter=1)
 
 
@@ -128,12 +130,12 @@ def _rows_at(k, a, total, rows_full, y, v, r, scale, pull, w):
     """Fills the rows for log v = y: sets v, r = K v, scale = w u and pull = K' w u; returns w."""
     n, m = k.shape
     for j in range(m):
-        v[j] = np.exp(y[j])
+        v[j] = 1.0 if y[j] == 0 else np.exp(y[j])
     for i in range(n):
-        row, total_row = k[i], v[0] * 0
+        dot = v[0] * 0
         for j in range(m):
-            total_row += row[j] * v[j]
-        r[i] = total_row
+            dot += k[i, j] * v[j]
+        r[i] = dot
     if rows_full or total < 0:
         w = 1.0
     else:
@@ -141,13 +143,13 @@ def _rows_at(k, a, total, rows_full, y, v, r, scale, pull, w):
     for j in range(m):
         pull[j] = 0
     for i in range(n):
-        row, factor = k[i], v[0] * 0
-        if a[i] > 0:
-            factor += a[i] / r[i] if rows_full or a[i] < w * r[i] else w
-        scale[i] = factor
+        if a[i] == 0:
+            scale[i] = 0
+            continue
+        scale[i] = a[i] / r[i] if rows_full or a[i] < w * r[i] else w
         factor = scale[i]
         for j in range(m):
-            pull[j] += factor * row[j]
+            pull[j] += factor * k[i, j]
     return w
 
 
@@ -174,10 +176,9 @@ def _fill(a, r, total, w):
 @_compiled
 def _target(b, pull, j, cols_full):
     """The best log v_j for fixed rows."""
-    if b[j] == 0:
+    if b[j] == 0 or (pull[j] <= b[j] and not cols_full):
         return 0.0
-    best = np.log(b[j] / pull[j])
-    return best if cols_full or best < 0 else 0.0
+    return np.log(b[j] / pull[j])
 
 
 @_compiled
@@ -210,6 +211,7 @@ def _mixed_sweeps(k, c, a, b, total, spread, full, settings, y, v, r, scale, pul
     rows_full, cols_full = full
     residual, last_residual, last_y = np.zeros(m), np.zeros(m), np.zeros(m)
     changes_y, changes_f = np.zeros((MEMORY, m)), np.zeros((MEMORY, m))
+    products = np.zeros((MEMORY, MEMORY))
     known, slot, best, w = 0, 0, np.inf, 0.0
     for sweep in range(MIXED_SWEEPS + 1):
         w = _rows_at(k, a, total, rows_full, y, v, r, scale, pull, w)
@@ -222,37 +224,42 @@ def _mixed_sweeps(k, c, a, b, total, spread, full, settings, y, v, r, scale, pul
             for j in range(m):
                 changes_y[slot, j] = y[j] - last_y[j]
                 changes_f[slot, j] = residual[j] - last_residual[j]
+            known = max(known, slot + 1)
+            for h in range(known):
+                product = 0.0
+                for j in range(m):
+                    product += changes_f[h, j] * changes_f[slot, j]
+                products[h, slot] = product
+                products[slot, h] = product
             slot = (slot + 1) % MEMORY
-            known = min(known + 1, MEMORY)
         if moved > 2 * best:  # the mixing went astray: forget, and sweep plainly
             known, slot = 0, 0
         best = min(best, moved)
         last_y[:] = y
         last_residual[:] = residual
-        weights = _mixing(changes_f, residual, known, v, pull)
+        weights = _mixing(products, changes_f, residual, known)
         for j in range(m):
-            new = y[j] + residual[j]
-            for h in range(known):
-                new -= weights[h] * (changes_y[h, j] + changes_f[h, j])
-            y[j] = new if cols_full or new < 0 else 0.0
+            y[j] += residual[j]
+        for h in range(known):
+            for j in range(m):
+                y[j] -= weights[h] * (changes_y[h, j] + changes_f[h, j])
+        for j in range(m):
+            y[j] = y[j] if cols_full or y[j] < 0 else 0.0
     return MIXED_SWEEPS, False, w
 
 
 @_compiled
-def _mixing(changes_f, residual, known, v, pull):
-    """The least-squares weights of the last changes, columns weighted by their mass."""
+def _mixing(products, changes_f, residual, known):
+    """The weights of the last changes whose combination comes nearest to the residual."""
     system, weights = np.zeros((MEMORY, MEMORY)), np.zeros(MEMORY)
-    for g in range(known):
-        for h in range(g + 1):
-            for j in range(len(v)):
-                system[g, h] += changes_f[g, j] * changes_f[h, j] * v[j] * pull[j]
-            system[h, g] = system[g, h]
-        for j in range(len(v)):
-            weights[g] += changes_f[g, j] * residual[j] * v[j] * pull[j]
     largest = 0.0
     for g in range(known):
-        largest = max(largest, system[g, g])
+        largest = max(largest, products[g, g])
+        for j in range(len(residual)):
+            weights[g] += changes_f[g, j] * residual[j]
     for g in range(known):
+        for h in range(known):
+            system[g, h] = products[g, h]
         system[g, g] += 1e-10 * largest + 1e-300
     _cholesky_solve(system, weights, known)
     return weights
@@ -360,9 +367,9 @@ def _direction(k, a, b, penalised, full, settings, y, v, r, scale, pull, w, dire
             inverse = zero
             inverse += 1 / a[i]
             for j in range(m):
-                factor, links_j = flow[j] * inverse, links[j]
+                factor = flow[j] * inverse
                 for q in range(j):
-                    links_j[q] += factor * flow[q]
+                    links[j, q] += factor * flow[q]
         else:
             mass += np.float64(scale[i]) * r[i]
             for j in range(m):

@@ -1,6 +1,7 @@
 """Which solver answers a stack of problems fastest here: compiled loops, a fused kernel, or plain torch."""
 
 import importlib.util
+import os
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -13,6 +14,7 @@ from .problem import Kernel, Problem, Scaling
 __all__ = ["solver_for"]
 
 Solver = Callable[..., Scaling]
+LARGEST_FUSED_SIDE = 1024  # the vectors of a problem stay in registers
 
 
 def solver_for(method: str, problem: Problem, kernel: Kernel) -> Solver:
@@ -35,6 +37,17 @@ def solver_for(method: str, problem: Problem, kernel: Kernel) -> Solver:
         from .compiled import solve_compiled
 
         return solve_compiled
+    if method == "triton" or (problem.cost.is_cuda and _triton_fits(problem, kernel) and is_installed("triton")):
+        if not is_installed("triton"):
+            raise ImportError('method="triton" needs triton (it comes with torch for CUDA); "newton" does not.')
+        if not _triton_fits(problem, kernel):
+            raise ValueError(
+                'method="triton" works on CUDA, in float32, on sides up to 1024, and where (max cost - min cost) / '
+                'reg is at most 42; use method="newton".'
+            )
+        from .triton import solve_fused
+
+        return solve_fused
     if _numba_fits(problem, kernel) and is_installed("numba"):
         return _numba_once_compiled() or solve_newton
     return solve_newton
@@ -48,6 +61,12 @@ def is_installed(package: str) -> bool:
 
 def _numba_fits(problem: Problem, kernel: Kernel) -> bool:
     return problem.cost.device.type == "cpu" and kernel.dtype == torch.float32 and not kernel.log_domain
+
+
+def _triton_fits(problem: Problem, kernel: Kernel) -> bool:
+    on_device = problem.cost.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"  # the interpreter runs on the CPU
+    fits = max(problem.cost.shape[-2:]) <= LARGEST_FUSED_SIDE
+    return on_device and fits and kernel.dtype == torch.float32 and not kernel.log_domain
 
 
 def _numba_once_compiled() -> Solver | None:

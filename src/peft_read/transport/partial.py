@@ -106,7 +106,8 @@ def partial_optimal_transport(
             exists = (rows > 0).any(-1) & (cols > 0).any(-1)
             low, high = torch.where(exists, low, 0), torch.where(exists, high, 0)
         else:
-            low, high = matrix.detach().flatten(1).aminmax(dim=1)
+            flat = matrix.detach().flatten(1)
+            low, high = flat.amin(1), flat.amax(1)
             exists = None
         if not bool((high - low).isfinite().all()):
             raise ValueError("cost must be finite on every real row and column, got NaN or infinity.")
@@ -122,6 +123,7 @@ def partial_optimal_transport(
             high,
             float(reg),
             penalty,
+            padded=exists is not None,
             rows_full=_takes_all(total, rows, matrix.dtype, penalty),
             cols_full=_takes_all(total, cols, matrix.dtype, penalty),
         )

@@ -29,6 +29,7 @@ class Problem:
         low: (P,) the smallest real cost; high: (P,) the largest.
         reg: the entropic temperature.
         penalty: the reward per unit of mass, or None.
+        padded: whether any row or column is padding (or has no weight).
         rows_full: (P,) bool, the total takes everything that the rows have, so that T 1 = rows.
         cols_full: (P,) bool, likewise for the columns. Both at once is balanced transport.
     """
@@ -41,6 +42,7 @@ class Problem:
     high: Tensor
     reg: float
     penalty: float | None
+    padded: bool
     rows_full: Tensor
     cols_full: Tensor
 
@@ -109,17 +111,15 @@ class Kernel:
     def __init__(self, problem: Problem, dtype: torch.dtype, log_domain: bool) -> None:
         self.dtype, self.log_domain = dtype, log_domain
         low = problem.low.to(dtype)[:, None, None]
-        matrix = (low - problem.cost.to(dtype)) / problem.reg
+        matrix = (low - problem.cost.to(dtype)) * (1 / problem.reg)
         if problem.penalty is not None:
             left, right = problem.log_reference()
             # The shift by `low` has to be paid back here: under a penalty the scale of K is the answer.
             matrix = matrix + (left[:, :, None] + (right - (problem.low / problem.reg)[:, None])[:, None, :]).to(dtype)
-        real = ((problem.rows > 0)[:, :, None]) & ((problem.cols > 0)[:, None, :])
-        if log_domain:
-            self.by_rows = torch.where(real, matrix, -math.inf)
-        else:
-            self.by_rows = torch.where(real, matrix.exp(), matrix.new_zeros(()))
-        self.by_rows = self.by_rows.contiguous()
+        if problem.padded:
+            real = (problem.rows > 0)[:, :, None] & (problem.cols > 0)[:, None, :]
+            matrix = torch.where(real, matrix, -math.inf)
+        self.by_rows = (matrix if log_domain else matrix.exp_()).contiguous()
 
     @cached_property
     def by_cols(self) -> Tensor:
