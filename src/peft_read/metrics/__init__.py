@@ -1,7 +1,15 @@
 """Evaluation metrics as plain functions."""
 
+from .as_evaluate import evaluate_metric
 from .highlight_detection import tvsum_map, youtube_highlights_map
 from .moment_retrieval import evaluate_qvhighlights
 from .summarization import content_f1, rouge_scores
 
-__all__ = ["content_f1", "evaluate_qvhighlights", "rouge_scores", "tvsum_map", "youtube_highlights_map"]
+__all__ = [
+    "content_f1",
+    "evaluate_metric",
+    "evaluate_qvhighlights",
+    "rouge_scores",
+    "tvsum_map",
+    "youtube_highlights_map",
+]
