@@ -31,7 +31,6 @@ TARGET_MODULES: dict[str, list[str]] = {
     "bart": ["fc2"],
     "blenderbot": ["fc2"],
     "blenderbot-small": ["fc2"],
-    "led": ["fc2"],
     "m2m_100": ["fc2"],
     "marian": ["fc2"],
     "mbart": ["fc2"],
@@ -83,11 +82,11 @@ TARGET_MODULES: dict[str, list[str]] = {
     "xlm-roberta": ["output.dense"],
 }
 
-# In these families the attention's output projection ends with the target's name too.
+# In these families the attention's output projection, or the pooling head, ends with the target's name too.
 EXCLUDED_MODULES: dict[str, list[str]] = {
     family: ["attention.output.dense"]
     for family in ("bert", "deberta", "deberta-v2", "electra", "roberta", "xlm-roberta")
-}
+} | {"siglip": ["head.mlp.fc2"]}
 
 # Moment-DETR's decoder sees queries, which are a set: there is no order for a recurrence to run along.
 CELL_PATTERNS: dict[str, dict[str, str]] = {"moment_detr": {r"decoder\.layers\.\d+\.linear2": "none"}}
