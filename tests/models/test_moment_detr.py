@@ -404,8 +404,8 @@ def test_ranked_windows_by_hand():
     assert kept == windows[:2]
     (exact,) = ranked_windows(logits, spans, [30.0], config=config, clip_seconds=None)
     assert exact[1][:2] == pytest.approx([11.7, 18.3])
-    (half,) = ranked_windows(logits[:, :1], torch.tensor([[[5 / 30, 4 / 30]]]), [30.0], config=config)
-    assert half == [[4.0, 8.0, 0.5]]  # 3 and 7 seconds are 1.5 and 3.5 clips: half to even
+    (half,) = ranked_windows(logits[:, :1], torch.tensor([[[8 / 32, 6 / 32]]]), [32.0], config=config)
+    assert half == [[4.0, 12.0, 0.5]]  # 5 and 11 seconds are 2.5 and 5.5 clips: half to even
 
 
 def test_ranked_windows_of_clip_indices():
