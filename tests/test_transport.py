@@ -107,7 +107,7 @@ def test_dykstra_is_the_iteration_of_pot(n_iter):
     cost = costs("lowd", 1, 15, 9)
     rows, cols = torch.full((1, 15), 1 / 15).double(), torch.full((1, 9), 1 / 9).double()
     total, no = torch.tensor([0.7], dtype=torch.float64), torch.zeros(1, dtype=torch.bool)
-    problem = Problem(cost, rows, cols, total, cost.amin((1, 2)), cost.amax((1, 2)), 0.05, None, False, no, no)
+    problem = Problem(cost, rows, cols, total, cost.amin((1, 2)), cost.amax((1, 2)), 0.05, None, 40.0, False, no, no)
     kernel = Kernel(problem, torch.float64, False)
     found = solve_dykstra(problem, kernel, tol=0, max_iter=n_iter)
     expected = ot.partial.entropic_partial_wasserstein(
@@ -128,7 +128,18 @@ def test_logarithms_and_exponentials_agree():
     rows, cols = torch.full((3, 18), 1 / 18).double(), torch.full((3, 11), 1 / 11).double()
     no = torch.zeros(3, dtype=torch.bool)
     problem = Problem(
-        cost, rows, cols, torch.full((3,), 0.7).double(), cost.amin((1, 2)), cost.amax((1, 2)), 0.05, None, False, no, no
+        cost,
+        rows,
+        cols,
+        torch.full((3,), 0.7).double(),
+        cost.amin((1, 2)),
+        cost.amax((1, 2)),
+        0.05,
+        None,
+        40.0,
+        False,
+        no,
+        no,
     )
     plans = []
     for log_domain in (False, True):

@@ -11,7 +11,7 @@ FORMS = pytest.mark.parametrize(
     [{"mass": 0.5}, {"mass": 0.9}, {"mass": 1.0}, {"penalty": 0.2}, {"mass": 0.7, "marginals": "count"}],
     ids=str,
 )
-SIDES = pytest.mark.parametrize("shape", [(8, 5), (5, 8)], ids=str)
+SIDES = pytest.mark.parametrize("shape", [(6, 4), (4, 6)], ids=str)
 
 
 def gradient_of(cost, function):
@@ -43,7 +43,7 @@ def test_the_envelope_gradient_is_that_of_the_regularised_value(form, shape):
 @FORMS
 @SIDES
 def test_the_implicit_gradient_is_that_of_cost_and_plan(form, shape):
-    cost = costs("lowd", 2, *shape).requires_grad_()
+    cost = costs("lowd", 1, *shape).requires_grad_()
 
     def both(c):
         found = partial_optimal_transport(c, method="newton", gradient="implicit", tol=1e-11, **form)

@@ -24,8 +24,8 @@ def count(*arguments, solver=fused.solve_newton, **options):
 fused.solve_newton = count
 problems = 0
 for family, shape, form in (
-    ("aligned", (2, 13, 6), {"mass": 0.5}), ("lowd", (1, 6, 13), {"mass": 0.8}), ("lowd", (1, 9, 5), {"mass": 1.0}),
-    ("matched", (1, 12, 6), {"mass": 0.9, "marginals": "count"}), ("lowd", (1, 9, 5), {"penalty": 0.3}),
+    ("aligned", (2, 9, 4), {"mass": 0.5}), ("lowd", (1, 4, 7), {"mass": 0.8}), ("lowd", (1, 6, 4), {"mass": 1.0}),
+    ("matched", (1, 6, 4), {"mass": 0.6, "marginals": "count"}), ("lowd", (1, 6, 4), {"penalty": 0.3}),
 ):
     cost = costs(family, *shape).float()
     row_mask, col_mask = ragged_masks(*shape)

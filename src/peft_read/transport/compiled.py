@@ -79,11 +79,21 @@ def is_ready() -> bool:
 
 def compile_now() -> None:
     """Compiles the solver, by solving one small problem."""
-    one = torch.ones(1)
-    none = torch.zeros(1, dtype=torch.bool)
-    weights = torch.full((1, 2), 0.5, dtype=torch.float64)
+    half = torch.full((1, 2), 0.5, dtype=torch.float64)
+    no = torch.zeros(1, dtype=torch.bool)
     problem = Problem(
-        torch.eye(2)[None], weights, weights, one.double() / 2, 0 * one, one, 1.0, None, False, none, none
+        cost=torch.eye(2)[None],
+        rows=half,
+        cols=half,
+        total=half[:, 0],
+        low=torch.zeros(1),
+        high=torch.ones(1),
+        reg=1.0,
+        penalty=None,
+        span=1.0,
+        padded=False,
+        rows_full=no,
+        cols_full=no,
     )
     solve_compiled(problem, Kernel(problem, torch.float32, False), tol=1e-4, max_iter=1)
 

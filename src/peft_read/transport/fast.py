@@ -73,7 +73,8 @@ def _numba_once_compiled() -> Solver | None:
     """The numba solver, unless that would keep the caller waiting for a compiler.
 
     Compiling takes many seconds, once per machine: numba keeps the machine code beside the package. Where it is
-    there, it is used from the first call on. Where it is not, a thread compiles it, and torch answers until then.
+    there, it is used from the first call on. Where it is not, a thread compiles it, and torch answers until then. It
+    is no daemon: a process that ends early waits for it, instead of pulling the compiler down under its feet.
     """
     from . import compiled
 
@@ -81,7 +82,7 @@ def _numba_once_compiled() -> Solver | None:
         return compiled.solve_compiled
     with _lock:
         if not _threads:
-            _threads.append(threading.Thread(target=compiled.compile_now, name="peft_read-compile", daemon=True))
+            _threads.append(threading.Thread(target=compiled.compile_now, name="peft_read-compile"))
             _threads[0].start()
     return None
 

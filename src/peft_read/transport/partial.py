@@ -11,7 +11,7 @@ from .dykstra import solve_dykstra
 from .gradients import ImplicitPlan
 from .paper import printed_algorithm
 from .plan import TransportPlan
-from .problem import Kernel, Problem, domain_for, relative_range
+from .problem import Kernel, Problem, domain_for
 
 __all__ = ["partial_optimal_transport"]
 
@@ -109,11 +109,12 @@ def partial_optimal_transport(
             flat = matrix.detach().flatten(1)
             low, high = flat.amin(1), flat.amax(1)
             exists = None
-        if not bool((high - low).isfinite().all()):
+        span = _span(low, high, penalty) / reg
+        if not math.isfinite(span):
             raise ValueError("cost must be finite on every real row and column, got NaN or infinity.")
         fraction = _fraction(mass, leading, cost.device) if chosen != "paper" else rows.new_ones(())
-        smaller = torch.minimum(rows.sum(-1), cols.sum(-1))
-        total = fraction * smaller
+        row_sums, col_sums = rows.sum(-1), cols.sum(-1)
+        total = fraction * torch.minimum(row_sums, col_sums)
         problem = Problem(
             matrix,
             rows,
@@ -123,9 +124,10 @@ def partial_optimal_transport(
             high,
             float(reg),
             penalty,
+            span=span,
             padded=exists is not None,
-            rows_full=_takes_all(total, rows, matrix.dtype, penalty),
-            cols_full=_takes_all(total, cols, matrix.dtype, penalty),
+            rows_full=_takes_all(total, row_sums, matrix.dtype, penalty),
+            cols_full=_takes_all(total, col_sums, matrix.dtype, penalty),
         )
         if exists is None or bool(exists.all()):
             plan, n_iter, converged = _solved(problem, chosen, tol, max_iter, gradient)
@@ -138,9 +140,16 @@ def partial_optimal_transport(
         return _result(problem, plan, n_iter, converged, leading, chosen)
 
 
-def _takes_all(total: Tensor, weights: Tensor, dtype: torch.dtype, penalty: float | None) -> Tensor:
+def _span(low: Tensor, high: Tensor, penalty: float | None) -> float:
+    """The largest range of the real costs of a problem; a penalty counts as one more cost."""
+    if penalty is not None:
+        low, high = low.clamp_max(penalty), high.clamp_min(penalty)
+    return float((high - low).amax())
+
+
+def _takes_all(total: Tensor, weight_sum: Tensor, dtype: torch.dtype, penalty: float | None) -> Tensor:
     """Whether the total is all that one side has: (P,) bool."""
-    return (total >= weights.sum(-1) * (1 - FULL[dtype])) & (penalty is None)
+    return total >= weight_sum * (1 - FULL[dtype] if penalty is None else math.inf)
 
 
 def _solved(
@@ -150,9 +159,9 @@ def _solved(
     max_iter = DEFAULT_ITERATIONS.get(method, NEWTON_STEPS) if max_iter is None else max_iter
     if not len(problem.cost):
         return problem.cost, problem.total.long(), problem.total > 0
-    if method != "exact" and relative_range(problem) > LARGEST_RELATIVE_RANGE:
+    if method != "exact" and problem.span > LARGEST_RELATIVE_RANGE:
         raise ValueError(
-            f"reg={problem.reg} is too small for a cost that ranges over {relative_range(problem) * problem.reg:.6g}: "
+            f"reg={problem.reg} is too small for a cost that ranges over {problem.span * problem.reg:.6g}: "
             f"reg must be at least 1/{LARGEST_RELATIVE_RANGE:.0f} of that range. Scale the cost, raise reg, or use "
             'method="exact".'
         )
@@ -188,7 +197,7 @@ def _paper(problem: Problem, tol: float, max_iter: int) -> tuple[Tensor, Tensor,
     if log_domain:
         raise ValueError(
             f'reg={problem.reg} is too small for method="paper", which exponentiates the cost as printed: '
-            f"(max cost - min cost) / reg is {relative_range(problem):.4g}, and may be at most 340."
+            f"(max cost - min cost) / reg is {problem.span:.4g}, and may be at most 340."
         )
     # Line 4 divides by the sum of exp(-C / reg): any shift of the cost cancels there.
     shifted = (problem.cost - problem.low[:, None, None]).to(dtype)
@@ -232,6 +241,9 @@ def _weights(
     device: torch.device,
 ) -> Tensor:
     """The capacities of one side, (P, N) float64, 0 on padding."""
+    if mask is None and weights is None:
+        weight = 1.0 if marginals == "count" else 1 / shape[-1]
+        return torch.full((math.prod(shape[:-1]), shape[-1]), weight, dtype=torch.float64, device=device)
     real = torch.ones(shape[-1], dtype=torch.bool, device=device)
     if mask is not None:
         _check_mask(f"{side}_mask", mask, shape)
@@ -271,6 +283,8 @@ def _check_mask(name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _fraction(mass: float | Tensor, leading: torch.Size, device: torch.device) -> Tensor:
+    if isinstance(mass, int | float) and 0 < mass <= 1:
+        return torch.full((math.prod(leading),), mass, dtype=torch.float64, device=device)
     fraction = torch.as_tensor(mass, dtype=torch.float64, device=device).detach()
     if not _broadcasts(fraction.shape, leading):
         raise ValueError(f"mass must be a number or broadcast to shape {tuple(leading)}, got {tuple(fraction.shape)}.")

@@ -29,6 +29,7 @@ class Problem:
         low: (P,) the smallest real cost; high: (P,) the largest.
         reg: the entropic temperature.
         penalty: the reward per unit of mass, or None.
+        span: the largest (high - low) / reg, the penalty counted as one more cost.
         padded: whether any row or column is padding (or has no weight).
         rows_full: (P,) bool, the total takes everything that the rows have, so that T 1 = rows.
         cols_full: (P,) bool, likewise for the columns. Both at once is balanced transport.
@@ -42,6 +43,7 @@ class Problem:
     high: Tensor
     reg: float
     penalty: float | None
+    span: float
     padded: bool
     rows_full: Tensor
     cols_full: Tensor
@@ -167,16 +169,7 @@ def finite_log(weights: Tensor) -> Tensor:
 
 def domain_for(problem: Problem, at_least: torch.dtype) -> tuple[torch.dtype, bool]:
     """The cheapest (dtype, log_domain) in which the problems' range of cost over temperature is safe."""
-    span = relative_range(problem)
     for dtype in (torch.float32, torch.float64):
-        if span <= _EXP_RANGE[dtype] and (dtype == at_least or dtype == torch.float64):
+        if problem.span <= _EXP_RANGE[dtype] and (dtype == at_least or dtype == torch.float64):
             return dtype, False
     return torch.float64, True
-
-
-def relative_range(problem: Problem) -> float:
-    """The largest (max C - min C) / reg of all problems; a penalty counts as one more cost."""
-    low, high = problem.low, problem.high
-    if problem.penalty is not None:
-        low, high = low.clamp_max(problem.penalty), high.clamp_min(problem.penalty)
-    return float((high - low).amax()) / problem.reg if low.numel() else 0.0
