@@ -16,7 +16,7 @@ from peft import (
     inject_adapter_in_model,
 )
 from peft.utils.hotswap import hotswap_adapter
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import adapted, build, padded_batch, read_layers
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM, BartForConditionalGeneration
@@ -211,6 +211,33 @@ def test_injecting_without_a_wrapper(low_cpu_mem_usage):
 
         set_peft_model_state_dict(model, {k.removeprefix("base_model.model."): v for k, v in state.items()})
         assert same(logits(model.eval()), logits(donor))
+
+
+def test_injecting_where_a_state_dict_says():
+    state = {k.removeprefix("base_model.model."): v for k, v in get_peft_model_state_dict(adapted("bart")).items()}
+    state = {name: value for name, value in state.items() if "decoder" in name}
+    with pytest.warns(RuntimeWarning, match="inconsistency"):
+        model = inject_adapter_in_model(READConfig(), build("bart"), state_dict=state)
+    assert {layer.path for layer in read_layers(model)} == {f"model.decoder.layers.{i}.fc2" for i in range(2)}
+
+
+def test_missing_weights_are_reported(tmp_path):
+    model = adapted("bart")
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    state = load_file(path)
+    lost = next(name for name in state if name.endswith("readapter_cell.weight_hh"))
+    save_file({name: value for name, value in state.items() if name != lost}, path)
+    with pytest.warns(UserWarning, match=r"missing adapter keys.*readapter_cell\.default\.weight_hh"):
+        PeftModel.from_pretrained(build("bart"), tmp_path)
+
+
+def test_a_long_list_of_targets_is_condensed_to_the_same_modules():
+    names = [f"model.{part}.layers.{i}.{name}" for part in ("encoder", "decoder") for i in range(2)
+             for name in ("fc2", "fc1", "self_attn.q_proj", "self_attn.v_proj", "self_attn.k_proj")]  # fmt: skip
+    model = get_peft_model(build("bart"), READConfig(target_modules=names))
+    assert {layer.path for layer in read_layers(model)} == set(names) and len(names) == 20
+    assert len(model.peft_config["default"].target_modules) < 20
 
 
 def test_which_modules_and_how_wide():
