@@ -441,6 +441,45 @@ def test_t5_reads_the_fusion_layer_as_a_switch_and_ignores_its_visual_transforme
         VGT5Config(apply_img_trans=True)
 
 
+@pytest.mark.parametrize("layer", [0, -1])
+def test_t5_may_fuse_after_a_block(layer):
+    model, inputs = small_model(T5, fusion_place="layer", fusion_layer=layer, use_forget_gate=True), batch()
+    encoder, seen = model.encoder, record_outputs(model)
+    assert model.config.fusion_layer == layer % 2
+    output = model(**inputs, labels=LABELS, output_hidden_states=True)
+    before = seen[f"encoder.block.{layer % 2}"]
+    video = inputs["video_features"]
+    update = torch.stack([fuse_by_the_book(encoder, h, v, 0, True) for h, v in zip(before, video, strict=True)])
+    fused = encoder.custom_layer_norm(before + update)
+    states = output.encoder_hidden_states
+    assert len(states) == 3
+    if layer == 0:
+        torch.testing.assert_close(states[1], fused)
+        fused = seen["encoder.block.1"]
+    torch.testing.assert_close(states[2], encoder.final_layer_norm(fused))
+    torch.testing.assert_close(output.encoder_last_hidden_state, states[2])
+    # apart from the fusion it is T5
+    with torch.no_grad():
+        encoder.custom_layer_norm.weight.zero_()
+        encoder.custom_layer_norm.bias.zero_()
+    if layer == -1:
+        assert not model(**inputs, labels=LABELS).encoder_last_hidden_state.any()
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    whole = T5ForConditionalGeneration(T5Config(**T5.sizes)).eval()
+    whole.load_state_dict({key: model.state_dict()[key] for key in whole.state_dict()})
+    encoder.fuse = lambda states, *args, **kwargs: torch.zeros_like(states)
+    encoder.custom_layer_norm = nn.Identity()
+    torch.testing.assert_close(model(**inputs, labels=LABELS).logits, whole(**text, labels=LABELS).logits)
+    for options, message in [
+        ({"fusion_place": "start"}, "'final' or 'layer'"),
+        ({"fusion_layer": 2}, "none of the 2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            VGT5Config(**T5.sizes, **{"fusion_place": "layer", **options})
+    with pytest.raises(ValueError, match="exactly one of input_ids"):
+        encoder(video_features=video)
+
+
 def test_gated_t5_checkpoints_keep_their_unscaled_head(tmp_path):
     # flan-T5 and T5 v1.1: gated feed-forward blocks, no scaling before the head
     config = T5Config(**T5.sizes, feed_forward_proj="gated-gelu", tie_word_embeddings=False)

@@ -15,8 +15,11 @@ class VGT5Config(VisionGuidanceOptions, T5Config):
     """T5 whose encoder looks at a video once, after its last layer and final norm; defaults are T5-base.
 
     Args:
-        fusion_layer: whether to fuse: 0 or None means a text-only model, any other number means the one place where
-            T5 fuses. The original reads it this way; it is no index.
+        fusion_layer: whether to fuse. With `fusion_place="final"` 0 or None means a text-only model, and any other
+            number means fusion; the original reads it this way, it is no index. With `fusion_place="layer"` it is the
+            index of a block, negative from the end, and only None means a text-only model.
+        fusion_place: `"final"`, the original: after the last block and the final norm, so that two norms follow each
+            other. `"layer"`: after block `fusion_layer`, as in VG-BART, with one norm there and one at the end.
         cross_attn_type: form of the text-video attention, 0 to 5 (see `VisionGuidance`).
         use_forget_gate: let a sigmoid gate forget attended video features.
         use_img_trans: build the visual transformer.
@@ -36,8 +39,8 @@ class VGT5Config(VisionGuidanceOptions, T5Config):
         **kwargs: fields of `transformers.T5Config`.
 
     Raises:
-        ValueError: a field is not allowed (see `VisionGuidanceOptions.set_vision_guidance`), or `apply_img_trans` is
-            set without `use_img_trans`.
+        ValueError: a field is not allowed (see `VisionGuidanceOptions.set_vision_guidance`), `fusion_layer` is no
+            block where it must be one, or `apply_img_trans` is set without `use_img_trans`.
 
     Example:
         >>> VGT5Config(d_model=32, num_layers=2, visual_feature_dim=64, use_forget_gate=True).num_decoder_layers
@@ -49,6 +52,7 @@ class VGT5Config(VisionGuidanceOptions, T5Config):
     def __init__(
         self,
         fusion_layer: int | None = 5,
+        fusion_place: str = "final",
         cross_attn_type: int = 0,
         use_forget_gate: bool = False,
         use_img_trans: bool = False,
@@ -68,6 +72,16 @@ class VGT5Config(VisionGuidanceOptions, T5Config):
             raise ValueError("apply_img_trans=True needs use_img_trans=True, which builds the visual transformer")
         base = {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12, "decoder_start_token_id": 0}
         super().__init__(**{**base, **kwargs})
+        if fusion_place not in ("final", "layer"):
+            raise ValueError(f"fusion_place must be 'final' or 'layer', not {fusion_place!r}")
+        if fusion_place == "layer" and fusion_layer is not None:
+            if not -self.num_layers <= fusion_layer < self.num_layers:
+                raise ValueError(
+                    f"fusion_layer={fusion_layer} is none of the {self.num_layers} encoder blocks; use -1 for the "
+                    "last block, or None for a text-only model"
+                )
+            fusion_layer %= self.num_layers
+        self.fusion_place = fusion_place
         self.apply_img_trans = apply_img_trans
         self.set_vision_guidance(
             text_dim=self.d_model,

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import T5Config, T5ForConditionalGeneration
+from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.t5.modeling_t5 import T5Stack
 from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
 
 from ..sequence_loss import sequence_cross_entropy
 from ..vision_guidance import VISUAL_MODULES, VisionGuidance
@@ -21,7 +24,8 @@ __all__ = ["VGT5Encoder", "VGT5ForConditionalGeneration"]
 
 
 class VGT5Encoder(VisionGuidance, T5Stack):
-    """T5's encoder with the fusion after its final norm, so that two norms follow each other (RMS, then LayerNorm).
+    """T5's encoder with the fusion after its final norm, so that two norms follow each other (RMS, then LayerNorm), or
+    after one of its blocks.
 
     Args:
         config: the configuration of the encoder.
@@ -72,6 +76,11 @@ class VGT5Encoder(VisionGuidance, T5Stack):
         Raises:
             ValueError: the video is missing or has another shape.
         """
+        if self.config.fusion_place == "layer" and self.config.fusion_layer is not None:
+            if (input_ids is None) == (inputs_embeds is None):
+                raise ValueError("pass exactly one of input_ids and inputs_embeds")
+            embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            return self._forward_with_fusion_inside(embeds, attention_mask, video_features, video_mask, **kwargs)
         output = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -86,6 +95,41 @@ class VGT5Encoder(VisionGuidance, T5Stack):
                 hidden_states = (*hidden_states[:-1], states)
         # T5Stack returns a decoder's output class, which T5's model takes apart by position if it comes from outside.
         return BaseModelOutput(last_hidden_state=states, hidden_states=hidden_states, attentions=output.attentions)
+
+    def _forward_with_fusion_inside(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        video_features: Tensor | None,
+        video_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> BaseModelOutput:
+        """T5's encoder with the fusion after block `fusion_layer`, before the next block or the final norm."""
+        fused: list[Tensor] = []
+
+        def fuse(states: Tensor) -> Tensor:
+            fused.append(self._fused(states, attention_mask, video_features, video_mask))
+            return fused[0]
+
+        output = self._run_blocks(inputs_embeds, attention_mask, fuse, return_dict=True, **kwargs)
+        # What was recorded is the output of the block; what is reported is the fused state.
+        states, place = output.hidden_states, self.config.fusion_layer + 1
+        if states and place < len(states) - 1 and states[place] is not None:
+            output.hidden_states = (*states[:place], fused[0], *states[place + 1 :])
+        return output
+
+    @capture_outputs
+    def _run_blocks(
+        self, inputs_embeds: Tensor, attention_mask: Tensor | None, fuse: Callable[[Tensor], Tensor], **kwargs: Any
+    ) -> BaseModelOutput:
+        mask = create_bidirectional_mask(self.config, inputs_embeds, attention_mask)
+        states, position_bias = self.dropout(inputs_embeds), None
+        for index, block in enumerate(self.block):
+            # by position, as T5 passes them, for gradient checkpointing
+            states, position_bias, _ = block(states, mask, position_bias, None, None, None, **kwargs)
+            if index == self.config.fusion_layer:
+                states = fuse(states)
+        return BaseModelOutput(last_hidden_state=self.dropout(self.final_layer_norm(states)))
 
     def _fused(
         self, states: Tensor, attention_mask: Tensor | None, video_features: Tensor | None, video_mask: Tensor | None
@@ -163,6 +207,7 @@ class VGT5ForConditionalGeneration(VisionGuidedGeneration, T5ForConditionalGener
 
         Returns:
             `Seq2SeqLMOutput`; `encoder_hidden_states[-1]` is the fused state, those before it are the blocks' outputs.
+            With `fusion_place="layer"` the fused state stands at `fusion_layer + 1`.
         """
         if labels is not None:
             use_cache = False
