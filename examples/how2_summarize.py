@@ -62,7 +62,7 @@ class ScriptArguments:
     train_split: str = "sum_train"
     validation_split: str = "sum_val"
     test_split: str = "sum_test"
-    num_train_samples: int | None = field(default=None, metadata={"help": "low-resource subset; How2-mini: 300"})
+    num_train_samples: int | None = field(default=None, metadata={"help": "low-resource subset; How2-mini: 400"})
     num_validation_samples: int | None = None
     num_test_samples: int | None = None
     subset: str = field(default="random", metadata={"help": "random (with --seed) or first lines"})
@@ -70,7 +70,7 @@ class ScriptArguments:
         default=str(MINI_BACKBONE), metadata={"help": "a VG-BART, or a plain BART, which gets new visual modules"}
     )
     method: str = field(default="read", metadata={"help": f"one of {', '.join(METHODS)}"})
-    r: int = field(default=8, metadata={"help": "width k of READ and Adapter, rank of LoRA"})
+    r: int = field(default=16, metadata={"help": "width k of READ and Adapter, rank of LoRA"})
     cell: str = field(default="rnn", metadata={"help": "READ's recurrence: rnn, gru, lstm"})
     pvla: bool = field(default=True, metadata={"help": "the alignment loss; --no_pvla switches it off"})
     pvla_weight: float = 0.01
@@ -98,7 +98,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     learning_rate: float = 1e-2
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.1
-    num_train_epochs: float = 10
+    num_train_epochs: float = 20
     per_device_train_batch_size: int = 16
     per_device_eval_batch_size: int = 32
     eval_strategy: str = "epoch"
@@ -188,7 +188,7 @@ def generate_data(folder: Path) -> None:
 def use_how2_mini(script: ScriptArguments, training: TrainingArguments) -> None:
     """Points the arguments at the generated data."""
     script.data_dir = str(Path(training.output_dir) / "how2_mini")
-    script.num_train_samples = script.num_train_samples or 300
+    script.num_train_samples = script.num_train_samples or 400
     if script.compare_zero_video is None:
         script.compare_zero_video = not script.zero_video
 

@@ -44,7 +44,7 @@ class Arguments:
     corpus: str = field(default="how2_mini", metadata={"help": "how2_mini or captions"})
     captions: str | None = field(default=None, metadata={"help": "jsonl (or .xz) of captions, one video a line"})
     features: str | None = field(default=None, metadata={"help": "feature archive with the ids of the captions"})
-    num_items: int = field(default=200_000, metadata={"help": "generated clips, or caption passages"})
+    num_items: int = field(default=240_000, metadata={"help": "generated clips, or caption passages"})
     vocab_size: int = field(default=4_000, metadata={"help": "of the captions' tokenizer"})
     d_model: int = 96
     ffn_dim: int = 256
@@ -135,11 +135,13 @@ def how2_mini_corpus(num_items: int, *, seed: int) -> tuple[list[dict], MemoryFe
     """Summaries of seven domains, in a curriculum, and talk to denoise, in the order of training."""
     seen = [name for name in HOW2_MINI_DOMAINS if name != UNSEEN_DOMAIN]
     # A curriculum: clips of one step are where a model finds out what frames mean, longer ones add the order.
-    lessons = [((1, 1), 0.15), ((2, 3), 0.25), ((3, 6), 0.45)]
+    lessons = [((1, 1), 0.12), ((2, 3), 0.23), ((3, 6), 0.50)]
     clips = []
     for number, (steps, share) in enumerate(lessons):
         count = round(share * num_items)
-        clips += generate_how2_mini(count, seed=seed + 10 * number, domains=seen, num_steps=steps, prefix="pretrain")
+        clips += generate_how2_mini(
+            count, seed=seed + 10 * number, domains=seen, num_steps=steps, wandering=0.5, prefix="pretrain"
+        )
     talk = how2_mini_talk(num_items - len(clips), seed=seed)
     words = Counter(word for line in talk for word in line.split())
     words.update(word for clip in clips for word in f"{clip.transcript} {clip.summary}".split())

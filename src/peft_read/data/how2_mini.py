@@ -12,7 +12,8 @@ object with a *look* (one of eight: round, long, flat ...), and lasts two to fou
 
 So a model must find the word for every frame (the alignment that PVLA asks for), and keep the order (the recurrence
 that READ adds). Motion and look codes are the same in all domains, as features of one video encoder would be; names,
-jargon, the way summaries are phrased and the offset belong to the domain. Everything is drawn from one seed.
+jargon, the way summaries are phrased and the offset belong to the domain. Half of gardening's objects are known from
+other domains, half are its own. Everything is drawn from one seed.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ __all__ = ["HOW2_MINI_DOMAINS", "How2MiniClip", "generate_how2_mini", "how2_mini
 FEATURE_DIM = 64
 WORLD_SEED = 20240222  # the codes of motions, looks and domains: one video encoder for every split and seed
 FRAME_NOISE = 0.35  # standard deviation a channel; code channels have standard deviation 1 / sqrt(2)
+FEATURE_SCALE = 1 / 9  # frames of about unit norm, as those of CLIP and of other contrastive encoders
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ HOW2_MINI_DOMAINS: dict[str, Domain] = {
     ),
     "gardening": _domain(
         "prune graft water rake dig tamp transplant mulch pot compost",
-        "bulb pumpkin hose vine slate lawn planter hedge moss soil seed berry bucket barrow trowel shovel",
+        "bulb boulder hose rope lawn tarp planter crate soil blanket seed pebble bucket barrel trowel fork",
         "learn from a gardener to", ", now", "on this garden show .",
     ),
 }  # fmt: skip
@@ -138,6 +140,7 @@ def generate_how2_mini(
     seed: int,
     domains: Sequence[str] = ("gardening",),
     num_steps: tuple[int, int] = (3, 6),
+    wandering: float = 0.0,
     prefix: str = "clip",
 ) -> list[How2MiniClip]:
     """Draws clips of the given domains.
@@ -147,6 +150,7 @@ def generate_how2_mini(
         seed: of the draw; the codes of motions, looks and domains do not depend on it.
         domains: keys of `HOW2_MINI_DOMAINS`, drawn uniformly.
         num_steps: fewest and most steps of a clip, at most eight.
+        wandering: probability that an object comes from any of `domains` instead of the clip's own.
         prefix: video ids are `<prefix><seed>_<index>`.
 
     Raises:
@@ -162,7 +166,12 @@ def generate_how2_mini(
         domain = HOW2_MINI_DOMAINS[name]
         count = int(rng.integers(num_steps[0], num_steps[1] + 1))
         shown_looks = rng.permutation(NUM_LOOKS)
-        nouns = [domain.nouns[look][rng.integers(2)] for look in shown_looks]
+        nouns = []
+        for look in shown_looks:
+            owner = (
+                domain if rng.random() >= wandering else HOW2_MINI_DOMAINS[domains[int(rng.integers(len(domains)))]]
+            )
+            nouns.append(owner.nouns[look][rng.integers(2)])
         shown_motions = rng.choice(NUM_MOTIONS, size=count, replace=False)
         steps = tuple((domain.verbs[m], noun) for m, noun in zip(shown_motions, nouns, strict=False))
 
@@ -183,7 +192,7 @@ def generate_how2_mini(
                 video_id=f"{prefix}{seed}_{index}",
                 transcript=" ".join(sentences),
                 summary=f"{domain.opening} {told} {domain.closing}".replace(" ,", ",").replace(",", " ,"),
-                features=features.astype(np.float32),
+                features=(FEATURE_SCALE * features).astype(np.float32),
                 steps=steps,
             )
         )

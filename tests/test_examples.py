@@ -1,0 +1,188 @@
+"""The scripts and the README, run as a user runs them, on one small How2 folder."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration
+
+from peft_read.data import generate_how2_mini, write_how2_mini
+
+REPOSITORY = Path(__file__).parents[1]
+EXAMPLES = REPOSITORY / "examples"
+BACKBONE = EXAMPLES / "how2_mini_backbone"
+SMALL = "--num_train_epochs 1 --per_device_train_batch_size 8 --generation_num_beams 1 --use_cpu --disable_tqdm true"
+
+
+@pytest.fixture(scope="module")
+def how2(tmp_path_factory):
+    splits = {"sum_train": (24, 1), "sum_val": (8, 2), "sum_test": (12, 3)}
+    clips = {name: generate_how2_mini(count, seed=seed, prefix=name) for name, (count, seed) in splits.items()}
+    return write_how2_mini(tmp_path_factory.mktemp("how2"), clips)
+
+
+@pytest.fixture
+def summarize(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import how2_summarize
+
+    return lambda *arguments: how2_summarize.main([*SMALL.split(), *map(str, arguments)])
+
+
+def test_the_readme_runs_as_written(tmp_path):
+    code = re.search(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL).group(1)
+    code = code.replace("outputs/readme", str(tmp_path)).replace("max_steps=20", "max_steps=2, report_to='none'")
+    script = tmp_path / "readme.py"
+    script.write_text(code)
+    done = subprocess.run([sys.executable, script], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "trainable params" in done.stdout
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 1e6
+
+
+def test_the_imports_of_the_first_line():
+    done = subprocess.run([sys.executable, "-c", "import peft_read; from peft import get_peft_model"])
+    assert done.returncode == 0
+
+
+def test_one_run_writes_adapter_report_and_picture(how2, tmp_path, summarize):
+    result = summarize(
+        "--data_dir", how2, "--output_dir", tmp_path, "--compare_zero_video", "true", "--logging_steps", 1
+    )
+    assert result["method"] == "read + PVLA"
+    assert result["reloaded_is_identical"]
+    assert result["adapter_bytes"] < 1e6
+    assert result["trainable"] / result["parameters"] < 0.03
+    assert {"rouge_before", "rouge_after", "rouge_zeroed_at_test", "without_video"} <= set(result)
+    assert {"task_loss", "pvla_loss"} <= set(result["log"][0])
+    report = (tmp_path / "report.md").read_text()
+    for part in ("trainable parameters", "ROUGE-L", "PVLA loss", "reference:", "video zeroed"):
+        assert part in report
+    assert (tmp_path / "learning_curve.png").stat().st_size > 1000
+    assert json.loads((tmp_path / "results.json").read_text())["world_size"] == 1
+    assert not list(tmp_path.rglob("checkpoint-*")), "a finished run leaves the adapter, not its checkpoints"
+
+
+def test_a_yaml_file_gives_arguments_and_the_command_line_wins(how2, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import how2_summarize
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"data_dir: {how2}\nr: 3\nlearning_rate: 0.5\n")
+    script, training = how2_summarize.parse([str(recipe), "--learning_rate", "0.25"])
+    assert (script.data_dir, script.r, training.learning_rate) == (str(how2), 3, 0.25)
+    recipe.write_text("ranks: 3\n")
+    with pytest.raises(ValueError, match=r"unknown arguments \['ranks'\]"):
+        how2_summarize.parse([str(recipe)])
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "adapter", "bias", "partial", "proj", "none"])
+def test_every_method_runs(method, how2, tmp_path, summarize):
+    arguments = ("--num_train_samples", 8, "--num_test_samples", 4, "--method", method)
+    result = summarize("--data_dir", how2, "--output_dir", tmp_path, *arguments, "--no_pvla")
+    assert result["method"] == method
+    assert 0 < result["rouge_after"]["rouge_score"]["rougeL"] <= 100
+
+
+def test_a_plain_bart_gets_new_visual_modules_that_are_trained_and_saved(how2, tmp_path, summarize):
+    tokenizer = AutoTokenizer.from_pretrained(BACKBONE)
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    sizes = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    config = BartConfig(vocab_size=len(tokenizer), max_position_embeddings=128, **sizes, **heads)
+    plain = tmp_path / "plain"
+    BartForConditionalGeneration(config).save_pretrained(plain)
+    tokenizer.save_pretrained(plain)
+    arguments = ("--model_name_or_path", plain, "--num_train_samples", 8, "--num_test_samples", 4)
+    result = summarize("--data_dir", how2, "--output_dir", tmp_path / "run", *arguments)
+    assert {"encoder._linear_1", "encoder.fg", "encoder.img_transformer"} <= set(result["new_modules"])
+    assert result["reloaded_is_identical"]
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "new visual modules, trained and saved with the adapter: encoder." in report
+
+
+def test_an_interrupted_run_goes_on_from_its_checkpoint(how2, tmp_path, summarize, monkeypatch):
+    import transformers
+
+    arguments = ("--data_dir", how2, "--num_test_samples", 4, "--num_train_epochs", 3)
+    whole = summarize(*arguments, "--output_dir", tmp_path / "whole")
+
+    class Interruption(transformers.TrainerCallback):
+        def on_epoch_begin(self, args, state, control, **kwargs):
+            if state.epoch and state.epoch >= 2:
+                raise KeyboardInterrupt
+
+    import how2_summarize
+
+    trainer_class = how2_summarize.SummarisationTrainer
+    monkeypatch.setattr(
+        how2_summarize,
+        "SummarisationTrainer",
+        lambda *args, **kwargs: trainer_class(*args, callbacks=[Interruption()], **kwargs),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        summarize(*arguments, "--output_dir", tmp_path / "cut")
+    monkeypatch.undo()
+    assert (tmp_path / "cut" / "checkpoint-6").is_dir()
+    with pytest.raises(ValueError, match=r"interrupted run with other arguments: r was 16, is 4"):
+        summarize(*arguments, "--output_dir", tmp_path / "cut", "--r", 4)
+    resumed = summarize(*arguments, "--output_dir", tmp_path / "cut")
+    assert resumed["rouge_after"] == whole["rouge_after"]
+    saved = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("whole", "cut")]
+    assert saved[0].read_bytes() == saved[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "prefix"], "'prefix' is not one of"),
+        (["--r", "0"], "--r 0 must be positive"),
+        (["--push_to_hub", "true"], "--push_to_hub needs --hub_model_id"),
+        (["--require_world_size", "2"], "1 process.es. run"),
+        (["--features", "nowhere"], "no video features at nowhere"),
+        (["--test_split", "sum_nothing"], "sum_nothing does not exist"),
+        (["--decoder_start", "zero"], "neither 'model' nor 'original'"),
+    ],
+)
+def test_bad_arguments_end_before_training(arguments, message, how2, tmp_path, summarize):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        summarize("--data_dir", how2, "--output_dir", tmp_path, *arguments)
+
+
+def test_an_adapter_loaded_without_the_import_fails_with_the_key_error_that_the_docs_name(how2, tmp_path, summarize):
+    arguments = ("--num_train_samples", 8, "--num_test_samples", 2)
+    result = summarize("--data_dir", how2, "--output_dir", tmp_path, *arguments)
+    code = f"from peft import PeftConfig; PeftConfig.from_pretrained({result['adapter']!r})"
+    without = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "KeyError: 'READ'" in without.stderr
+    with_import = subprocess.run([sys.executable, "-c", f"import peft_read; {code}"], capture_output=True, text=True)
+    assert with_import.returncode == 0
+    assert "import peft_read" in (Path(result["adapter"]) / "README.md").read_text()
+
+
+def test_two_processes_see_the_loss_of_one(how2, tmp_path):
+    losses = {}
+    for processes, batch in ((1, 8), (2, 4)):
+        output = tmp_path / str(processes)
+        arguments = f"--data_dir {how2} --output_dir {output} --num_test_samples 4 --num_train_epochs 1 --use_cpu"
+        arguments += f" --per_device_train_batch_size {batch} --dropout 0 --generation_num_beams 1 --logging_steps 1"
+        arguments += f" --require_world_size {processes} --ddp_backend gloo"
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
+        done = subprocess.run(
+            [*command, EXAMPLES / "how2_summarize.py", *arguments.split()],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        result = json.loads((output / "results.json").read_text())
+        assert result["world_size"] == processes
+        losses[processes] = [
+            (entry["loss"], entry["task_loss"], entry["pvla_loss"]) for entry in result["log"] if "loss" in entry
+        ]
+    assert len(losses[1]) == 3
+    assert torch.allclose(torch.tensor(losses[1]), torch.tensor(losses[2]), rtol=1e-4)
