@@ -181,13 +181,13 @@ def run_gpu(repeats: int) -> list[Result]:
 def family_cost(family: str, batch: int, n: int, m: int) -> Tensor:
     """Cosine costs of tokens on twelve topics, of which the video shows six; "matched" has hardly any noise."""
     generator = torch.Generator().manual_seed(0)
-    noise = {"aligned": 1.0, "matched": 0.15}[family]
-    centres = torch.randn(batch, 12, 64, generator=generator)
+    noise = {"aligned": 1.0, "matched": 0.2}[family]
+    centres = torch.randn(batch, 12, 256, generator=generator)
     number = torch.arange(batch)[:, None]
     shown = centres[number, torch.randint(0, 6, (batch, n), generator=generator)]
     said = centres[number, torch.randint(0, 12, (batch, m), generator=generator)]
-    video = shown + noise * torch.randn(batch, n, 64, generator=generator)
-    language = said + noise * torch.randn(batch, m, 64, generator=generator)
+    video = shown + noise * torch.randn(batch, n, 256, generator=generator)
+    language = said + noise * torch.randn(batch, m, 256, generator=generator)
     return 1 - torch.nn.functional.normalize(video, dim=-1) @ torch.nn.functional.normalize(language, dim=-1).mT
 
 
