@@ -59,10 +59,21 @@ class MixedRows:
 _CURRENT: ContextVar[MixedRows | None] = ContextVar("peft_read_mixed_rows", default=None)
 
 
+# A ContextVar cannot be traced by torch.compile; the length of a list can be guarded.
+_RUNNING: list[MixedRows] = []
+
+
 def mixed_rows() -> MixedRows | None:
-    """The mixed batch that is running, if any."""
-    # A compiled graph serves the active adapters; a ContextVar cannot be traced.
-    return None if torch.compiler.is_compiling() else _CURRENT.get()
+    """The mixed batch that is running, if any.
+
+    Raises:
+        NotImplementedError: in a compiled graph, which knows one set of adapters for all rows.
+    """
+    if torch.compiler.is_compiling():
+        if _RUNNING:
+            raise NotImplementedError("`adapter_names` does not work under torch.compile; call the model uncompiled.")
+        return None
+    return _CURRENT.get()
 
 
 @contextmanager
@@ -78,9 +89,11 @@ def mixed_batch(model: nn.Module, names: Sequence[str], *, copies: int = 1) -> I
     saved = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     handles = [module.register_forward_pre_hook(rows.tell_saved_module, with_kwargs=True) for module in saved]
     token = _CURRENT.set(rows)
+    _RUNNING.append(rows)
     try:
         yield
     finally:
+        _RUNNING.remove(rows)
         _CURRENT.reset(token)
         for handle in handles:
             handle.remove()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
@@ -207,6 +208,8 @@ class READModel(BaseTuner):
         if names is None:
             yield
             return
+        if torch.compiler.is_compiling():
+            raise NotImplementedError("`adapter_names` does not work under torch.compile; call the model uncompiled.")
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         unknown = sorted(set(names) - {"__base__"} - set(self.peft_config))

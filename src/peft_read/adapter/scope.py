@@ -177,7 +177,16 @@ def _enter(scope: Scope) -> None:
     if torch.compiler.is_compiling():
         _TRACED.append(scope)
     else:
+        _forget_failed_traces(scope.owner)
         scope.token = _CURRENT.set(scope)
+
+
+def _forget_failed_traces(owner: nn.Module | None) -> None:
+    """Drop scopes that an aborted compilation left behind: a stack that is being entered is not running."""
+    for index, scope in enumerate(_TRACED):
+        if scope.owner is owner:
+            del _TRACED[index:]
+            return
 
 
 def _leave(scope: Scope) -> None:
@@ -235,11 +244,10 @@ def sequence_scope(mask: torch.Tensor | None = None, segment_ids: torch.Tensor |
 class _Opening:
     """Forward pre-hook of a stack: read its arguments and open the scope."""
 
-    def __init__(self, names: list[str], *, batch_first: bool, is_stack: bool, default_use_cache: bool) -> None:
+    def __init__(self, names: list[str], *, batch_first: bool, is_stack: bool) -> None:
         self.names = names
         self.batch_first = batch_first
         self.is_stack = is_stack
-        self.default_use_cache = default_use_cache
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = dict(zip(self.names, args, strict=False))
@@ -284,6 +292,8 @@ class _Opening:
             mask = outer.mask if mask is None else mask
             segment_ids = outer.segment_ids if segment_ids is None else segment_ids
         use_cache = given.get("use_cache")
+        if use_cache is None and "use_cache" in self.names and not module.training:
+            use_cache = getattr(getattr(module, "config", None), "use_cache", False)
         source = given.get("encoder_hidden_states")
         source_mask = None
         if isinstance(source, torch.Tensor) and source.dim() == 3:
@@ -297,7 +307,7 @@ class _Opening:
             segment_ids=segment_ids,
             cache=cache,
             past=past,
-            keeps_states=cache is not None or bool(self.default_use_cache if use_cache is None else use_cache),
+            keeps_states=cache is not None or bool(use_cache),
             source=source,
             source_mask=source_mask,
             owner=module,
@@ -467,7 +477,6 @@ def install_scope(model: nn.Module, path: str) -> None:
         _parameters(stack),
         batch_first=_is_batch_first(stack),
         is_stack=is_stack,
-        default_use_cache=bool(getattr(getattr(stack, "config", None), "use_cache", False)),
     )
     stack.register_forward_pre_hook(opening, with_kwargs=True)
     stack.register_forward_hook(_Closing(), with_kwargs=True, always_call=True)
