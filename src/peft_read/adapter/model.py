@@ -15,8 +15,8 @@ from .config import READConfig
 from .layer import CANNOT_MERGE, Linear, READLayer
 from .mixed import copies_in_generate, mixed_batch
 from .registration import PREFIX
-from .scope import install_scope, is_causal, keep_slow_path, remove_scopes
 from .sequences import Notice
+from .stacks import install_scope, is_causal, keep_slow_path, remove_scopes
 
 __all__ = ["TARGET_MODULES", "READModel"]
 
