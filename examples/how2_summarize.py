@@ -87,6 +87,7 @@ class ScriptArguments:
     compare_zero_video: bool | None = field(
         default=None, metadata={"help": "also adapt without video, for comparison; default: on for How2-mini"}
     )
+    measure_before: bool = field(default=True, metadata={"help": "also measure the backbone before adaptation"})
     require_world_size: int | None = field(default=None, metadata={"help": "fail unless so many processes run"})
 
 
@@ -317,7 +318,7 @@ class Run:
             "sizes": {role: len(data) for role, data in self.splits.items()},
         }
         before: list[str] = []
-        if compare:
+        if (compare and script.measure_before) or script.method == "none":
             result["rouge_before"], before = self.measure(trainer, "before")
         if script.method == "none":
             return result | {"rouge_after": result["rouge_before"], "examples": self.examples(before, before)}
@@ -374,6 +375,8 @@ class Run:
         trainer.args.predict_with_generate = True
         predictions = trainer.predict(self.splits["test"], metric_key_prefix=what).predictions
         trainer.args.predict_with_generate = False
+        # Several processes fill the last batch up with items from the start.
+        predictions = predictions[: len(self.splits["test"])]
         predictions[predictions < 0] = self.tokenizer.pad_token_id
         texts = [text.strip() for text in self.tokenizer.batch_decode(predictions, skip_special_tokens=True)]
         references = list(self.splits["test"]["summary"])
@@ -406,7 +409,7 @@ class Run:
     def examples(self, before: list[str], after: list[str], count: int = 5) -> list[dict[str, str]]:
         """A handful of summaries beside their references."""
         references = list(self.splits["test"]["summary"])[:count]
-        rows = zip(references, before or [""] * count, after, strict=False)
+        rows = zip(references, before or ["(not measured)"] * count, after, strict=False)
         return [{"reference": reference, "before": old, "after": new} for reference, old, new in rows]
 
 

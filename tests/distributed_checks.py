@@ -34,7 +34,7 @@ def check_ddp(folder: Path) -> None:
                 folder / family,
                 batch_size=4,
                 accumulation=2,
-                trainer_class=AssertingTrainer,
+                trainer_class=EvaluatingTrainer if find_unused else AssertingTrainer,
                 ddp_backend="gloo",
                 ddp_find_unused_parameters=find_unused,
             )
@@ -52,6 +52,13 @@ class AssertingTrainer(AlignedTrainer):
         assert self.accelerator.num_processes == WORLD_SIZE
         assert type(model).__name__ == "DistributedDataParallel"
         return super().training_step(model, *args, **kwargs)
+
+
+class EvaluatingTrainer(AssertingTrainer):
+    def train(self, *args, **kwargs):
+        """Evaluates first: accelerate then takes the bare model for a prepared one and would not wrap it."""
+        self.evaluate(self.train_dataset)
+        return super().train(*args, **kwargs)
 
 
 def check_fsdp2(folder: Path) -> None:

@@ -165,7 +165,7 @@ def test_an_adapter_loaded_without_the_import_fails_with_the_key_error_that_the_
 
 
 def test_two_processes_see_the_loss_of_one(how2, tmp_path):
-    losses = {}
+    losses, rouge = {}, {}
     for processes, batch in ((1, 8), (2, 4)):
         output = tmp_path / str(processes)
         arguments = f"--data_dir {how2} --output_dir {output} --num_test_samples 4 --num_train_epochs 1 --use_cpu"
@@ -181,8 +181,10 @@ def test_two_processes_see_the_loss_of_one(how2, tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
         result = json.loads((output / "results.json").read_text())
         assert result["world_size"] == processes
+        rouge[processes] = result["rouge_before"]
         losses[processes] = [
             (entry["loss"], entry["task_loss"], entry["pvla_loss"]) for entry in result["log"] if "loss" in entry
         ]
     assert len(losses[1]) == 3
+    assert rouge[1] == rouge[2]
     assert torch.allclose(torch.tensor(losses[1]), torch.tensor(losses[2]), rtol=1e-4)

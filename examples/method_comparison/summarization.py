@@ -118,7 +118,16 @@ def run(path: Path, job: tuple[Experiment, float, int], rest: list[str]) -> str 
     path.mkdir(parents=True, exist_ok=True)
     with (path / "log.txt").open("w") as log:
         done = subprocess.run(
-            [sys.executable, str(SCRIPT), *arguments, "--compare_zero_video", "false", *rest],
+            [
+                sys.executable,
+                str(SCRIPT),
+                *arguments,
+                "--compare_zero_video",
+                "false",
+                "--measure_before",
+                "false",
+                *rest,
+            ],
             env={"OMP_NUM_THREADS": "1", **os.environ},
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -125,6 +125,10 @@ class PVLALossMixin(_Base):
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir or ".")
             if resume_from_checkpoint is None:
                 raise ValueError(f"{self.args.output_dir} holds no whole checkpoint to resume from")
+        if self.accelerator.num_processes > 1 and getattr(self.model, "_is_accelerate_prepared", False):
+            # evaluate() and predict() prepare the bare model and leave this mark on it, and accelerate then skips it in
+            # train(): no DDP wrapper, so every process would silently train on gradients of its own.
+            self.model._is_accelerate_prepared = False  # type: ignore[union-attr, assignment]
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
