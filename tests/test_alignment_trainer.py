@@ -257,6 +257,7 @@ def test_it_works_with_peft_methods_and_resumes_bit_identically(method, tmp_path
         return get_peft_model(tiny_model("bart"), config)
 
     runs = []
+    card = tmp_path / "whole" / "checkpoint-4" / "README.md"
     for name, resume in (("whole", False), ("cut", True)):
         torch.manual_seed(5)
         trainer = seq2seq_trainer(
@@ -273,6 +274,8 @@ def test_it_works_with_peft_methods_and_resumes_bit_identically(method, tmp_path
         state = json.loads((tmp_path / name / "checkpoint-4" / "trainer_state.json").read_text())
         assert "pvla_loss" in state["log_history"][-1]
     assert torch.equal(*runs)
+    if method == "read":
+        assert "partial_ot" in card.read_text()
 
 
 def test_data_parallel_is_refused(tmp_path, monkeypatch):

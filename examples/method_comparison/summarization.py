@@ -89,7 +89,7 @@ def main() -> None:
     # Two rows can be the same run (READ + PVLA is in every suite): each folder is run once.
     unique = {path: (row, rate, seed) for (_, rate, seed), (path, row) in runs.items()}
     with ThreadPoolExecutor(options.jobs) as pool:
-        for failed in pool.map(lambda job: run(job[0], *job[1], options.rest), unique.items()):
+        for failed in pool.map(lambda job: run(job[0], job[1], options.rest), unique.items()):
             if failed:
                 print(failed, file=sys.stderr)
     results = {

@@ -6,7 +6,7 @@ that is recurrent over layers.
 """
 
 from . import models
-from .adapter import READConfig, READModel
+from .adapter import READConfig, READModel, sequence_scope
 from .alignment import Aligner, PVLAConfig, PVLALoss, PVLALossMixin, Stream
 from .transport import TransportPlan, partial_optimal_transport
 
@@ -23,4 +23,5 @@ __all__ = [
     "TransportPlan",
     "models",
     "partial_optimal_transport",
+    "sequence_scope",
 ]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..transport import warm_up
 from .loss import DISTANCES, AlignmentDistance, alignment_distance
 from .recorder import AlignedBlock, Recording, StreamPair
 from .streams import Stream, preset_streams, unwrap_model
@@ -62,6 +63,16 @@ class PVLAConfig:
         if isinstance(self.blocks, str) and self.blocks != "all":
             raise ValueError(f"blocks={self.blocks!r} is neither 'all' nor a sequence of block indices")
 
+    def record(self) -> dict[str, Any]:
+        """The numbers that a model card should name, as plain JSON values."""
+        return {
+            "weight": "scheduled" if callable(self.weight) else self.weight,
+            "mass": "scheduled" if callable(self.mass) else self.mass,
+            "reg": self.reg,
+            "distance": self.distance,
+            "blocks": self.blocks if isinstance(self.blocks, str) else list(self.blocks),
+        }
+
     def weight_at(self, progress: float) -> float:
         """The weight at a point of training, 0 = start, 1 = end."""
         return float(self.weight(progress) if callable(self.weight) else self.weight)
@@ -94,6 +105,9 @@ class Aligner:
         base = unwrap_model(model)
         self.config = config
         self.model_name = type(base).__name__
+        on_cpu = all(parameter.device.type == "cpu" for parameter in base.parameters())
+        if on_cpu and config.distance == "partial_ot" and config.method == "auto":
+            warm_up()  # the same solver for every step, process and resumed run
         self.pair: StreamPair | None = None
         if config.extractor is None:
             if config.video is not None and config.language is not None:

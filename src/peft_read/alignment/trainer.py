@@ -68,6 +68,9 @@ class PVLALossMixin(_Base):
             self.args.ddp_find_unused_parameters = False
         assert isinstance(self.model, nn.Module)
         self._aligner = Aligner(self.model, pvla_config)
+        for adapter in getattr(self.model, "peft_config", {}).values():
+            if hasattr(adapter, "pvla"):  # READ's configuration keeps a record for the model card
+                adapter.pvla = pvla_config.record()
         self._window_examples: int | None = None
         self._task_loss_is_local_mean: bool | None = None
         self._train_sums = _Sums()
@@ -126,8 +129,8 @@ class PVLALossMixin(_Base):
             if resume_from_checkpoint is None:
                 raise ValueError(f"{self.args.output_dir} holds no whole checkpoint to resume from")
         if self.accelerator.num_processes > 1 and getattr(self.model, "_is_accelerate_prepared", False):
-            # evaluate() and predict() prepare the bare model and leave this mark on it, and accelerate then skips it in
-            # train(): no DDP wrapper, so every process would silently train on gradients of its own.
+            # evaluate() and predict() prepare the bare model and leave this mark on it, and accelerate then skips it
+            # in train(): no DDP wrapper, so every process would silently train on gradients of its own.
             self.model._is_accelerate_prepared = False  # type: ignore[union-attr, assignment]
         return super().train(resume_from_checkpoint, *args, **kwargs)
 

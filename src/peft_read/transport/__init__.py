@@ -1,7 +1,8 @@
 """Partial optimal transport, batched and masked: costs, solvers, and the plan they return."""
 
 from .costs import cosine_cost, squared_euclidean_cost
+from .fast import warm_up
 from .partial import partial_optimal_transport
 from .plan import TransportPlan
 
-__all__ = ["TransportPlan", "cosine_cost", "partial_optimal_transport", "squared_euclidean_cost"]
+__all__ = ["TransportPlan", "cosine_cost", "partial_optimal_transport", "squared_euclidean_cost", "warm_up"]

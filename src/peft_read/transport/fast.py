@@ -1,6 +1,7 @@
 """Which solver answers a stack of problems fastest here: compiled loops, a fused kernel, or plain torch."""
 
 import importlib.util
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -11,8 +12,9 @@ import torch
 from .newton import solve_newton
 from .problem import Kernel, Problem, Scaling
 
-__all__ = ["solver_for"]
+__all__ = ["solver_for", "warm_up"]
 
+logger = logging.getLogger(__name__)
 Solver = Callable[..., Scaling]
 LARGEST_FUSED_SIDE = 1024  # the vectors of a problem stay in registers
 
@@ -51,6 +53,27 @@ def solver_for(method: str, problem: Problem, kernel: Kernel) -> Solver:
     if _numba_fits(problem, kernel) and is_installed("numba"):
         return _numba_once_compiled() or solve_newton
     return solve_newton
+
+
+def warm_up() -> None:
+    """Waits until the compiled loops for the CPU are there, so that `auto` makes the same choice from now on.
+
+    Training calls it once: with loops that arrive in the middle of a run, a resumed run, or another process of the
+    same run, would differ from an uninterrupted one in the last digits. Without numba it does nothing. The first call
+    on a machine compiles for some seconds, later ones load.
+    """
+    if not is_installed("numba"):
+        return
+    from . import compiled
+
+    if compiled.is_ready():
+        return
+    with _lock:
+        for thread in _threads:
+            thread.join()
+        if not compiled.is_ready():
+            logger.warning("compiling the transport loops, once for this installation (some 20 seconds)")
+            compiled.compile_now()
 
 
 @cache
