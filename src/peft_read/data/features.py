@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-__all__ = ["FeatureStore"]
+__all__ = ["FeatureStore", "Features", "check_features", "listed"]
 
 SHOWN = 5  # ids listed in an error message
+
+
+class Features(Protocol):
+    """A `FeatureStore`, or anything else that gives (length, width) by id."""
+
+    def __contains__(self, key: object) -> bool: ...
+
+    def __getitem__(self, key: str, /) -> NDArray: ...
 
 
 class FeatureStore:
@@ -26,26 +37,36 @@ class FeatureStore:
 
     Args:
         path: folder or archive.
+        name: how the files of a folder are called, with `{id}` where the id is: `"{id}_rgb"`, `"qid{id}"`. Files that
+            are called otherwise are left aside.
+        array: the array of a `.npz` file, such as `"last_hidden_state"` or `"token"` of published text features.
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: an archive without the arrays above.
+        ValueError: an archive without the arrays above, or a name without `{id}`.
 
     Example:
         ```python
         store = FeatureStore("how2/video_features")
         store["abc123"].shape  # (frames, width)
+        queries = FeatureStore("qvhighlights/clip_text", name="qid{id}", array="last_hidden_state")
         ```
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, *, name: str = "{id}", array: str = "features") -> None:
+        if name.count("{id}") != 1:
+            raise ValueError(f"name={name!r} must contain {{id}} once, as in '{{id}}_rgb'")
+        self.path, self.array = Path(path), array
         self._archive: dict[str, np.ndarray] | None = None
         self._files: dict[str, Path] = {}
         if self.path.is_dir():
-            self._files = {file.stem: file for file in sorted(self.path.iterdir()) if file.suffix in (".npy", ".npz")}
+            pattern = re.compile("(.+)".join(map(re.escape, name.split("{id}"))))
+            for file in sorted(self.path.iterdir()):
+                if file.suffix in (".npy", ".npz") and (match := pattern.fullmatch(file.stem)):
+                    self._files[match.group(1)] = file
             if not self._files:
-                raise FileNotFoundError(f"{self.path} holds no .npy or .npz feature file")
+                called = "" if name == "{id}" else f" called {name.replace('{id}', '<id>')!r}"
+                raise FileNotFoundError(f"{self.path} holds no .npy or .npz feature file{called}")
         elif self.path.is_file():
             self._archive = _read_archive(self.path)
             self._rows = {str(name): index for index, name in enumerate(self._archive["ids"])}
@@ -77,7 +98,7 @@ class FeatureStore:
             if "scale" in self._archive:
                 features *= self._archive["scale"][start:stop].astype(np.float32)[:, None]
             return features
-        return _read_file(self._files[video_id])
+        return _read_file(self._files[video_id], self.array)
 
     def check(self, video_ids: Iterable[str], *, width: int | None = None) -> int:
         """Reads the features of these ids once and reports everything that is wrong with them, by id.
@@ -92,29 +113,54 @@ class FeatureStore:
         Raises:
             ValueError: missing ids, empty features, another width, NaN or infinite values.
         """
-        problems: dict[str, list[str]] = {}
-        for video_id in dict.fromkeys(video_ids):
-            if video_id not in self:
-                problems.setdefault("have no features", []).append(video_id)
-                continue
-            features = self[video_id]
-            width = features.shape[1] if width is None else width
-            if features.shape[1] != width:
-                problems.setdefault(f"have not the width {width}", []).append(f"{video_id} ({features.shape[1]})")
-            elif not len(features):
-                problems.setdefault("have no frame", []).append(video_id)
-            elif not np.isfinite(features).all():
-                frame = int(np.flatnonzero(~np.isfinite(features).all(1))[0])
-                problems.setdefault("hold NaN or infinite values", []).append(f"{video_id} (frame {frame})")
-        if problems:
-            listed = "; ".join(
-                f"{len(ids)} ids {what}: {', '.join(ids[:SHOWN])}{' ...' if len(ids) > SHOWN else ''}"
-                for what, ids in problems.items()
-            )
-            raise ValueError(f"features in {self.path}: {listed}")
-        if width is None:
-            raise ValueError("no ids were given to check")
-        return width
+        return check_features(self, video_ids, name=f"features in {self.path}", width=width)
+
+
+def check_features(
+    features: Features | Mapping[str, NDArray], ids: Iterable[str], *, name: str, width: int | None = None
+) -> int:
+    """Reads the features of these ids once and reports everything that is wrong with them, by id.
+
+    Args:
+        features: by id, each (frames, width).
+        ids: those that will be used.
+        name: what the message calls them.
+        width: what the model expects; None = the width of the first.
+
+    Returns:
+        The width.
+
+    Raises:
+        ValueError: missing ids, empty features, another shape or width, NaN or infinite values, or no ids at all.
+    """
+    problems: dict[str, list[str]] = {}
+    for key in dict.fromkeys(ids):
+        if key not in features:
+            problems.setdefault("have no features", []).append(key)
+            continue
+        rows = np.asarray(features[key])
+        if rows.ndim != 2:
+            problems.setdefault("are not (frames, width)", []).append(f"{key} {rows.shape}")
+            continue
+        width = rows.shape[1] if width is None else width
+        if rows.shape[1] != width:
+            problems.setdefault(f"have not the width {width}", []).append(f"{key} ({rows.shape[1]})")
+        elif not len(rows):
+            problems.setdefault("have no frame", []).append(key)
+        elif not np.isfinite(rows).all():
+            frame = int(np.flatnonzero(~np.isfinite(rows).all(1))[0])
+            problems.setdefault("hold NaN or infinite values", []).append(f"{key} (frame {frame})")
+    if problems:
+        found = "; ".join(f"{len(keys)} ids {what}: {listed(keys)}" for what, keys in problems.items())
+        raise ValueError(f"{name}: {found}")
+    if width is None:
+        raise ValueError(f"{name}: no ids were given to check")
+    return width
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few names, and dots where there are more."""
+    return ", ".join(names[:SHOWN]) + (" ..." if len(names) > SHOWN else "")
 
 
 def _read_archive(path: Path) -> dict[str, np.ndarray]:
@@ -129,16 +175,15 @@ def _read_archive(path: Path) -> dict[str, np.ndarray]:
     return archive
 
 
-def _read_file(path: Path) -> np.ndarray:
+def _read_file(path: Path, array: str) -> np.ndarray:
     loaded = np.load(path, allow_pickle=False)
     if isinstance(loaded, np.ndarray):
         features = loaded
     else:
         with loaded:
-            name = "features" if "features" in loaded.files else loaded.files[0]
-            if name != "features" and len(loaded.files) > 1:
-                raise ValueError(f"{path} holds {loaded.files}; name the feature array 'features'")
-            features = loaded[name]
+            if array not in loaded.files and len(loaded.files) > 1:
+                raise ValueError(f"{path} holds {loaded.files}; name the feature array {array!r}, or pass array=")
+            features = loaded[array if array in loaded.files else loaded.files[0]]
     if features.ndim != 2:
         raise ValueError(f"{path} holds an array of shape {features.shape}; features are (frames, width)")
     return features.astype(np.float32)

@@ -1,0 +1,128 @@
+"""Weak labels for pretraining that need no human: captions as queries, runs of similar clips as their moments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .clip_features import l2_normalize
+from .features import Features
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["moments_of_similar_clips", "pseudo_queries"]
+
+CLIP_SECONDS = 2
+LONGEST_SHARE = 0.8  # a caption that fits nearly the whole video says nothing about when
+
+
+def moments_of_similar_clips(
+    clips: NDArray, anchor: int, *, threshold: float = 0.3, max_gap: int = 1
+) -> list[tuple[int, int]]:
+    """The runs of clips that look like one clip.
+
+    A clip belongs if its cosine with the anchor's features exceeds `threshold` x (1 - mean cosine) + mean cosine, a
+    bar between the video's average and identity; so a video of one scene does not become one moment.
+
+    Args:
+        clips: (L, width) features.
+        anchor: the clip that the caption was written for.
+        threshold: 0 = the average, 1 = identical.
+        max_gap: clips between two runs that are passed over.
+
+    Returns:
+        (first clip, last clip) of each run in order; the anchor lies in one of them.
+    """
+    unit = l2_normalize(clips)
+    cosine = unit @ unit[anchor]
+    bar = cosine.mean() + threshold * (1 - cosine.mean())
+    chosen = np.flatnonzero((cosine >= bar) | (np.arange(len(clips)) == anchor))
+    runs: list[tuple[int, int]] = []
+    for clip in chosen.tolist():
+        if runs and clip - runs[-1][1] <= max_gap + 1:
+            runs[-1] = (runs[-1][0], clip)
+        else:
+            runs.append((clip, clip))
+    return runs
+
+
+def pseudo_queries(
+    captions: Mapping[str, Sequence[str]],
+    features: Features,
+    *,
+    videos: Sequence[str],
+    per_video: int = 8,
+    threshold: float = 0.3,
+    max_gap: int = 1,
+    min_clips: int = 2,
+    max_moments: int = 5,
+    seed: int = 0,
+) -> Dataset:
+    """Makes a grounding dataset of captions; the analogue of Moment-DETR's pretraining on speech (its section 4).
+
+    Captions are drawn without repetition of the text or of a moment. One whose moments cover more than 80 % of the
+    video, or are all shorter than `min_clips`, is not used.
+
+    Args:
+        captions: by video, one sentence a clip.
+        features: by video, (clips, width).
+        videos: which to use: those of the training side only, or the later evaluation is no evaluation.
+        per_video: queries a video, at most.
+        threshold: of `moments_of_similar_clips`.
+        max_gap: of `moments_of_similar_clips`.
+        min_clips: length of the longest moment, at least; shorter moments beside it are left out.
+        max_moments: moments a query, at most; the longest are kept.
+        seed: of the draw.
+
+    Returns:
+        A dataset with the columns of `load_qvhighlights` that make sense: `qid` (from 0), `query`, `vid`, `duration`,
+        `relevant_windows` in seconds, and `clip_scores`, 1 inside a moment, 0 outside.
+
+    Raises:
+        ValueError: a video without captions or features (by id), or nothing to learn from.
+    """
+    from datasets import Dataset
+
+    if missing := [vid for vid in videos if vid not in captions or vid not in features]:
+        raise ValueError(f"{len(missing)} videos have no captions or no features: {', '.join(missing[:5])}")
+    generator = np.random.default_rng(seed)
+    rows: list[dict[str, Any]] = []
+    for vid in dict.fromkeys(videos):
+        clips = features[vid]
+        length = min(len(clips), len(captions[vid]))
+        used: set[object] = set()
+        found = 0
+        for anchor in generator.permutation(length).tolist():
+            if found == per_video:
+                break
+            text = captions[vid][anchor].strip()
+            runs = moments_of_similar_clips(clips[:length], anchor, threshold=threshold, max_gap=max_gap)
+            runs = [run for run in runs if run[1] - run[0] + 1 >= min_clips]
+            runs = sorted(sorted(runs, key=lambda run: run[0] - run[1])[:max_moments])
+            covered = sum(last - first + 1 for first, last in runs)
+            if not text or not runs or text in used or tuple(runs) in used or covered > LONGEST_SHARE * length:
+                continue
+            used |= {text, tuple(runs)}
+            found += 1
+            scores = np.zeros(length)
+            for first, last in runs:
+                scores[first : last + 1] = 1.0
+            rows.append(
+                {
+                    "qid": len(rows),
+                    "query": text,
+                    "vid": vid,
+                    "duration": float(CLIP_SECONDS * length),
+                    "relevant_windows": [
+                        [float(CLIP_SECONDS * first), float(CLIP_SECONDS * (last + 1))] for first, last in runs
+                    ],
+                    "clip_scores": scores.tolist(),
+                }
+            )
+    if not rows:
+        raise ValueError(f"no pseudo-query could be made of {len(videos)} videos; lower the threshold or min_clips")
+    return Dataset.from_list(rows)
