@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format docs clean
+.PHONY: demo test lint format clean
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.demo
 	$(BIN)/accelerate launch --num_processes 1 --cpu examples/how2_summarize.py --output_dir outputs/how2_mini
 
 test: $(VENV)/.installed
@@ -20,14 +20,15 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(VENV)/.installed
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"
-	$(BIN)/mkdocs build --strict
-
 clean:
 	rm -rf $(VENV) outputs build dist .pytest_cache .mypy_cache .ruff_cache
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+# The demo needs less than the tests; --no-compile leaves byte-compiling to the first import of what is used.
+$(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[examples,fast,test,lint]"
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e ".[examples,fast]"
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.demo
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e ".[examples,fast,test,lint]"
 	touch $@

@@ -99,7 +99,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     learning_rate: float = 1e-2
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.1
-    num_train_epochs: float = 20
+    num_train_epochs: float = 12
     per_device_train_batch_size: int = 16
     per_device_eval_batch_size: int = 32
     eval_strategy: str = "epoch"

@@ -164,6 +164,37 @@ def test_an_adapter_loaded_without_the_import_fails_with_the_key_error_that_the_
     assert "import peft_read" in (Path(result["adapter"]) / "README.md").read_text()
 
 
+def test_the_alignment_picture_and_the_loop_without_trainer(how2, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import accelerate_loop
+    import align_video_and_text
+
+    arguments = ["--data_dir", how2, "--num_items", "12", "--output_dir", tmp_path]
+    monkeypatch.setattr(sys, "argv", ["align_video_and_text.py", *map(str, arguments)])
+    align_video_and_text.main()
+    printed = capsys.readouterr().out
+    assert "| backbone | 0." in printed
+    assert len(list(tmp_path.glob("plan_*.png"))) == 1
+    accelerate_loop.main(steps=2)
+    assert "last task loss" in capsys.readouterr().out
+
+
+def test_the_comparison_runs_once_and_resumes(how2, tmp_path):
+    script = EXAMPLES / "method_comparison" / "summarization.py"
+    command = [sys.executable, script, "--output_dir", tmp_path, "--suite", "table6", "--learning_rates", "0.01"]
+    rest = ["--data_dir", how2, *SMALL.split(), "--num_train_samples", "8", "--num_test_samples", "4"]
+    for attempt in range(2):
+        done = subprocess.run([*command, "--only", "VLA", "--", *rest], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "| VLA | " in done.stdout
+        (row,) = json.loads((tmp_path / "table6.json").read_text())
+        assert row["name"] == "VLA"
+        (folder,) = [path for path in tmp_path.iterdir() if path.is_dir()]
+        if attempt == 0:
+            (folder / "log.txt").unlink()
+    assert not (folder / "log.txt").exists(), "what has a result is not run again"
+
+
 def test_two_processes_see_the_loss_of_one(how2, tmp_path):
     losses, rouge = {}, {}
     for processes, batch in ((1, 8), (2, 4)):
