@@ -33,6 +33,7 @@ from peft_read.data import (
     ranked_pairs,
     temporal_endpoints,
     window_pairs,
+    write_feature_archive,
 )
 from peft_read.metrics import evaluate_qvhighlights, tvsum_map
 from peft_read.models import (
@@ -208,6 +209,13 @@ def test_named_files_and_arrays_of_published_features(tmp_path):
         FeatureStore(tmp_path, name="{id}_flow")
     with pytest.raises(ValueError, match=r"must contain \{id\} once"):
         FeatureStore(tmp_path, name="rgb")
+
+
+def test_a_written_archive_is_read(tmp_path):
+    features = {"a query": np.ones((2, 3), np.float32), "b": np.zeros((1, 3), np.float32)}
+    store = FeatureStore(write_feature_archive(tmp_path / "text.npz", features))
+    assert list(store) == list(features)
+    assert all(np.array_equal(store[name], rows) for name, rows in features.items())
 
 
 def test_missing_and_mismatched_features_are_listed_by_id():

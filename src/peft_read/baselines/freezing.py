@@ -7,9 +7,14 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-__all__ = ["FREEZING_METHODS", "train_only"]
+__all__ = ["FREEZING_METHODS", "HEADS", "train_only"]
 
 FREEZING_METHODS = ("full", "bias", "partial", "proj", "none")
+# The output layers of models that predict no words, by model type: names of modules, or the ends of names.
+HEADS = {
+    "moment_detr": ("span_embed", "class_embed", "saliency_proj"),
+    "umt": ("saliency_pred", "center_pred", "window_pred", "offset_pred"),
+}
 
 
 def train_only(model: nn.Module, method: str, *, also: Sequence[str] = ()) -> nn.Module:
@@ -20,8 +25,8 @@ def train_only(model: nn.Module, method: str, *, also: Sequence[str] = ()) -> nn
     Args:
         model: the backbone.
         method: "full" = all parameters; "bias" = the bias terms (BitFit); "partial" = the last block of every stack
-            of blocks; "proj" = the output layer (`get_output_embeddings()`, or the heads of a grounding model);
-            "none" = nothing.
+            of transformer blocks; "proj" = the output layer (`get_output_embeddings()`, or the heads of a grounding
+            model, see `HEADS`); "none" = nothing.
         also: suffixes of module names that are trained in any case (modules that are new, not pretrained).
 
     Returns:
@@ -33,10 +38,7 @@ def train_only(model: nn.Module, method: str, *, also: Sequence[str] = ()) -> nn
     if method not in FREEZING_METHODS:
         raise ValueError(f"method={method!r} is not one of {FREEZING_METHODS}")
     chosen = {id(parameter) for parameter in _chosen(model, method)}
-    for suffix in also:
-        for name, module in model.named_modules():
-            if name == suffix or name.endswith(f".{suffix}"):
-                chosen |= {id(parameter) for parameter in module.parameters()}
+    chosen |= {id(parameter) for module in _called(model, also) for parameter in module.parameters()}
     if not chosen and method != "none":
         raise ValueError(f"method={method!r} finds nothing to train in {type(model).__name__}")
     for parameter in model.parameters():
@@ -53,13 +55,33 @@ def _chosen(model: nn.Module, method: str) -> list[nn.Parameter]:
         # The visual transformer reads features, it is not one of the backbone's own stacks: the paper's counts leave
         # it out (docs/backbones.md).
         named = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-        stacks = [stack for name, stack in named if "img_transformer" not in name]
+        inside_heads = {id(inner) for head in _heads(model) for inner in head.modules()}
+        stacks = [
+            stack
+            for name, stack in named
+            # a list of heads is no stack, and neither is the perceptron inside one
+            if "img_transformer" not in name and not any(id(inner) in inside_heads for inner in stack.modules())
+        ]
         return [p for stack in _outermost(stacks) for p in stack[-1].parameters()]
     if method == "proj":
         find_head: Callable[[], nn.Module | None] | None = getattr(model, "get_output_embeddings", None)
         head = find_head() if find_head is not None else None
-        return list(head.parameters()) if head is not None else []
+        heads = _heads(model) if head is None else [head]
+        return [p for head in heads for p in head.parameters()]
     return []
+
+
+def _heads(model: nn.Module) -> list[nn.Module]:
+    return _called(model, HEADS.get(getattr(getattr(model, "config", None), "model_type", ""), ()))
+
+
+def _called(model: nn.Module, suffixes: Sequence[str]) -> list[nn.Module]:
+    """The modules whose name is one of these, or ends with one."""
+    return [
+        module
+        for name, module in model.named_modules()
+        if any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)
+    ]
 
 
 def _outermost(stacks: list[nn.ModuleList]) -> list[nn.ModuleList]:

@@ -9,7 +9,7 @@ from .clip_features import (
     temporal_endpoints,
 )
 from .collators import MomentDetrCollator, UMTCollator, annotated_pairs, ranked_pairs, window_pairs
-from .features import FeatureStore
+from .features import FeatureStore, write_feature_archive
 from .how2 import How2Collator, load_how2
 from .how2_mini import HOW2_MINI_DOMAINS, How2MiniClip, generate_how2_mini, how2_mini_talk, write_how2_mini
 from .pseudo_queries import moments_of_similar_clips, pseudo_queries
@@ -49,5 +49,6 @@ __all__ = [
     "ranked_pairs",
     "temporal_endpoints",
     "window_pairs",
+    "write_feature_archive",
     "write_how2_mini",
 ]

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["FeatureStore", "Features", "check_features", "listed"]
+__all__ = ["FeatureStore", "Features", "check_features", "listed", "write_feature_archive"]
 
 SHOWN = 5  # ids listed in an error message
 
@@ -156,6 +156,27 @@ def check_features(
     if width is None:
         raise ValueError(f"{name}: no ids were given to check")
     return width
+
+
+def write_feature_archive(path: str | Path, features: Mapping[str, NDArray]) -> Path:
+    """Writes the features of many items into one `.npz` that `FeatureStore` reads.
+
+    Args:
+        path: the archive.
+        features: by id, each (frames, width), all of one width.
+
+    Returns:
+        The path.
+    """
+    lengths = [len(rows) for rows in features.values()]
+    path = Path(path)
+    np.savez(
+        path,
+        ids=np.array(list(features)),
+        offsets=np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))),
+        features=np.concatenate(list(features.values())),
+    )
+    return path
 
 
 def listed(names: Sequence[str]) -> str:

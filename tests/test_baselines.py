@@ -1,0 +1,165 @@
+"""The fine-tuning baselines: what each one trains, and prompts that the rest of the model does not notice."""
+
+import copy
+
+import pytest
+import torch
+from transformers import BartConfig, BartForConditionalGeneration
+
+from peft_read.baselines import FREEZING_METHODS, HEADS, add_prompts, train_only
+from peft_read.models import (
+    MomentDetrConfig,
+    MomentDetrForTemporalGrounding,
+    UMTConfig,
+    UMTForTemporalGrounding,
+)
+
+
+def moment_detr(**options):
+    sizes = {"video_feature_dim": 6, "text_feature_dim": 5, "d_model": 8, "num_attention_heads": 2, "ffn_dim": 16}
+    return MomentDetrForTemporalGrounding(MomentDetrConfig(**{**sizes, **options})).eval()
+
+
+def umt(**options):
+    sizes = {"video_feature_dim": 6, "audio_feature_dim": None, "text_feature_dim": 5, "d_model": 8}
+    config = UMTConfig(**{**sizes, "max_positions": 16, "heads": ["saliency", "boundary"], **options})
+    return UMTForTemporalGrounding(config).eval()
+
+
+def bart():
+    sizes = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    return BartForConditionalGeneration(BartConfig(vocab_size=20, d_model=8, **sizes, **heads))
+
+
+def batch():
+    return {
+        "video_features": torch.randn(2, 7, 6),
+        "video_mask": torch.tensor([[1] * 7, [1] * 4 + [0] * 3]),
+        "text_features": torch.randn(2, 3, 5),
+        "text_mask": torch.tensor([[1, 1, 1], [1, 0, 0]]),
+    }
+
+
+def trained(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+# --- parts of the backbone ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", [bart, moment_detr, umt])
+def test_full_and_none_train_everything_and_nothing(build):
+    model = build()
+    assert trained(train_only(model, "full")) == {name for name, _ in model.named_parameters()}
+    assert trained(train_only(model, "none")) == set()
+
+
+@pytest.mark.parametrize("build", [bart, moment_detr, umt])
+def test_bias_trains_every_bias_and_nothing_else(build):
+    model = train_only(build(), "bias")
+    names = {name for name, _ in model.named_parameters()}
+    assert trained(model) == {name for name in names if name.endswith("bias")}
+
+
+def test_partial_trains_the_last_block_of_every_stack():
+    blocks = {name.rsplit(".layers.1.", 1)[0] for name in trained(train_only(bart(), "partial"))}
+    assert blocks == {"model.encoder", "model.decoder"}
+    model = train_only(moment_detr(encoder_layers=3), "partial")
+    layers = [model.transformer.encoder.layers[2], model.transformer.decoder.layers[1]]
+    assert trained(model) == {
+        name for name, p in model.named_parameters() if any(p is q for layer in layers for q in layer.parameters())
+    }
+    assert {name.split(".")[2] for name in trained(train_only(umt(decoder_layers=3), "partial"))} == {"2"}
+
+
+def test_proj_trains_the_output_layer():
+    model = train_only(bart(), "proj")
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 20 * 8
+    for model in (moment_detr(), umt()):
+        heads = trained(train_only(model, "proj"))
+        kinds = HEADS[model.config.model_type]
+        assert {kind for kind in kinds if any(kind in name for name in heads)} == set(kinds)
+        assert all(any(kind in name for kind in kinds) for name in heads)
+
+
+def test_new_modules_are_trained_in_any_case_and_errors_name_the_methods():
+    model = train_only(moment_detr(), "none", also=["saliency_proj"])
+    assert trained(model) == {"saliency_proj.weight", "saliency_proj.bias"}
+    with pytest.raises(ValueError, match="'lora' is not one of"):
+        train_only(model, "lora")
+    with pytest.raises(ValueError, match="finds nothing to train in Linear"):
+        train_only(torch.nn.Linear(2, 2), "partial")
+    assert set(FREEZING_METHODS) == {"full", "bias", "partial", "proj", "none"}
+
+
+# --- prompts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", [moment_detr, umt, lambda: umt(encoder_layers=2, mask_decoder=True)])
+def test_prompts_act_on_both_streams_and_keep_every_shape(build):
+    model, inputs = build(), batch()
+    before = model(**inputs)
+    model = add_prompts(model, length=4)
+    after = model(**inputs)
+    for name, value in before.items():
+        if isinstance(value, torch.Tensor):
+            assert after[name].shape == value.shape, name
+    if "encoder_hidden_states" in before:
+        shapes = [state.shape for state in before.encoder_hidden_states]
+        assert [state.shape for state in after.encoder_hidden_states] == shapes
+        assert torch.equal(after.encoder_hidden_states[0], before.encoder_hidden_states[0])
+    assert not torch.allclose(after.saliency_scores, before.saliency_scores)
+    assert trained(model) == {"prompts.video", "prompts.text"}
+    after.saliency_scores.sum().backward()
+    assert model.prompts.video.grad.abs().sum() > 0
+    assert model.prompts.text.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("build", [moment_detr, lambda: umt(mask_decoder=True)])
+def test_padding_stays_without_effect_under_prompts(build):
+    model, inputs = add_prompts(build()), batch()
+    alone = {
+        "video_features": inputs["video_features"][1:, :4],
+        "text_features": inputs["text_features"][1:, :1],
+    }
+    together, single = model(**inputs), model(**alone)
+    assert torch.allclose(together.saliency_scores[1, :4], single.saliency_scores[0], atol=1e-6)
+
+
+def test_a_prompt_is_one_more_clip_and_one_more_word():
+    """The known answer: a frozen Moment-DETR encoder over [prompts; video; prompts; text], written out."""
+    model, inputs = add_prompts(moment_detr(), length=2), batch()
+    inputs = {name: value[:1] for name, value in inputs.items()}
+    hidden = model(**inputs).encoder_hidden_states
+    prompts, (video, text) = model.prompts, hidden[0].split([7, 3], dim=1)
+    states = torch.cat((prompts.video[None], video, prompts.text[None], text), dim=1)
+    positions = torch.zeros_like(states)
+    positions[:, 2:9] = model.position_embed(torch.ones(1, 7))
+    for layer in model.transformer.encoder.layers:
+        states = layer(states, torch.zeros(1, 14, dtype=torch.bool), positions)
+    assert torch.allclose(hidden[-1], torch.cat((states[:, 2:9], states[:, 11:]), dim=1), atol=1e-6)
+
+
+def test_prompts_survive_copies_and_state_dicts():
+    model, inputs = add_prompts(moment_detr()), batch()
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.prompts.video.add_(1)
+    assert not torch.allclose(twin(**inputs).saliency_scores, model(**inputs).saliency_scores)
+    fresh = add_prompts(moment_detr())
+    fresh.load_state_dict(twin.state_dict())
+    assert torch.equal(fresh(**inputs).saliency_scores, twin(**inputs).saliency_scores)
+
+
+def test_a_model_without_text_gets_video_prompts_only_and_other_models_get_none():
+    model = add_prompts(umt(text_feature_dim=None))
+    assert trained(model) == {"prompts.video"}
+    inputs = {name: value for name, value in batch().items() if name.startswith("video")}
+    assert model(**inputs).saliency_scores.shape == (2, 7)
+    with pytest.raises(ValueError, match="has prompts already"):
+        add_prompts(model)
+    with pytest.raises(ValueError, match="length=0 must be positive"):
+        add_prompts(umt(), length=0)
+    with pytest.raises(ValueError, match="not of BartForConditionalGeneration"):
+        add_prompts(bart())
