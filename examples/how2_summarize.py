@@ -321,7 +321,11 @@ class Run:
         if (compare and script.measure_before) or script.method == "none":
             result["rouge_before"], before = self.measure(trainer, "before")
         if script.method == "none":
-            return result | {"rouge_after": result["rouge_before"], "examples": self.examples(before, before)}
+            return result | {
+                "rouge_after": result["rouge_before"],
+                "examples": self.examples(before, before),
+                "log": [],
+            }
         trainer.train(resume_from_checkpoint=last_whole_checkpoint(training.output_dir))
         result["log"] = trainer.state.log_history
         result["rouge_after"], after = self.measure(trainer, "after")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import BartConfig, BartForConditionalGeneration
 
-from peft_read import Aligner, PVLAConfig, PVLALoss, Stream, partial_optimal_transport
+from peft_read import Aligner, PVLAConfig, PVLALoss, Stream, models, partial_optimal_transport
 from peft_read.alignment import alignment_distance
 from peft_read.transport import cosine_cost
 
@@ -240,6 +240,68 @@ def test_inverted_masks_and_extractors():
     hidden = outputs.encoder_hidden_states[-1]
     expected = PVLALoss()(hidden[:, :3], hidden[:, 3:], None, inputs["attention_mask"][:, 3:])
     assert torch.isclose(loss, 2 * expected)
+
+
+def video_model(kind):
+    """A tiny backbone of the project and a batch for it: 2 items, 6 frames of 8 numbers, 5 words."""
+    torch.manual_seed(0)
+    video = {"video_features": torch.randn(2, 6, 8), "video_mask": torch.tensor([[1] * 6, [1] * 4 + [0] * 2])}
+    text_mask = torch.tensor([[1] * 5, [1] * 3 + [0] * 2])
+    guided = {
+        **video,
+        "input_ids": torch.randint(4, 40, (2, 5)),
+        "attention_mask": text_mask,
+        "labels": torch.randint(4, 40, (2, 3)),
+    }
+    pairs = {**video, "text_features": torch.randn(2, 5, 7), "text_mask": text_mask}
+    if kind.startswith("vg_bart"):
+        heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "img_trans_heads": 2, "n_attn_heads": 2}
+        sizes = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+        options = {"visual_feature_dim": 8, "dim_common": 16, "cross_attn_type": int(kind[-1])}
+        config = models.VGBartConfig(
+            vocab_size=40, d_model=16, max_position_embeddings=32, **sizes, **heads, **options
+        )
+        return models.VGBartForConditionalGeneration(config), guided
+    if kind == "vg_t5":
+        sizes = {"d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+        config = models.VGT5Config(vocab_size=40, d_model=16, visual_feature_dim=8, **sizes)
+        return models.VGT5ForConditionalGeneration(config), guided
+    if kind == "moment_detr":
+        widths = {"video_feature_dim": 8, "text_feature_dim": 7}
+        return models.MomentDetrForTemporalGrounding(models.MomentDetrConfig(d_model=16, **widths)), pairs
+    widths = {"video_feature_dim": 8, "text_feature_dim": 7, "audio_feature_dim": None}
+    if kind == "umt_audio":
+        widths = {"video_feature_dim": 8, "text_feature_dim": None, "audio_feature_dim": 9}
+        pairs = {**video, "audio_features": torch.randn(2, 6, 9)}
+    return models.UMTForTemporalGrounding(models.UMTConfig(d_model=16, max_positions=8, **widths)), pairs
+
+
+@pytest.mark.parametrize(
+    ("kind", "blocks", "frames", "words"),
+    [
+        *((f"vg_bart_{number}", 2, 6, 5) for number in (0, 1, 2)),
+        *((f"vg_bart_{number}", 1, 6, 5) for number in (3, 4, 5)),
+        ("vg_t5", 2, 6, 5),
+        ("moment_detr", 2, 6, 5),
+        ("umt", 2, 6, 5),
+        ("umt_audio", 1, 6, 6),
+    ],
+)
+def test_presets_find_both_streams_of_the_projects_backbones(kind, blocks, frames, words):
+    model, inputs = video_model(kind)
+    aligner = Aligner(model, PVLAConfig())
+    with aligner.record() as recording:
+        outputs = model(**inputs)
+    found = aligner.blocks(recording, inputs, outputs)
+    assert len(found) == blocks
+    for block in found:
+        assert block.video.shape[:2] == (2, frames)
+        assert block.language.shape[:2] == (2, words)
+        assert block.video_mask.sum() == 10
+        assert block.language_mask.sum() == (10 if kind == "umt_audio" else 8)
+    loss = aligner.loss(recording, inputs, outputs)
+    loss.backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
 
 
 def test_schedules_follow_the_progress_of_training():

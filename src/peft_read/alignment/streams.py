@@ -139,10 +139,27 @@ def _moment_detr(config: Any) -> tuple[Stream, Stream]:
 
 
 def _umt(config: Any) -> tuple[Stream, Stream]:
-    raise ValueError(
-        "UMT has no preset: its text enters only through the query generator. Name both streams in PVLAConfig, for "
-        "example video=Stream('video_enc.encoder', mask='video_mask') against the query mapping or the audio encoder."
-    )
+    """Clip-shaped states against the projected text, which never changes; without a text, video against audio."""
+    if config.text_feature_dim is not None:
+        clips = Stream(r"video_enc|cross_enc|query_dec\.decoder\.\d+", mask=_clip_mask)
+        return clips, Stream(["query_gen.mapping"], mask=_text_mask)
+    if config.audio_feature_dim is None:
+        raise ValueError("this UMT has neither a text nor an audio stream: there is nothing to align its video with")
+    return Stream(["video_enc"], mask=_clip_mask), Stream(["audio_enc"], mask=_clip_mask)
+
+
+def _clip_mask(batch: Batch) -> Tensor | None:
+    """As UMT does: the mask, or the clips that have a label."""
+    if batch.get("video_mask") is not None:
+        return batch["video_mask"]
+    labels = batch.get("saliency_labels")
+    return None if labels is None else labels >= 0
+
+
+def _text_mask(batch: Batch) -> Tensor:
+    if batch.get("text_mask") is not None:
+        return batch["text_mask"]
+    return batch["text_features"][..., 0].isfinite()
 
 
 def _vision_guided(config: Any, layers: str, prefix: str) -> tuple[Stream, Stream]:
