@@ -19,7 +19,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +117,12 @@ class SummarisationTrainer(PVLALossMixin, Seq2SeqTrainer):
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    started = time.time()
-    script, training = parse(sys.argv[1:] if argv is None else list(argv))
+    return prepare(sys.argv[1:] if argv is None else list(argv)).execute()
+
+
+def prepare(argv: list[str]) -> Run:
+    """Reads the arguments, the data and the backbone's configuration; what is wrong with them is said here."""
+    script, training = parse(argv)
     check_arguments(script, training)
     push, training.push_to_hub = training.push_to_hub, False  # once, at the end, instead of at every checkpoint
     with training.main_process_first(desc="preparing the output folder"):
@@ -129,26 +133,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if script.data_dir is None:
         use_how2_mini(script, training)
     splits, store, width = load_data(script, training.seed)
+    check_backbone(script, width)
     tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path)
-
-    run = Run(script, training, tokenizer, store, splits, width)
-    result = run.adapt(zero_video=script.zero_video, push=push)
-    if script.compare_zero_video and script.method != "none":
-        result["without_video"] = run.adapt(zero_video=True, compare=False)
-    result |= {"seconds": time.time() - started, "world_size": training.world_size, "arguments": asdict(script)}
-    if training.process_index == 0:
-        folder = Path(training.output_dir)
-        (folder / "results.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        print(write_report(folder, result))
-        remove_checkpoints(folder)
-    return result
+    return Run(script, training, tokenizer, store, splits, width, push)
 
 
 def parse(argv: list[str]) -> tuple[ScriptArguments, TrainingArguments]:
     parser = HfArgumentParser((ScriptArguments, TrainingArguments))
     if argv and argv[0].endswith((".yaml", ".yml")):
         values = yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8")) or {}
-        known = {action.dest for action in parser._actions}
+        known = {argument.name for kind in (ScriptArguments, TrainingArguments) for argument in fields(kind)}
         if unknown := set(values) - known:
             raise ValueError(f"{argv[0]} has unknown arguments {sorted(unknown)}")
         parser.set_defaults(**values)
@@ -221,16 +215,22 @@ def load_data(script: ScriptArguments, seed: int) -> tuple[dict[str, Any], Featu
     return splits, store, width
 
 
+def check_backbone(script: ScriptArguments, width: int) -> None:
+    """Whether the script can adapt this model to features of this width."""
+    config = AutoConfig.from_pretrained(script.model_name_or_path)
+    if config.model_type not in ("vg_bart", "bart"):
+        raise ValueError(f"{script.model_name_or_path} is a {config.model_type!r}; this script takes vg_bart and bart")
+    expected = getattr(config, "visual_feature_dim", width)
+    if expected != width:
+        raise ValueError(f"the video features are {width} wide, but {script.model_name_or_path} takes {expected}")
+
+
 def load_backbone(script: ScriptArguments, width: int) -> tuple[nn.Module, list[str]]:
     """The backbone, and the names of its modules that are new (not pretrained) and must therefore be trained."""
     config = AutoConfig.from_pretrained(script.model_name_or_path)
     if config.model_type == "vg_bart":
-        if config.visual_feature_dim != width:
-            raise ValueError(
-                f"the features are {width} wide, {script.model_name_or_path} expects {config.visual_feature_dim}"
-            )
         model, new = VGBartForConditionalGeneration.from_pretrained(script.model_name_or_path), []
-    elif config.model_type == "bart":
+    else:
         model = VGBartForConditionalGeneration.from_plain_checkpoint(
             script.model_name_or_path,
             visual_feature_dim=width,
@@ -241,8 +241,6 @@ def load_backbone(script: ScriptArguments, width: int) -> tuple[nn.Module, list[
         plain = {name for name, _ in BartEncoder(_tiny(config)).named_children()}
         new = [f"encoder.{name}" for name, module in model.model.encoder.named_children() if name not in plain]
         new = [name for name in new if any(True for _ in model.get_submodule(f"model.{name}").parameters())]
-    else:
-        raise ValueError(f"{script.model_name_or_path} is a {config.model_type!r}; this script takes vg_bart and bart")
     if script.dropout is not None:
         for module in model.modules():
             if isinstance(module, nn.Dropout):
@@ -284,9 +282,24 @@ class Run:
         store: FeatureStore,
         splits: dict[str, Any],
         width: int,
+        push: bool,
     ) -> None:
         self.script, self.training, self.tokenizer = script, training, tokenizer
-        self.store, self.splits, self.width = store, splits, width
+        self.store, self.splits, self.width, self.push = store, splits, width, push
+
+    def execute(self) -> dict[str, Any]:
+        """Adapts, compares, reports; the numbers of the report."""
+        started, script, training = time.time(), self.script, self.training
+        result = self.adapt(zero_video=script.zero_video, push=self.push)
+        if script.compare_zero_video and script.method != "none":
+            result["without_video"] = self.adapt(zero_video=True, compare=False)
+        result |= {"seconds": time.time() - started, "world_size": training.world_size, "arguments": asdict(script)}
+        if training.process_index == 0:
+            folder = Path(training.output_dir)
+            (folder / "results.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            print(write_report(folder, result))
+            remove_checkpoints(folder)
+        return result
 
     def adapt(self, *, zero_video: bool, compare: bool = True, push: bool = False) -> dict[str, Any]:
         """Trains one adapter and measures it; the numbers of the report.
@@ -442,4 +455,8 @@ def remove_checkpoints(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        prepared = prepare(sys.argv[1:])
+    except (ValueError, OSError) as error:  # bad input: one line, before any training time is spent
+        sys.exit(f"how2_summarize.py: {error}")
+    prepared.execute()

@@ -1,5 +1,6 @@
 """The scripts and the README, run as a user runs them, on one small How2 folder."""
 
+import dataclasses
 import json
 import os
 import re
@@ -151,6 +152,30 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(how2, tmp_path, summariz
 def test_bad_arguments_end_before_training(arguments, message, how2, tmp_path, summarize):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         summarize("--data_dir", how2, "--output_dir", tmp_path, *arguments)
+
+
+def test_bad_input_is_one_line_for_the_user(how2, tmp_path):
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(how2, broken)
+    lines = (broken / "sum_train" / "desc.tok.txt").read_text().splitlines()
+    (broken / "sum_train" / "desc.tok.txt").write_text("\n".join([lines[0], lines[1].split()[0], *lines[2:]]))
+    command = [sys.executable, EXAMPLES / "how2_summarize.py", "--data_dir", broken, "--output_dir", tmp_path / "out"]
+    done = subprocess.run([*command, "--use_cpu"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.search(
+        r"^how2_summarize.py: .*desc\.tok\.txt, line 2: the text of 'sum_train1_1' is empty$", done.stderr, re.M
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_features_of_another_width_are_refused(tmp_path, summarize):
+    clips = generate_how2_mini(4, seed=1)
+    narrow = [dataclasses.replace(clip, features=clip.features[:, :32]) for clip in clips]
+    folder = write_how2_mini(tmp_path / "narrow", {f"sum_{name}": narrow for name in ("train", "val", "test")})
+    with pytest.raises(ValueError, match=r"features are 32 wide, but .* takes 64"):
+        summarize("--data_dir", folder, "--output_dir", tmp_path)
 
 
 def test_an_adapter_loaded_without_the_import_fails_with_the_key_error_that_the_docs_name(how2, tmp_path, summarize):
