@@ -1,0 +1,388 @@
+"""Adapts a grounding model to QVHighlights, TVSum or YouTube Highlights with any method of the paper, and reports it.
+
+    python examples/ground_moments.py --train_file highlight_val_release.jsonl --num_train_samples 700 \
+        --test_file highlight_test_with_gt.jsonl --features val_captions.npz,test_captions.npz \
+        --text_encoder sentence-transformers/all-MiniLM-L6-v2 --projection pca.npz \
+        --model_name_or_path outputs/grounding_backbone --method read --pvla --output_dir outputs/read_pvla
+    python examples/ground_moments.py --dataset tvsum --domain BK --train_file tvsum50.jsonl ...
+    python examples/ground_moments.py --output_dir outputs/read_pvla --predict "a dog runs" --video <id>
+
+docs/data.md says where the data is published. Without `--model_name_or_path` the backbone starts from random weights.
+QVHighlights: the best checkpoint by validation mAP, predictions in the official submission format, a picture. TVSum:
+leave-one-video-out in one domain. YouTube Highlights: the test split of one domain. The last two: the last epoch.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from grounding_data import DataArguments, Fold, GroundingData, submission
+from grounding_report import describe, draw
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModel, HfArgumentParser, Trainer, set_seed
+from transformers import TrainingArguments as TransformersArguments
+
+from peft_read import PVLAConfig, PVLALossMixin, READConfig
+from peft_read.alignment import last_whole_checkpoint
+from peft_read.baselines import HEADS, add_prompts, train_only
+from peft_read.data import ground_truth_records
+from peft_read.metrics import evaluate_qvhighlights, tvsum_map, youtube_highlights_map
+
+PEFT_METHODS = ("read", "adapter", "lora")
+METHODS = ("full", "bias", "partial", "proj", "lora", "prompt", "adapter", "read", "none")
+LORA_TARGETS = {"moment_detr": r"transformer\..*\.linear[12]", "umt": r".*(att\d?|query_gen\.encoder)\.[qv]"}
+SELECTION = "MR-full-mAP"
+RUN_ARGUMENTS = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "seed")
+
+
+@dataclass
+class ScriptArguments(DataArguments):
+    """The data, the model and the method."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "a pretrained backbone"})
+    method: str = field(default="read", metadata={"help": f"one of {', '.join(METHODS)}"})
+    r: int = field(default=16, metadata={"help": "width k of READ and Adapter, rank of LoRA"})
+    cell: str = field(default="rnn", metadata={"help": "READ's recurrence: rnn, gru, lstm"})
+    target_modules: str | None = field(
+        default=None, metadata={"help": "regular expression; default: every feed-forward block, of LoRA see above"}
+    )
+    prompt_length: int = 10
+    train_heads: bool = field(
+        default=True, metadata={"help": "train the output layers with every method; --no_train_heads"}
+    )
+    pvla: bool = field(default=False, metadata={"help": "the alignment loss"})
+    pvla_weight: float = 0.1
+    pvla_mass: float = 0.5
+    pvla_distance: str = "partial_ot"
+    pvla_blocks: str = field(default="all", metadata={"help": "all, or comma-separated indices"})
+    nms_threshold: float | None = field(default=None, metadata={"help": "drop windows that overlap a better one"})
+    pictures: int = field(default=6, metadata={"help": "queries in the picture"})
+    predict: str | None = field(default=None, metadata={"help": "a query to answer with the result of --output_dir"})
+    video: str | None = field(default=None, metadata={"help": "id of the video to answer it in"})
+    predict_features: list[str] = field(default_factory=list, metadata={"help": "of that video; default: as trained"})
+
+
+@dataclass
+class TrainingArguments(TransformersArguments):
+    """Trainer's arguments, with defaults for a small frozen grounding model."""
+
+    output_dir: str = "outputs/ground_moments"
+    learning_rate: float = 2e-3
+    lr_scheduler_type: str = "constant"
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 0.1
+    num_train_epochs: float = 20
+    per_device_train_batch_size: int = 32
+    per_device_eval_batch_size: int = 32
+    eval_strategy: str = "epoch"
+    save_strategy: str = "epoch"
+    save_total_limit: int = 1
+    logging_steps: float = 10
+    remove_unused_columns: bool = False
+    report_to: str = "none"
+
+
+class GroundingTrainer(PVLALossMixin, Trainer):
+    """Trainer with the alignment loss."""
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = HfArgumentParser((ScriptArguments, TrainingArguments))
+    script, training = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else list(argv))
+    if script.predict is not None:
+        return predict(script, Path(training.output_dir))
+    started = time.time()
+    check_arguments(script)
+    data = GroundingData(script)
+    folder = Path(training.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if training.process_index == 0:
+        record_run(folder, script, training)
+    results = {}
+    for fold in data.folds:
+        # Several folds have a folder each; a fold that is done is not trained again.
+        place = folder if len(data.folds) == 1 else folder / fold.name
+        done = place / "fold.json"
+        if len(data.folds) > 1 and done.exists():
+            results[fold.name] = json.loads(done.read_text(encoding="utf-8"))
+            continue
+        results[fold.name] = Run(script, training, data, fold, place).adapt()
+        if training.process_index == 0:
+            done.write_text(json.dumps(results[fold.name], indent=2) + "\n", encoding="utf-8")
+    result = combine(script.dataset, results)
+    result |= {
+        "seconds": time.time() - started,
+        "arguments": asdict(script),
+        "training": {name: getattr(training, name) for name in RUN_ARGUMENTS},
+    }
+    if training.process_index == 0:
+        (folder / "results.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        shown = {key: value for key, value in result.items() if key not in ("log", "arguments", "folds")}
+        print(json.dumps(shown, indent=2))
+        for leftover in [*folder.rglob("checkpoint-*"), *folder.rglob("fold.json")]:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    return result
+
+
+def check_arguments(script: ScriptArguments) -> None:
+    """Everything that can be wrong before data is read."""
+    if script.method not in METHODS:
+        raise ValueError(f"--method {script.method!r} is not one of {', '.join(METHODS)}")
+    if script.pvla and script.method in ("prompt", "none"):
+        raise ValueError(
+            f"--pvla with --method {script.method}: "
+            + ("nothing is trained" if script.method == "none" else "the prompts would be aligned as clips and words")
+        )
+    if script.r < 1:
+        raise ValueError(f"--r {script.r} must be positive")
+
+
+def record_run(folder: Path, script: ScriptArguments, training: TrainingArguments) -> None:
+    """Checkpoints in the output folder mean an interrupted run: only the same run may go on from them."""
+    path = folder / "run.json"
+    now = {**asdict(script), **{name: getattr(training, name) for name in RUN_ARGUMENTS}}
+    if path.exists() and (any(folder.rglob("checkpoint-*")) or any(folder.rglob("fold.json"))):
+        then = json.loads(path.read_text(encoding="utf-8"))
+        if changed := sorted(name for name in now if now[name] != then.get(name)):
+            raise ValueError(
+                f"{folder} holds an interrupted run with another {', '.join(changed)}; start it with the same "
+                "arguments to go on, or choose another --output_dir"
+            )
+    path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+
+
+def combine(dataset: str, results: dict[str, Any]) -> dict[str, Any]:
+    """One result of all folds; of TVSum the mean over the domain's held-out videos."""
+    if len(results) == 1:
+        return next(iter(results.values()))
+    first = next(iter(results.values()))
+    means = {
+        when: {key: float(np.mean([fold[when][key] for fold in results.values()])) for key in first[when]}
+        for when in ("before", "test")
+    }
+    return {**{key: first[key] for key in ("method", "trainable", "parameters")}, **means, "folds": results}
+
+
+def apply_method(model: nn.Module, script: ScriptArguments) -> nn.Module:
+    """Wraps or freezes the backbone; the output layers are trained with every method, unless told otherwise."""
+    model_type = model.config.model_type
+    heads = [name for name in HEADS[model_type] if any(full.endswith(name) for full, _ in model.named_modules())]
+    heads = heads if script.train_heads else []
+    if script.method in ("read", "adapter"):
+        cell = script.cell if script.method == "read" else "none"
+        config = READConfig(r=script.r, cell=cell, target_modules=script.target_modules, modules_to_save=heads or None)
+        return get_peft_model(model, config)
+    if script.method == "lora":
+        targets = script.target_modules or LORA_TARGETS[model_type]
+        config = LoraConfig(r=script.r, lora_alpha=script.r, target_modules=targets, modules_to_save=heads or None)
+        return get_peft_model(model, config)
+    if script.method == "prompt":
+        model = add_prompts(model, length=script.prompt_length)
+        for name, parameter in model.named_parameters():
+            if any(f"{head}." in name for head in heads):
+                parameter.requires_grad_(True)
+        return model
+    return train_only(model, script.method, also=[] if script.method == "none" else heads)
+
+
+def alignment(script: ScriptArguments) -> PVLAConfig:
+    """The alignment of the backbone's preset streams."""
+    blocks: Any = script.pvla_blocks
+    if blocks != "all":
+        blocks = [int(index) for index in blocks.split(",")]
+    return PVLAConfig(weight=script.pvla_weight, mass=script.pvla_mass, distance=script.pvla_distance, blocks=blocks)
+
+
+class Run:
+    """One fold, adapted and measured."""
+
+    def __init__(
+        self, script: ScriptArguments, training: TrainingArguments, data: GroundingData, fold: Fold, folder: Path
+    ) -> None:
+        self.script, self.data, self.fold, self.folder = script, data, fold, folder
+        selects = fold.validation is not None and script.method != "none" and script.dataset == "qvhighlights"
+        changes = {
+            "output_dir": str(folder),
+            "load_best_model_at_end": selects,
+            "metric_for_best_model": SELECTION if selects else None,
+            "greater_is_better": True if selects else None,
+            "eval_strategy": training.eval_strategy if selects else "no",
+            "label_names": ["video_mask"],  # what makes the Trainer compute a loss when it evaluates
+        }
+        values = {item.name: getattr(training, item.name) for item in fields(training) if item.init}
+        self.training = TrainingArguments(**{**values, **changes})
+
+    def adapt(self) -> dict[str, Any]:
+        """Trains, selects and measures; the numbers of the report."""
+        script, training, fold = self.script, self.training, self.fold
+        set_seed(training.seed)
+        backbone = self.backbone()
+        collator = self.data.collator(backbone.config, seed=training.seed)
+        self.config, self._collator = backbone.config, self.data.collator(backbone.config)  # not for training
+        model = apply_method(backbone, script)
+        trainer = GroundingTrainer(
+            model=model,
+            args=training,
+            train_dataset=fold.train,
+            eval_dataset=fold.validation,
+            data_collator=collator,
+            compute_metrics=self.validation_metrics if training.load_best_model_at_end else None,
+            pvla_config=alignment(script) if script.pvla else None,
+        )
+        result: dict[str, Any] = {
+            "method": script.method + (" + PVLA" if script.pvla else ""),
+            "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "sizes": {
+                role: None if part is None else len(part)
+                for role, part in (("train", fold.train), ("validation", fold.validation), ("test", fold.test))
+            },
+        }
+        result["before"], _ = self.measure(trainer, fold.test)
+        started = time.time()
+        if script.method != "none":
+            trainer.train(resume_from_checkpoint=last_whole_checkpoint(training.output_dir))
+            result["log"] = trainer.state.log_history
+        result["training_seconds"] = time.time() - started
+        result["validation"], _ = self.measure(trainer, fold.validation, "validation")
+        result["test"], records = self.measure(trainer, fold.test, "test")
+        result |= self.save(trainer, records)
+        return result
+
+    def backbone(self) -> nn.Module:
+        if self.script.model_name_or_path is not None:
+            return self.data.load_model(self.script.model_name_or_path)
+        return self.data.build_model()
+
+    def validation_metrics(self, evaluation: Any) -> dict[str, float]:
+        return self.metrics(self.records(evaluation.predictions, self.fold.validation), self.fold.validation)
+
+    def records(self, outputs: Any, rows: Dataset) -> list[dict[str, Any]]:
+        listed = list(rows)
+        lengths = [int(self._collator([row])["video_mask"].sum()) for row in listed]
+        return submission(outputs, listed, lengths, self.config, self.script.nms_threshold)
+
+    def metrics(self, records: list[dict[str, Any]], rows: Dataset) -> dict[str, float]:
+        """The dataset's official figures; nothing where it has no labels."""
+        scores = [record["pred_saliency_scores"] for record in records]
+        if self.script.dataset == "tvsum":
+            return {"top5-mAP": 100 * tvsum_map(scores, list(rows["label"]))}
+        if self.script.dataset == "youtube_highlights":
+            return {"mAP": 100 * youtube_highlights_map(scores, list(rows["match"]))}
+        if any(windows is None for windows in rows["relevant_windows"]):
+            return {}
+        brief = evaluate_qvhighlights(records, ground_truth_records(rows))["brief"]
+        return {name: value for name, value in brief.items() if value == value}  # NaN: no window of that length
+
+    def measure(
+        self, trainer: Trainer, rows: Dataset | None, name: str | None = None
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Figures and records of one split; a name writes the records in the submission format."""
+        if rows is None:
+            return {}, []
+        compute, names = trainer.compute_metrics, trainer.label_names
+        trainer.compute_metrics, trainer.label_names = None, []  # outputs only: a test split may lack labels
+        ignored = [*self.config.keys_to_ignore_at_inference, "loss"]
+        outputs = trainer.predict(rows, ignore_keys=ignored).predictions
+        trainer.compute_metrics, trainer.label_names = compute, names
+        records = self.records(outputs, rows)
+        if name is not None and self.training.process_index == 0:
+            write_submission(self.folder / f"submission_{name}.jsonl", records)
+        return self.metrics(records, rows), records
+
+    def save(self, trainer: Trainer, records: list[dict[str, Any]]) -> dict[str, Any]:
+        """Saves what was trained, loads it again, and draws a few queries."""
+        if self.script.method == "none":
+            return {}
+        if self.script.model_name_or_path is None:
+            # The random backbone below the adapter; without it the adapter is worth nothing.
+            set_seed(self.training.seed)
+            self.backbone().save_pretrained(self.folder / "backbone")
+        trainer.save_model(str(self.folder / "trained"))
+        if self.training.process_index != 0:
+            return {}
+        rows = self.fold.test if self.fold.test is not None else self.fold.validation
+        if rows is None:
+            return {}
+        sample = [rows[index] for index in range(min(32, len(rows)))]
+        trained = trainer.accelerator.unwrap_model(trainer.model)
+        fresh = load_trained(self.script, self.folder)
+        same = [
+            np.allclose(a, b, atol=1e-5)
+            for a, b in zip(*(self.outputs(model, sample) for model in (trained, fresh)), strict=True)
+        ]
+        if records and self.script.pictures:
+            count = min(self.script.pictures, len(records))
+            draw(self.folder / "moments.png", [rows[index] for index in range(count)], records[:count])
+        size = sum(file.stat().st_size for file in (self.folder / "trained").glob("*.safetensors"))
+        return {"reloaded_is_identical": all(same), "bytes": size}
+
+    @torch.no_grad()
+    def outputs(self, model: nn.Module, rows: list[dict[str, Any]]) -> list[np.ndarray]:
+        batch = self._collator(rows)
+        device = next(model.parameters()).device
+        inputs = {name: batch[name].to(device) for name in batch if name.endswith(("_features", "_mask"))}
+        found = model.eval()(**{name: value for name, value in inputs.items() if name != "boundary_mask"})
+        names = ("pred_logits", "pred_spans", "saliency_scores", "boundaries")
+        return [found[name].float().cpu().numpy() for name in names if found.get(name) is not None]
+
+
+def load_trained(script: ScriptArguments, folder: Path) -> nn.Module:
+    """The adapted model of an earlier run."""
+    if script.method in PEFT_METHODS or script.method == "prompt":
+        base = AutoModel.from_pretrained(script.model_name_or_path or folder / "backbone")
+        if script.method in PEFT_METHODS:
+            return PeftModel.from_pretrained(base, str(folder / "trained")).eval()
+        model = add_prompts(base, length=script.prompt_length)
+        model.load_state_dict(load_file(folder / "trained" / "model.safetensors"))
+        return model.eval()
+    return AutoModel.from_pretrained(folder / "trained").eval()
+
+
+def write_submission(path: Path, records: list[dict[str, Any]]) -> None:
+    """The official format: one JSON record a line."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+def predict(script: ScriptArguments, folder: Path) -> dict[str, Any]:
+    """Answers one query in one video with the result of an earlier run."""
+    if script.video is None:
+        raise ValueError("--predict needs --video, the id of a video with features")
+    path = folder / "results.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: --output_dir must name the folder of a finished run")
+    then = ScriptArguments(**json.loads(path.read_text(encoding="utf-8"))["arguments"])
+    then.text_cache = None
+    then.features = script.predict_features or then.features
+    row = {"qid": 0, "query": script.predict, "vid": script.video}
+    data = GroundingData(then, extra_rows=[row], folds=False)
+    model = load_trained(then, folder)
+    run_config = (model.get_base_model() if isinstance(model, PeftModel) else model).config
+    batch = data.collator(run_config)([row])
+    length = int(batch["video_mask"].sum())
+    row["duration"] = 2.0 * length
+    with torch.no_grad():
+        found = model(**batch)
+    names = ("pred_logits", "pred_spans", "saliency_scores")
+    names = names if run_config.model_type == "moment_detr" else ("saliency_scores", "boundaries")
+    outputs = [found[name].numpy() for name in names if found.get(name) is not None]
+    [record] = submission(outputs, [row], [length], run_config, then.nms_threshold)
+    print(describe(record))
+    draw(folder / "prediction.png", [row], [record])
+    return record
+
+
+if __name__ == "__main__":
+    main()

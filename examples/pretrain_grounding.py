@@ -1,0 +1,125 @@
+"""Pretrains a grounding backbone on weak labels: captions as queries, runs of similar clips as their moments.
+
+    python examples/pretrain_grounding.py --train_file highlight_val_release.jsonl --num_train_samples 700 \
+        --captions captions_val.jsonl --features val_captions.npz \
+        --text_encoder sentence-transformers/all-MiniLM-L6-v2 --projection pca.npz \
+        --num_train_epochs 5 --output_dir outputs/grounding_backbone
+
+No human label is used, and no video outside the training side: with `--num_train_samples` the same queries are drawn
+as in ground_moments.py (give both the same `--subset_seed`), and only their videos are taken. `pretraining.json` names
+them, so that ground_moments.py can refuse a backbone that has seen its validation or test videos.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from grounding_data import DataArguments, GroundingData, check_data_arguments, open_store, read_folds
+from transformers import HfArgumentParser, Trainer, set_seed
+from transformers import TrainingArguments as TransformersArguments
+
+from peft_read.alignment import last_whole_checkpoint
+from peft_read.data import pseudo_queries, window_pairs
+from peft_read.data.jsonl import read_jsonl
+
+
+@dataclass
+class ScriptArguments(DataArguments):
+    """The videos, their captions, and how weak labels are made of them."""
+
+    captions: str | None = field(default=None, metadata={"help": "jsonl of {vid, captions: one a clip}"})
+    per_video: int = field(default=8, metadata={"help": "queries a video, at most"})
+    threshold: float = field(default=0.3, metadata={"help": "similarity of a moment's clips: 0 average, 1 identical"})
+    max_gap: int = field(default=1, metadata={"help": "clips between two runs that are passed over"})
+    min_clips: int = 2
+
+
+@dataclass
+class TrainingArguments(TransformersArguments):
+    """Trainer's arguments, with the settings of Moment-DETR's own training but for the learning rate."""
+
+    output_dir: str = "outputs/grounding_backbone"
+    learning_rate: float = 4e-4
+    lr_scheduler_type: str = "constant"
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 0.1
+    num_train_epochs: float = 5
+    per_device_train_batch_size: int = 32
+    save_strategy: str = "epoch"
+    save_total_limit: int = 1
+    logging_steps: float = 50
+    remove_unused_columns: bool = False
+    report_to: str = "none"
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = HfArgumentParser((ScriptArguments, TrainingArguments))
+    script, training = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else list(argv))
+    if script.captions is None:
+        raise ValueError("--captions is needed: jsonl of {vid, captions}")
+    if script.dataset != "qvhighlights":
+        raise ValueError(f"--dataset {script.dataset!r}: weak labels are made of QVHighlights' videos only")
+    check_data_arguments(script)
+    set_seed(training.seed)
+    started = time.time()
+    rows = weak_labels(script, training.seed)
+    # The features and texts of the weak labels only: validation and test are not even read.
+    data = GroundingData(script, extra_rows=list(rows), folds=False)
+    model = data.build_model()
+    trainer = Trainer(
+        model=model,
+        args=training,
+        train_dataset=rows,
+        data_collator=data.collator(model.config, pairs=window_pairs, seed=training.seed),
+    )
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(training.output_dir))
+    folder = Path(training.output_dir)
+    trainer.save_model(str(folder))
+    windows = [end - start for row in rows for start, end in row["relevant_windows"]]
+    record = {
+        "videos": sorted(set(rows["vid"])),
+        "queries": len(rows),
+        "mean_window_seconds": float(np.mean(windows)),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "epochs": trainer.state.epoch,
+        "seconds": time.time() - started,
+        "arguments": asdict(script),
+        "log": trainer.state.log_history,
+    }
+    if training.process_index == 0:
+        (folder / "pretraining.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        print(json.dumps({k: v for k, v in record.items() if k not in ("videos", "arguments", "log")}, indent=2))
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+    return record
+
+
+def weak_labels(script: ScriptArguments, seed: int) -> Any:
+    """Captions of the training side's videos as queries."""
+    alone = copy.copy(script)
+    alone.test_file = None
+    [fold] = read_folds(alone)
+    captions = {row["vid"]: row["captions"] for row in read_jsonl(script.captions, required=("vid", "captions"))}
+    return pseudo_queries(
+        captions,
+        open_store(script.features[0]),
+        videos=sorted(set(fold.train["vid"])),
+        per_video=script.per_video,
+        threshold=script.threshold,
+        max_gap=script.max_gap,
+        min_clips=script.min_clips,
+        seed=seed,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""The grounding scripts end to end on a few made-up videos: every dataset, both backbones, the harness."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from peft_read.data import write_feature_archive
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "method_comparison")]
+ground_moments, grounding, pretrain_grounding = map(
+    importlib.import_module, ("ground_moments", "grounding", "pretrain_grounding")
+)
+WORDS = ["red", "green", "blue", "dog", "cat", "car"]
+TINY = ["--d_model", "16", "--ffn_dim", "16", "--per_device_train_batch_size", "4", "--use_cpu", "--disable_tqdm", "1"]
+
+
+def write_jsonl(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Twelve source videos of two clips of video each, in which one word's features are shown during its moment."""
+    folder = tmp_path_factory.mktemp("grounding")
+    generator = np.random.default_rng(0)
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["[PAD]", "[UNK]", *WORDS])}, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    encoder = folder / "encoder"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(encoder)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    BertModel(BertConfig(vocab_size=len(WORDS) + 2, **sizes)).save_pretrained(encoder)
+    features, rows, captions = {}, [], []
+    for index in range(24):
+        vid = f"source{index // 2}_{index % 2}.0_40.0"
+        scenes = generator.normal(size=(4, 16)).repeat(5, axis=0)
+        features[vid] = (scenes + 0.1 * generator.normal(size=(20, 16))).astype(np.float32)
+        captions.append({"vid": vid, "captions": [f"{WORDS[clip // 5]} {WORDS[clip % 6]}" for clip in range(20)]})
+        rows.append(
+            {"qid": index, "query": f"{WORDS[index % 6]} {WORDS[index % 5]}", "vid": vid, "duration": 40,
+             "relevant_windows": [[10, 20]], "relevant_clip_ids": [5, 6, 7, 8, 9],
+             "saliency_scores": [[4, 3, 4], [1, 2, 2], [3, 3, 3], [4, 4, 4], [2, 2, 1]]}
+        )  # fmt: skip
+    labels = generator.integers(1, 6, size=(3, 20, 20)).tolist()
+    tvsum = [
+        {"vid": f"t{i}", "query": WORDS[i], "domain": "BK", "label": label, "n_frames": 1200}
+        for i, label in enumerate(labels)
+    ]
+    youtube = {
+        f"y{i}": {"domain": "dog", "fps": 25.0, "frames": 500, "clip": [[0, 100]] * 9, "match": [1, -1, 0] * 3}
+        for i in range(4)
+    }
+    (folder / "youtube_anno.json").write_text(json.dumps(youtube))
+    (folder / "youtube").mkdir()
+    for vid in youtube:
+        np.save(folder / "youtube" / f"{vid}.npy", generator.normal(size=(9, 16)))
+    rows_of_frames = {f"t{i}": generator.normal(size=(80, 16)).astype(np.float32) for i in range(3)}
+    return {
+        "folder": folder,
+        "encoder": ["--text_encoder", str(encoder)],
+        "features": str(write_feature_archive(folder / "features.npz", features)),
+        "all": write_jsonl(folder / "val.jsonl", rows[:18]),
+        "test": write_jsonl(folder / "test.jsonl", rows[18:]),
+        "hidden": write_jsonl(folder / "hidden.jsonl", [{k: r[k] for k in list(r)[:4]} for r in rows[18:]]),
+        "captions": write_jsonl(folder / "captions.jsonl", captions),
+        "tvsum": write_jsonl(folder / "tvsum.jsonl", tvsum),
+        "frames": str(write_feature_archive(folder / "frames.npz", rows_of_frames)),
+    }
+
+
+def qvhighlights(world, *arguments):
+    split = ["--num_train_samples", "8", "--num_validation_samples", "4"]
+    data = ["--train_file", world["all"], "--features", world["features"], *world["encoder"], *split]
+    return [*data, *TINY, *arguments]
+
+
+@pytest.fixture(scope="module")
+def backbone(world):
+    folder = world["folder"] / "backbone"
+    arguments = ["--captions", world["captions"], "--max_steps", "2", "--output_dir", str(folder)]
+    record = pretrain_grounding.main(qvhighlights(world, *arguments))
+    assert record["queries"] > 8
+    return folder
+
+
+def test_pretraining_takes_the_training_side_only_and_a_backbone_that_saw_more_is_refused(world, backbone, tmp_path):
+    record = json.loads((backbone / "pretraining.json").read_text())
+    assert len(record["videos"]) <= 8
+    other = qvhighlights(world, "--model_name_or_path", str(backbone), "--subset_seed", "5")
+    with pytest.raises(ValueError, match=r"pretrained on sources of \d validation videos"):
+        ground_moments.main([*other, "--output_dir", str(tmp_path)])
+
+
+def test_a_run_trains_selects_submits_draws_and_answers_a_query(world, backbone, tmp_path, capsys):
+    arguments = ["--model_name_or_path", str(backbone), "--method", "read", "--pvla", "--r", "2"]
+    arguments += ["--test_file", world["test"], "--num_train_epochs", "2", "--output_dir", str(tmp_path)]
+    result = ground_moments.main(qvhighlights(world, *arguments))
+    assert result["reloaded_is_identical"]
+    assert any("eval_pvla_loss" in entry for entry in result["log"])
+    best = max(entry["eval_MR-full-mAP"] for entry in result["log"] if "eval_MR-full-mAP" in entry)
+    assert result["validation"]["MR-full-mAP"] == best
+    submitted = [json.loads(line) for line in (tmp_path / "submission_test.jsonl").read_text().splitlines()]
+    assert [record["qid"] for record in submitted] == list(range(18, 24))
+    assert len(submitted[0]["pred_saliency_scores"]) == 20
+    assert all(0 <= start <= end <= 40 for start, end, _ in submitted[0]["pred_relevant_windows"])
+    assert (tmp_path / "moments.png").stat().st_size > 1000
+    assert not list(tmp_path.glob("checkpoint-*"))
+    capsys.readouterr()
+    answer = ["--predict", "red dog", "--video", "source3_0.0_40.0", "--output_dir", str(tmp_path)]
+    record = ground_moments.main(answer)
+    assert "'red dog' in source3_0.0_40.0" in capsys.readouterr().out
+    assert len(record["pred_relevant_windows"]) == 10
+    with pytest.raises(ValueError, match="needs --video"):
+        ground_moments.main(answer[:2])
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [("moment_detr", "prompt"), ("moment_detr", "lora"), ("umt", "read"), ("umt", "bias"), ("umt", "prompt")],
+)
+def test_methods_and_backbones_train_without_a_labelled_test(world, tmp_path, kind, method):
+    arguments = ["--backbone", kind, "--method", method, "--max_steps", "2", "--eval_strategy", "no"]
+    arguments += ["--save_strategy", "no", "--test_file", world["hidden"], "--output_dir", str(tmp_path)]
+    if kind == "umt":
+        arguments += ["--model_options", '{"max_positions": 32, "decoder_layers": 1}']
+    result = ground_moments.main(qvhighlights(world, *arguments))
+    assert result["test"] == {}
+    assert result["reloaded_is_identical"]
+    assert 0 < result["trainable"] < result["parameters"]
+    assert len((tmp_path / "submission_test.jsonl").read_text().splitlines()) == 6
+
+
+def test_classified_spans_work_end_to_end(world, tmp_path):
+    arguments = ["--method", "full", "--max_steps", "2", "--model_options", '{"span_loss_type": "ce"}']
+    arguments += ["--test_file", world["test"], "--eval_strategy", "no", "--save_strategy", "no"]
+    result = ground_moments.main(qvhighlights(world, *arguments, "--output_dir", str(tmp_path)))
+    assert 0 <= result["test"]["MR-full-mAP"] <= 100
+
+
+def test_tvsum_holds_out_every_video_of_a_domain(world, tmp_path):
+    arguments = ["--dataset", "tvsum", "--train_file", world["tvsum"], "--features", world["frames"]]
+    arguments += [*world["encoder"], *TINY, "--method", "adapter", "--max_steps", "1", "--output_dir", str(tmp_path)]
+    with pytest.raises(ValueError, match="--domain is needed"):
+        ground_moments.main(arguments)
+    result = ground_moments.main([*arguments, "--domain", "BK"])
+    assert sorted(result["folds"]) == ["t0", "t1", "t2"]
+    scores = [fold["test"]["top5-mAP"] for fold in result["folds"].values()]
+    assert result["test"]["top5-mAP"] == pytest.approx(np.mean(scores))
+    assert 0 < result["test"]["top5-mAP"] <= 100
+
+
+def test_youtube_highlights_train_umt_without_queries(world, tmp_path):
+    file = str(world["folder"] / "youtube_anno.json")
+    arguments = ["--dataset", "youtube_highlights", "--domain", "dog", "--train_file", file, "--test_file", file]
+    arguments += ["--features", str(world["folder"] / "youtube"), *TINY, "--output_dir", str(tmp_path)]
+    arguments += ["--no_endpoints", "--model_options", '{"max_positions": 16}', "--max_steps", "1"]
+    with pytest.raises(ValueError, match="use --backbone umt"):
+        ground_moments.main(arguments)
+    result = ground_moments.main([*arguments, "--backbone", "umt", "--method", "read"])
+    assert 0 < result["test"]["mAP"] <= 100
+
+
+def test_the_harness_runs_once_and_chooses_by_validation(world, backbone, tmp_path, monkeypatch):
+    started = []
+
+    def in_process(command, **options):
+        started.append(command)
+        ground_moments.main(command[2:])
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr(grounding.subprocess, "run", in_process)
+    rest = qvhighlights(world, "--model_name_or_path", str(backbone), "--test_file", world["test"])
+    options = ["--output_dir", str(tmp_path), "--suite", "main", "--only", "no adaptation", "adapter"]
+    options += ["--", *rest, "--num_train_epochs", "1", "--r", "2"]
+    rows = grounding.main(options)
+    assert len(started) == 1 + 2
+    assert [row["name"] for row in rows] == ["no adaptation", "adapter"]
+    assert rows[0]["trainable"] == 0
+    assert rows[1]["rates_tried"] == [1e-3, 3e-3]
+    assert grounding.main(options) == rows
+    assert len(started) == 3, "what has a result is not run again"
+    assert json.loads((tmp_path / "main.json").read_text()) == rows
+
+
+def test_a_row_of_the_table_is_the_rate_with_the_best_mean_validation():
+    def result(validation, test, dataset="qvhighlights"):
+        figures = {key: test for key in grounding.SHOWN[dataset].values()}
+        return {
+            "validation": {"MR-full-mAP": validation} if validation else {},
+            "test": figures,
+            "trainable": 5,
+            "parameters": 50,
+            "seconds": 1.0,
+            "arguments": {"dataset": dataset},
+        }
+
+    results = {
+        ("read", 1e-3, 0, None): result(10, 30),
+        ("read", 1e-3, 1, None): result(14, 40),
+        ("read", 3e-3, 0, None): result(13, 10),
+        ("read", 3e-3, 1, None): result(10, 20),
+        ("full", 1e-3, 0, None): result(99, 99),
+    }
+    row = grounding.table_row("read", results, 2)
+    assert (row["learning_rate"], row["test"]["mAP"], row["validation"]) == (1e-3, [30, 40], [10, 14])
+    assert "| 35.00 ± 7.07 |" in grounding.markdown([row])
+    assert grounding.table_row("full", results, 2) is None, "a seed is missing"
+    domains = {
+        ("read", 1e-3, seed, domain): result(None, test, "tvsum")
+        for seed, domain, test in ((0, "BK", 20), (0, "VT", 40), (1, "BK", 30), (1, "VT", 40))
+    }
+    assert grounding.table_row("read", domains, 4)["test"] == {"top-5 mAP": [30, 35]}
+    with pytest.raises(ValueError, match="no validation split to choose by"):
+        grounding.table_row("read", domains | {("read", 1.0, *key[2:]): domains[key] for key in domains}, 4)
+
+
+def test_bad_arguments_are_named(world, tmp_path):
+    def fails(*arguments, match):
+        with pytest.raises(ValueError, match=match):
+            ground_moments.main(qvhighlights(world, *arguments, "--output_dir", str(tmp_path)))
+
+    fails("--method", "magic", match="'magic' is not one of full")
+    fails("--backbone", "clip", match="neither 'moment_detr' nor 'umt'")
+    fails("--method", "prompt", "--pvla", match="prompts would be aligned")
+    fails("--method", "none", "--pvla", match="nothing is trained")
+    fails("--dataset", "charades", match="'charades' is not one of qvhighlights")
+    missing = world["folder"] / "missing.npz"
+    write_feature_archive(missing, {"source0_0.0_40.0": np.ones((20, 16), np.float32)})
+    fails("--features", str(missing), match=r"\d+ ids have no features: source")
