@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from ..recurrence import Identity, build_cell
+from ..recurrence import Identity, adapter_fits, adapter_in_one_pass, build_cell
 from .config import READConfig
 from .mixed import mixed_rows
 from .scope import Scope, current_scope
@@ -170,6 +170,10 @@ class Linear(nn.Module, READLayer):
         if not active:
             return result
         sequences = self._sequences(result, x, active, mixed is not None)
+        if mixed is None and len(active) == 1:
+            adapted = self._in_one_pass(active[0], sequences)
+            if adapted is not None:
+                return sequences.restore(adapted)
         delta = None
         for adapter in active:
             rows = None if mixed is None else mixed.rows_of(adapter, sequences.tensor.shape[0], result.device)
@@ -202,6 +206,24 @@ class Linear(nn.Module, READLayer):
                 "checkpointed functions, open `sequence_scope(mask=...)` inside the function."
             )
         return scope
+
+    def _in_one_pass(self, adapter: str, sequences: Sequences) -> torch.Tensor | None:
+        """The adapted (B, T, d) where compiled loops can go through it once; None where they cannot."""
+        down: Any = self.readapter_down[adapter]
+        up: Any = self.readapter_up[adapter]
+        cell: Any = self.readapter_cell[adapter]
+        dropout = self.readapter_dropout[adapter]
+        scope = sequences.scope
+        if not adapter_fits(sequences.tensor, sequences.mask, down, cell, dropout, up):
+            return None
+        if scope is not None and scope.segments is not None:
+            return None
+        key = (self.path, adapter, sequences.call)
+        before = None if scope is None else scope.state_before(key, self.path, adapter, None)
+        adapted, states = adapter_in_one_pass(sequences.tensor, down, cell, up, before, sequences.mask)
+        if scope is not None and sequences.keeps_states:
+            scope.keep(key, states, None)
+        return adapted
 
     def _delta(self, adapter: str, sequences: Sequences, rows: torch.Tensor | None) -> torch.Tensor:
         """What one adapter adds to (B, T, d), or to some of its rows and zero to the others."""

@@ -1,6 +1,22 @@
 """Recurrences for adapters: sequences in, sequences out."""
 
+from .backends import show_backends, use_backend, warm_up
 from .cells import CELLS, GRU, LSTM, RNN, Cell, Identity, build_cell
+from .fast import adapter_fits, adapter_in_one_pass
 from .segments import Segments
 
-__all__ = ["CELLS", "GRU", "LSTM", "RNN", "Cell", "Identity", "Segments", "build_cell"]
+__all__ = [
+    "CELLS",
+    "GRU",
+    "LSTM",
+    "RNN",
+    "Cell",
+    "Identity",
+    "Segments",
+    "adapter_fits",
+    "adapter_in_one_pass",
+    "build_cell",
+    "show_backends",
+    "use_backend",
+    "warm_up",
+]

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import nn
 
+from .fast import compiled_scan, scan_fits
+
 __all__ = ["CELLS", "GRU", "LSTM", "RNN", "Cell", "Identity", "build_cell"]
 
 
@@ -35,6 +37,7 @@ class Cell(nn.Module):
     weight_hh: nn.Parameter
     bias_ih: nn.Parameter | None
     bias_hh: nn.Parameter | None
+    kind: str
     gates: int
     state_width: int = 1  # the state of one step is this many vectors of width k
 
@@ -120,6 +123,22 @@ class Cell(nn.Module):
         weights = [parameter.to(x.dtype) for parameter in parameters if parameter is not None]
         if state is None:
             state = x.new_zeros(x.shape[0], self.state_width * weights[1].shape[1])
+        if scan_fits(self.kind, x, state, weights, mask):
+            outputs, memories = compiled_scan(self.kind, x, state, weights, mask, self.run_in_torch)
+            if self.state_width == 1:
+                return outputs, outputs
+            return outputs, torch.cat((outputs, memories), dim=-1) if keep_states else None
+        return self.run_in_torch(x, state, weights, mask, keep_states)
+
+    def run_in_torch(
+        self,
+        x: torch.Tensor,
+        state: torch.Tensor,
+        weights: list[torch.Tensor],
+        mask: torch.Tensor | None,
+        keep_states: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The recurrence by torch's own functions: for every device and dtype, and for all derivatives."""
         if mask is None:
             return self._scan(x, state, weights, keep_states)
         return self._masked_scan(x, state, mask, weights, keep_states)
@@ -154,6 +173,7 @@ def _take(sequence: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 class RNN(Cell):
     """The Elman recurrence h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), equation (5)'s RNN."""
 
+    kind = "rnn"
     gates = 1
 
     def _scan(
@@ -166,6 +186,7 @@ class RNN(Cell):
 class GRU(Cell):
     """The gated recurrent unit, with PyTorch's gates (reset, update, new)."""
 
+    kind = "gru"
     gates = 3
 
     def _scan(
@@ -178,6 +199,7 @@ class GRU(Cell):
 class LSTM(Cell):
     """The long short-term memory, with PyTorch's gates (input, forget, cell, output); its state is (h, c)."""
 
+    kind = "lstm"
     gates = 4
     state_width = 2
 

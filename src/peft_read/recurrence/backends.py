@@ -1,0 +1,162 @@
+"""Which implementation runs the recurrence on the CPU: torch, or compiled loops (extra `fast`)."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import platform
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+__all__ = ["backend", "show_backends", "use_backend", "warm_up"]
+
+VARIABLE = "PEFT_READ_RECURRENCE"
+NAMES = ("auto", "torch", "numba")
+LARGEST_SCAN_WIDTH = 64
+LARGEST_FUSED_WIDTH = 8
+MOST_FUSED_THREADS = 4  # the one pass over the tokens is a single thread's; more threads of torch overtake it
+
+_forced: str | None = None  # by `use_backend`
+_automatic: str | None = None  # decided once a process, at the first call
+
+
+class use_backend:
+    """Choose the implementation for the whole process, or for a `with` block.
+
+    ```python
+    use_backend("torch")            # from here on
+    with use_backend("numba"):      # for this block
+        ...
+    ```
+
+    The environment variable `PEFT_READ_RECURRENCE` sets the choice that a process starts with.
+
+    Args:
+        name: "torch", always the torch path; "numba", the compiled loops wherever they can take the case, compiled at
+            the first use if need be; "auto", the compiled loops if `warm_up` has been run on this machine.
+
+    Raises:
+        ValueError: for another name.
+        ImportError: for "numba" where it is not installed.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _forced
+        _check(name)
+        self._before = _forced
+        _forced = name
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _forced
+        _forced = self._before
+
+
+def backend() -> str:
+    """The implementation in use: "torch" or "numba".
+
+    What "auto" means is decided at the first call and does not change while the process lives, because the two
+    differ in rounding: a run that was resumed must repeat the one that was not.
+    """
+    global _automatic
+    name = _forced or _from_environment()
+    if name != "auto":
+        return name
+    if _automatic is None:
+        _automatic = "numba" if _is_compiled() else "torch"
+    return _automatic
+
+
+def warm_up() -> None:
+    """Compile the loops, store the machine code, and use it from here on and in all later processes on this machine.
+
+    This takes some twenty seconds, once for each version of this package, of numba and of Python; when it is done
+    already, less than one. `python -m peft_read.recurrence` does the same. Nothing else ever compiles by itself, so
+    that no call is slow, and so that processes which train together (DDP) choose alike.
+
+    Raises:
+        ImportError: if numba is not installed.
+    """
+    global _automatic
+    _check("numba")
+    from .fast import run_everything_once
+
+    run_everything_once()
+    marker = _marker()
+    marker.parent.mkdir(parents=True, exist_ok=True)
+    marker.touch()
+    _is_compiled.cache_clear()
+    _automatic = "numba"
+
+
+def show_backends() -> str:
+    """What is installed, what is compiled, and what runs."""
+    installed = is_installed("numba")
+    compiled = "compiled" if _is_compiled() else "not compiled yet: run peft_read.recurrence.warm_up() once"
+    forced = "use_backend" if _forced else f"{VARIABLE}" if os.environ.get(VARIABLE) else "auto"
+    return "\n".join(
+        (
+            "torch: any device, any case",
+            f"numba: {compiled if installed else 'not installed (extra `fast`)'}; CPU, float32, width <= "
+            f"{LARGEST_SCAN_WIDTH}; the whole RNN adapter in one pass: width <= {LARGEST_FUSED_WIDTH}, at most "
+            f"{MOST_FUSED_THREADS} threads of torch (now {torch.get_num_threads()})",
+            f"in use: {backend()} (chosen by {forced})",
+        )
+    )
+
+
+@cache
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported."""
+    return importlib.util.find_spec(package) is not None
+
+
+def _from_environment() -> str:
+    name = os.environ.get(VARIABLE) or "auto"
+    _check(name)
+    return name
+
+
+def _check(name: str) -> None:
+    if name not in NAMES:
+        raise ValueError(f"Unknown backend {name!r} of the recurrence; choose one of {', '.join(map(repr, NAMES))}.")
+    if name == "numba" and not is_installed("numba"):
+        raise ImportError(
+            'The backend "numba" is not installed (`pip install "peft-read[fast]"`); "torch" needs nothing.'
+        )
+
+
+@cache
+def _is_compiled() -> bool:
+    return is_installed("numba") and _marker().exists()
+
+
+def _marker() -> Path:
+    """The file that says that everything is compiled, for these sources, these versions and this processor.
+
+    It lies beside numba's machine code. Numba's own files do not tell whether all of it is there.
+    """
+    import llvmlite.binding
+    import numba
+
+    from . import compiled
+
+    folder = Path(__file__).parent
+    sources = [(folder / name).stat() for name in ("compiled.py", "compiled_adapter.py")]
+    key = (
+        [(status.st_mtime_ns, status.st_size) for status in sources],
+        numba.__version__,
+        platform.python_version(),
+        llvmlite.binding.get_host_cpu_name(),
+        llvmlite.binding.get_host_cpu_features().flatten(),
+    )
+    name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+    return Path(compiled.rnn_forward.stats.cache_path or folder) / f"recurrence-{name}.compiled"

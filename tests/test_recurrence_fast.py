@@ -1,0 +1,329 @@
+"""The compiled loops: the same values and gradients as torch and as the plain loops, and which path a case takes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny_models import adapted, padded_batch, read_layers
+from torch import nn
+from torch.nn import functional as F
+
+pytest.importorskip("numba", reason="numba is not installed")
+
+from peft_read.recurrence import RNN, backends, build_cell, fast, show_backends, use_backend, warm_up
+from peft_read.recurrence.naive import naive_recurrence
+
+KINDS = ("rnn", "gru", "lstm")
+
+
+@pytest.fixture(autouse=True)
+def compiled_loops():
+    with use_backend("numba"):
+        yield
+
+
+def a_cell(kind, size, *, bias=True, recurrent="random"):
+    cell = build_cell(kind, size, bias=bias)
+    for parameter in cell.parameters():
+        nn.init.normal_(parameter, std=min(0.4, size**-0.5))
+    with torch.no_grad():
+        for gate in cell.weight_hh.chunk(cell.gates):
+            if recurrent == "orthogonal":  # rounding errors do not die out
+                nn.init.orthogonal_(gate)
+            if recurrent == "contractive":
+                gate.mul_(0.5 / torch.linalg.matrix_norm(gate, 2))
+    return cell
+
+
+def run(cell, x, state, mask, weights):
+    """Outputs, states, and the gradients of a weighted sum of both with respect to everything."""
+    outputs, states = cell(x, state, mask, keep_states=True)
+    total = (outputs * weights[0]).sum() + (states * weights[1]).sum()
+    return outputs, states, *torch.autograd.grad(total, [x, state, *cell.parameters()])
+
+
+def in_float64(cell, x, state, mask, weights):
+    """The plain loops in float64."""
+    parameters = dict.fromkeys(("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+    parameters |= {name: p.detach().double().requires_grad_() for name, p in cell.named_parameters()}
+    x, state = (tensor.detach().double().requires_grad_() for tensor in (x, state))
+    outputs, states = naive_recurrence(cell.kind, x, parameters, state, mask)
+    total = (outputs * weights[0]).sum() + (states * weights[1]).sum()
+    leaves = [x, state, *(parameters[name] for name, _ in cell.named_parameters())]
+    return outputs, states, *torch.autograd.grad(total, leaves)
+
+
+def error(found, expected):
+    """The largest error, relative to the largest value."""
+    return ((found.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-3)).item()
+
+
+def random_mask(*shape):
+    mask = torch.rand(shape) > 0.3
+    mask[1] = False
+    mask[2, :3] = False
+    return mask
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("size", [1, 3, 4, 8, 17, 64])
+def test_scans_agree_with_the_plain_loops(kind, masked, bias, size):
+    cell, shape = a_cell(kind, size, bias=bias), (3, 19, size)
+    x, state = torch.randn(shape, requires_grad=True), torch.randn(3, cell.state_size, requires_grad=True)
+    mask = random_mask(3, 19) if masked else None
+    weights = torch.randn(shape), torch.randn(3, 19, cell.state_size)
+    expected = in_float64(cell, x, state, mask, weights)
+    for found, known in zip(run(cell, x, state, mask, weights), expected, strict=True):
+        assert error(found, known) < 5e-6
+    assert fast.scan_fits(kind, x, state, list(cell.parameters()), mask)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("recurrent", ["contractive", "orthogonal"])
+@pytest.mark.parametrize("shape", [(4, 512, 4), (32, 75, 4), (1, 1024, 8), (4, 128, 64)])
+def test_errors_are_at_most_twice_those_of_torch(kind, recurrent, shape):
+    cell = a_cell(kind, shape[-1], recurrent=recurrent)
+    x, state = torch.randn(shape, requires_grad=True), torch.zeros(shape[0], cell.state_size, requires_grad=True)
+    weights = torch.randn(shape), torch.randn(*shape[:2], cell.state_size)
+    found = run(cell, x, state, None, weights)
+    with use_backend("torch"):
+        torchs = run(cell, x, state, None, weights)
+        exact = run(cell.double(), *(t.detach().double().requires_grad_() for t in (x, state)), None, weights)
+    assert (found[0] - torchs[0]).abs().max() < 2e-6
+    for ours, theirs, known in zip(found, torchs, exact, strict=True):
+        assert error(ours, known) <= max(2 * error(theirs, known), 2.5e-7)
+
+
+def test_the_forward_pass_is_within_a_millionth_of_nn_rnn():
+    module, cell = nn.RNN(4, 4, batch_first=True), RNN(4)
+    cell.load_state_dict({name.removesuffix("_l0"): value for name, value in module.state_dict().items()})
+    x = torch.randn(8, 300, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(cell(x)[0], module(x)[0], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pieces_are_the_whole_to_the_last_bit(kind):
+    cell, x = a_cell(kind, 4), torch.randn(2, 30, 4)
+    with torch.no_grad():
+        outputs, states = cell(x, keep_states=True)
+        first, before = cell(x[:, :13], keep_states=True)
+        second, _ = cell(x[:, 13:], before[:, -1], keep_states=True)
+    assert torch.equal(torch.cat((first, second), dim=1), outputs)
+    assert torch.equal(before[:, -1], states[:, 12])
+
+
+def test_what_is_not_a_number_stays_that():
+    cell, x = a_cell("rnn", 4), torch.randn(2, 6, 4)
+    x[0, 2, 1], x[1, 1, 0] = torch.nan, torch.inf
+    with torch.no_grad():
+        outputs, _ = cell(x)
+    assert outputs[0, 2:].isnan().all() and outputs[0, :2].isfinite().all()
+    assert outputs[1, 1].abs().max() <= 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_derivatives_go_through_torch(kind):
+    cell, x = a_cell(kind, 3), torch.randn(2, 5, 3, requires_grad=True)
+    found = []
+    for name in ("numba", "torch"):
+        with use_backend(name):
+            (gradient,) = torch.autograd.grad(cell(x)[0].square().sum(), x, create_graph=True)
+            found.append((gradient, *torch.autograd.grad(gradient.square().sum(), [x, *cell.parameters()])))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def an_adapter(size, *, width=48, bias=True):
+    down, up = nn.Linear(width, size, bias=bias), nn.Linear(size, width, bias=bias)
+    return down, a_cell("rnn", size, bias=bias), up
+
+
+def in_parts(output, down, cell, up, state, mask):
+    hidden, _ = cell(down(output), state, mask)
+    return output + up(F.gelu(hidden)), hidden
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 6, 8])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_pass_agrees_with_the_parts(size, masked, bias):
+    parts = an_adapter(size, bias=bias)
+    output, state = torch.randn(3, 22, 48, requires_grad=True), torch.randn(3, size).tanh().requires_grad_()
+    mask = random_mask(3, 22) if masked else None
+    weights = torch.randn(3, 22, 48), torch.randn(3, 22, size)
+    assert fast.adapter_fits(output, mask, *parts[:2], nn.Identity(), parts[2])
+
+    def everything(function, *tensors):
+        results = function(tensors[0], *parts, tensors[1], mask)
+        total = sum((result * weight).sum() for result, weight in zip(results, weights, strict=True))
+        leaves = [*tensors, *(p for part in parts for p in part.parameters())]
+        return *results, *torch.autograd.grad(total, leaves)
+
+    found = everything(fast.adapter_in_one_pass, output, state)
+    with use_backend("torch"):
+        torchs = everything(in_parts, output, state)
+        for part in parts:
+            part.double()
+        exact = everything(
+            in_parts, output.detach().double().requires_grad_(), state.detach().double().requires_grad_()
+        )
+    for ours, theirs, known in zip(found, torchs, exact, strict=True):
+        assert error(ours, known) <= max(2 * error(theirs, known), 1e-6)
+
+
+def test_one_pass_gives_only_the_gradients_that_are_wanted():
+    parts = an_adapter(4)
+    output = torch.randn(2, 7, 48)
+    leaves = [p for part in parts for p in part.parameters()]
+    out, _ = fast.adapter_in_one_pass(output, *parts, None, None)
+    everything = torch.autograd.grad(out.square().sum(), leaves)
+    for kept in range(len(leaves)):
+        for number, leaf in enumerate(leaves):
+            leaf.requires_grad_(number == kept)
+        out, _ = fast.adapter_in_one_pass(output, *parts, None, None)
+        (gradient,) = torch.autograd.grad(out.square().sum(), leaves[kept])
+        assert torch.equal(gradient, everything[kept])
+
+
+def test_one_pass_has_second_derivatives():
+    parts = an_adapter(3)
+    output = torch.randn(2, 5, 48, requires_grad=True)
+    found = []
+    for function in (fast.adapter_in_one_pass, in_parts):
+        (gradient,) = torch.autograd.grad(
+            function(output, *parts, None, None)[0].square().sum(), output, create_graph=True
+        )
+        found.append(torch.autograd.grad(gradient.square().sum(), [output, parts[0].weight]))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bart", "llama", "t5", "opt"])
+def test_a_model_learns_the_same_on_both_paths(family, monkeypatch):
+    passes = []
+    plain = fast._adapter
+    monkeypatch.setattr(fast, "_adapter", lambda *arguments: passes.append(1) or plain(*arguments))
+    model = adapted(family)
+    ids, mask = padded_batch(family)
+    found = []
+    for name in ("numba", "torch"):
+        with use_backend(name):
+            model.zero_grad()
+            loss = model(input_ids=ids, attention_mask=mask, labels=ids).loss
+            loss.backward()
+            found.append((loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)))
+        if name == "numba":
+            assert len(passes) == len(read_layers(model))
+    assert len(passes) == len(read_layers(model))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_what_does_not_fit_goes_to_torch(monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("the compiled loops were called")
+
+    monkeypatch.setattr(fast, "_scan", refuse)
+    cell, x = a_cell("rnn", 4), torch.randn(2, 5, 4)
+    with pytest.raises(AssertionError, match="compiled loops"):
+        cell(x)
+    cell.double()(x.double())
+    cell.float()
+    a_cell("rnn", 65)(torch.randn(2, 3, 65))
+    weights = dict(cell.named_parameters())
+    torch.func.grad(lambda one: torch.func.functional_call(cell, weights, (one,))[0].sum())(x)
+    with torch.autograd.forward_ad.dual_level():
+        cell(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        cell(mode.from_tensor(x))
+    torch.compile(cell, backend="eager", fullgraph=True)(x)
+    with use_backend("torch"):
+        cell(x)
+
+
+def test_modules_that_something_watches_are_called():
+    down, cell, up = an_adapter(4)
+    output = torch.randn(2, 7, 48)
+
+    def fits():
+        return fast.adapter_fits(output, None, down, cell, nn.Identity(), up)
+
+    assert fits()
+    handle = down.register_forward_hook(lambda *_: None)
+    assert not fits()
+    handle.remove()
+    assert fits()
+    up.forward = up.forward  # as accelerate's hooks do
+    assert not fits()
+    del up.forward
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert not fits()
+    handle.remove()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not fits()
+    assert not fast.adapter_fits(output, None, down, cell, nn.Dropout(0.5), up)
+    assert fast.adapter_fits(output, None, down, cell, nn.Dropout(0.5).eval(), up)
+    assert not fast.adapter_fits(output.transpose(0, 1), None, down, cell, nn.Identity(), up)
+    assert not fast.adapter_fits(output, None, down, build_cell("gru", 4), nn.Identity(), up)
+    assert not fast.adapter_fits(output, None, down, build_cell("rnn", 4, bidirectional=True), nn.Identity(), up)
+    torch.set_num_threads(backends.MOST_FUSED_THREADS + 1)
+    try:
+        assert not fits()
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_weights_can_be_resized_afterwards():
+    """FSDP frees gathered weights by resizing their storage, which numpy forbids for what it has seen."""
+    parts = an_adapter(4)
+    fast.adapter_in_one_pass(torch.randn(1, 5, 48), *parts, None, None)[0].sum().backward()
+    parts[1](torch.randn(1, 5, 4))[0].sum().backward()
+    for parameter in (p for part in parts for p in part.parameters()):
+        parameter.untyped_storage().resize_(0)
+
+
+def test_a_backend_is_chosen_by_block_by_call_and_by_variable(monkeypatch):
+    with use_backend("torch"):
+        assert backends.backend() == "torch"
+        with use_backend("numba"):
+            assert backends.backend() == "numba"
+        assert backends.backend() == "torch"
+    with pytest.raises(ValueError, match=r"'cuda'.*'auto', 'torch', 'numba'"):
+        use_backend("cuda")
+    monkeypatch.setattr(backends, "_forced", None)
+    monkeypatch.setenv(backends.VARIABLE, "torch")
+    assert backends.backend() == "torch" and backends.VARIABLE in show_backends()
+    monkeypatch.setenv(backends.VARIABLE, "nmuba")
+    with pytest.raises(ValueError, match="nmuba"):
+        backends.backend()
+    monkeypatch.setattr(backends, "is_installed", lambda package: False)
+    with pytest.raises(ImportError, match="peft-read\\[fast\\]"):
+        use_backend("numba")
+
+
+def test_the_automatic_choice_does_not_change_in_a_process(monkeypatch):
+    monkeypatch.setattr(backends, "_forced", None)
+    monkeypatch.delenv(backends.VARIABLE, raising=False)
+    monkeypatch.setattr(backends, "_automatic", None)
+    monkeypatch.setattr(backends, "_is_compiled", lambda: False)
+    assert backends.backend() == "torch"
+    monkeypatch.setattr(backends, "_is_compiled", lambda: True)
+    assert backends.backend() == "torch"
+    monkeypatch.setattr(backends, "_automatic", None)
+    assert backends.backend() == "numba"
+
+
+def test_warming_up_settles_the_choice_of_later_processes():
+    warm_up()
+    code = (
+        "import torch; from peft_read.recurrence import RNN, backends, compiled; RNN(4)(torch.randn(1, 2, 4));"
+        "print(backends.backend(), sum(compiled.rnn_forward.stats.cache_misses.values()))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != backends.VARIABLE}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert result.stdout.split() == ["numba", "0"]
