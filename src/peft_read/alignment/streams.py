@@ -39,7 +39,7 @@ class Stream:
 
     modules: str | Sequence[str]
     tokens: Tokens | None = None
-    mask: str | Callable[[Batch], Tensor] | None = None
+    mask: str | Callable[[Batch], Tensor | None] | None = None
     invert_mask: bool = False
     output: int | str | Callable[[Any], Tensor] = 0
     input: bool = False
@@ -150,16 +150,19 @@ def _umt(config: Any) -> tuple[Stream, Stream]:
 
 def _clip_mask(batch: Batch) -> Tensor | None:
     """As UMT does: the mask, or the clips that have a label."""
-    if batch.get("video_mask") is not None:
-        return batch["video_mask"]
+    mask: Tensor | None = batch.get("video_mask")
+    if mask is not None:
+        return mask
     labels = batch.get("saliency_labels")
     return None if labels is None else labels >= 0
 
 
 def _text_mask(batch: Batch) -> Tensor:
-    if batch.get("text_mask") is not None:
-        return batch["text_mask"]
-    return batch["text_features"][..., 0].isfinite()
+    mask: Tensor | None = batch.get("text_mask")
+    if mask is not None:
+        return mask
+    features: Tensor = batch["text_features"]
+    return features[..., 0].isfinite()
 
 
 def _vision_guided(config: Any, layers: str, prefix: str) -> tuple[Stream, Stream]:
