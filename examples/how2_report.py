@@ -98,6 +98,6 @@ def _draw(path: Path, log: list[dict[str, float]]) -> None:
     left.set_ylabel("cross-entropy per token")
     right.set_ylabel("alignment distance")
     handles = [axis.get_legend_handles_labels() for axis in (left, right)]
-    left.legend(handles[0][0] + handles[1][0], handles[0][1] + handles[1][1], loc="upper right")
+    left.legend(handles[0][0] + handles[1][0], handles[0][1] + handles[1][1], loc="center right")
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -73,7 +73,7 @@ class ScriptArguments:
     r: int = field(default=16, metadata={"help": "width k of READ and Adapter, rank of LoRA"})
     cell: str = field(default="rnn", metadata={"help": "READ's recurrence: rnn, gru, lstm"})
     pvla: bool = field(default=True, metadata={"help": "the alignment loss; --no_pvla switches it off"})
-    pvla_weight: float = 0.01
+    pvla_weight: float = 0.1
     pvla_mass: float = 0.5
     pvla_distance: str = "partial_ot"
     dropout: float | None = field(default=None, metadata={"help": "overrides every dropout of the backbone"})

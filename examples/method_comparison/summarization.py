@@ -31,7 +31,7 @@ class Experiment:
     learning_rates: tuple[float, ...]
 
 
-ADAPTER_RATES, FULL_RATES = (3e-3, 1e-2), (3e-4, 1e-3)
+ADAPTER_RATES, FULL_RATES = (1e-2, 3e-2), (3e-4, 1e-3)
 METHODS = {
     "frozen": Experiment("--method none", (0.0,)),
     "full": Experiment("--method full --no_pvla", FULL_RATES),
