@@ -123,7 +123,7 @@ class Cell(nn.Module):
         weights = [parameter.to(x.dtype) for parameter in parameters if parameter is not None]
         if state is None:
             state = x.new_zeros(x.shape[0], self.state_width * weights[1].shape[1])
-        if scan_fits(self.kind, x, state, weights, mask):
+        if scan_fits(self.kind, x, state, weights, mask, keep_states):
             outputs, memories = compiled_scan(self.kind, x, state, weights, mask, self.run_in_torch)
             if self.state_width == 1:
                 return outputs, outputs

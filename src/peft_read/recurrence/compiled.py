@@ -143,7 +143,7 @@ def gru_forward(inner, weight_hh, bias_hh, state, real, outputs, gates):
         gates: (B, T, 4k), written for the backward pass: r, z, n, and W_hn h + b_hn.
     """
     batch, length, k = outputs.shape
-    by_input = weight_hh.T.astype(np.float64)
+    by_input = np.ascontiguousarray(weight_hh.T).astype(np.float64)
     hidden = state.astype(np.float64)
     outer = np.empty((batch, 3 * k))
     masked = real.size > 0
@@ -151,10 +151,7 @@ def gru_forward(inner, weight_hh, bias_hh, state, real, outputs, gates):
         for b in range(batch):
             for i in range(3 * k):
                 outer[b, i] = bias_hh[i]
-            for j in range(k):
-                h = hidden[b, j]
-                for i in range(3 * k):
-                    outer[b, i] += by_input[j, i] * h
+            add_product(outer, b, by_input, hidden, 3 * k, k)
             for i in range(2 * k):
                 outer[b, i] = sigmoid(outer[b, i] + inner[b, t, i])
             for i in range(k):
@@ -226,10 +223,10 @@ def lstm_forward(inner, weight_hh, state, real, outputs, memories, gates):
         gates: (B, T, 4k), written for the backward pass: i, f, g, o.
     """
     batch, length, k = outputs.shape
-    by_input = weight_hh.T.astype(np.float64)
+    by_input = np.ascontiguousarray(weight_hh.T).astype(np.float64)
     hidden = state[:, :k].astype(np.float64)
     memory = state[:, k:].astype(np.float64)
-    step = np.empty(4 * k)
+    sums = np.empty((batch, 4 * k))
     masked = real.size > 0
     for t in range(length):
         for b in range(batch):
@@ -239,11 +236,9 @@ def lstm_forward(inner, weight_hh, state, real, outputs, memories, gates):
                     memories[b, t, i] = memory[b, i]
                 continue
             for i in range(4 * k):
-                step[i] = inner[b, t, i]
-            for j in range(k):
-                h = hidden[b, j]
-                for i in range(4 * k):
-                    step[i] += by_input[j, i] * h
+                sums[b, i] = inner[b, t, i]
+            add_product(sums, b, by_input, hidden, 4 * k, k)
+            step = sums[b]
             for i in range(2 * k):
                 step[i] = sigmoid(step[i])
             for i in range(2 * k, 3 * k):

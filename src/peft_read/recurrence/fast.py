@@ -25,11 +25,24 @@ Reference = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 Weights = Sequence[torch.Tensor]
 
 
-def scan_fits(kind: str, x: torch.Tensor, state: torch.Tensor, weights: Weights, mask: torch.Tensor | None) -> bool:
-    """Whether the compiled loops can run a cell: "rnn", "gru" or "lstm" over x (B, T, I)."""
+def scan_fits(
+    kind: str,
+    x: torch.Tensor,
+    state: torch.Tensor,
+    weights: Weights,
+    mask: torch.Tensor | None,
+    keep_states: bool = True,
+) -> bool:
+    """Whether the compiled loops should run a cell: "rnn", "gru" or "lstm" over x (B, T, I).
+
+    Torch's own LSTM is a single kernel, and faster than they are for all but few narrow sequences; it keeps the
+    memories c_t to itself, though.
+    """
     if torch.compiler.is_compiling() or kind not in GATES or backend() != "numba":
         return False
     width = weights[1].shape[-1]
+    if kind == "lstm" and not keep_states and (width > LARGEST_FUSED_WIDTH or len(x) > 8):
+        return False
     rows = GATES[kind] * width
     shapes = [(rows, x.shape[-1]), (rows, width), (rows,), (rows,)]
     return (

@@ -1,0 +1,208 @@
+"""How fast READ is alone, beside torch's recurrences, the adapter without a recurrence and LoRA.
+
+    python examples/benchmarks/recurrence.py                 # some minutes; prints Markdown
+    python examples/benchmarks/recurrence.py --quick         # seconds, small shapes
+    python examples/benchmarks/recurrence.py --output docs/recurrence_benchmark     # and .json, .md, .png
+
+One thread of the CPU, float32. Times are processor times, medians of repetitions interleaved over the parties of one
+row, so that a busy machine slows all of them alike. The adapters are built by peft around a linear layer that costs
+nothing (it returns its input), with a gradient for the input.
+"""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import argparse
+import json
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from peft_read import READConfig
+from peft_read.recurrence import build_cell, show_backends, use_backend, warm_up
+
+SCANS = [(4, 512, 4), (32, 75, 4), (1, 2048, 4), (32, 512, 4), (4, 512, 16), (4, 512, 64)]
+ADAPTERS = [(4, 512, 768, 4), (8, 75, 768, 4), (1, 2048, 768, 4), (4, 512, 768, 8), (4, 512, 768, 16)]
+QUICK_SCANS, QUICK_ADAPTERS = [(4, 64, 4)], [(2, 64, 64, 4)]
+TORCH = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
+Rows = dict[str, dict[str, float]]
+
+
+class Nothing(nn.Linear):
+    """A linear layer's place without its cost."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Place(nn.Module):
+    """What peft adapts."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc2 = Nothing(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(x)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small shapes, few repetitions")
+    parser.add_argument("--repeats", type=int, default=None, help="repetitions of every measurement")
+    parser.add_argument("--output", type=Path, default=None, help="write OUTPUT.json, OUTPUT.md and OUTPUT.png")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    warnings.filterwarnings("ignore")
+    warm_up()
+    repeats = arguments.repeats or (3 if arguments.quick else 15)
+    scans: Rows = {}
+    for kind in TORCH:
+        for shape in QUICK_SCANS if arguments.quick else SCANS:
+            scans[f"{kind} {'x'.join(map(str, shape))}"] = time_scan(kind, *shape, repeats)
+    adapters: Rows = {}
+    for shape in QUICK_ADAPTERS if arguments.quick else ADAPTERS:
+        adapters["x".join(map(str, shape[:3])) + f" k={shape[3]}"] = time_adapters(*shape, repeats)
+    report = markdown(scans, adapters)
+    print(report)
+    if arguments.output is not None:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        content = {"recurrence": scans, "adapter": adapters}
+        arguments.output.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+        arguments.output.with_suffix(".md").write_text(report + "\n")
+        draw(arguments.output.with_suffix(".png"), adapters)
+
+
+def time_scan(kind: str, batch: int, length: int, size: int, repeats: int) -> dict[str, float]:
+    """The recurrence alone: ours and torch's module."""
+    x, gradient = torch.randn(batch, length, size), torch.randn(batch, length, size)
+    ours, theirs = build_cell(kind, size), TORCH[kind](size, size, batch_first=True)
+    timed = {}
+    for name, module in (("READ", ours), ("torch", theirs)):
+        timed[f"{name} forward"] = without_gradient(lambda module=module: module(x)[0])
+        timed[f"{name} both"] = with_gradient(lambda leaf, module=module: module(leaf)[0], x, gradient)
+    return interleaved(timed, repeats)
+
+
+def time_adapters(batch: int, length: int, width: int, size: int, repeats: int) -> dict[str, float]:
+    """Forward and backward of whole adapters."""
+    x, gradient = torch.randn(batch, length, width), torch.randn(batch, length, width)
+    timed = {}
+    for cell in ("rnn", "gru", "lstm", "none"):
+        model = get_peft_model(Place(width), READConfig(r=size, cell=cell, target_modules=["fc2"], init_weights=False))
+        run = with_gradient(model, x, gradient)
+        if cell == "none":
+            timed["Adapter (no recurrence)"] = run
+        else:
+            timed[f"READ {cell}"] = in_backend("numba", run)
+            timed[f"READ {cell}, torch"] = in_backend("torch", run)
+    for rank in (4, 8, 16):
+        model = get_peft_model(Place(width), LoraConfig(r=rank, target_modules=["fc2"]))
+        timed[f"LoRA r={rank}"] = with_gradient(model, x, gradient)
+    return interleaved(timed, repeats)
+
+
+def with_gradient(function: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor) -> Callable[[], object]:
+    leaf = x.clone().requires_grad_()
+
+    def run() -> None:
+        leaf.grad = None  # adding it up would be timed
+        function(leaf).backward(gradient)
+
+    return run
+
+
+def without_gradient(function: Callable[[], Tensor]) -> Callable[[], object]:
+    return torch.no_grad()(function)
+
+
+def in_backend(name: str, function: Callable[[], object]) -> Callable[[], object]:
+    def run() -> None:
+        with use_backend(name):
+            function()
+
+    return run
+
+
+def interleaved(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median milliseconds of every function, taken in turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for repeat in range(repeats + 2):
+        for name, function in functions.items():
+            start = time.process_time()
+            function()
+            if repeat >= 2:  # the first rounds fill the caches
+                seconds[name].append(time.process_time() - start)
+    return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
+
+
+def markdown(scans: Rows, adapters: Rows) -> str:
+    """The report."""
+    lines = [
+        f"Python {platform.python_version()}, torch {torch.__version__}; one thread of {processor()}; float32; ms.",
+        "", *show_backends().splitlines(), "",
+        "**The recurrence alone (cell B x T x k)**", "",
+        "| | READ forward | torch forward | ratio | READ both | torch both | ratio |", "|---" * 7 + "|",
+    ]  # fmt: skip
+    for row, times in scans.items():
+        cells = []
+        for part in ("forward", "both"):
+            ours, theirs = times[f"READ {part}"], times[f"torch {part}"]
+            cells += [f"{ours:.3g}", f"{theirs:.3g}", f"{theirs / ours:.3g}x"]
+        lines.append("| " + " | ".join([row, *cells]) + " |")
+    names = list(next(iter(adapters.values())))
+    lines += ["", "**The whole adapter, forward and backward (B x T x d)**", ""]
+    lines += ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    lines += [
+        "| " + " | ".join([row, *(f"{times[name]:.3g}" for name in names)]) + " |" for row, times in adapters.items()
+    ]
+    lines += ["", "| | READ rnn, torch : READ rnn | READ rnn : Adapter | READ rnn : LoRA r=4 |", "|---|---|---|---|"]
+    for row, times in adapters.items():
+        ours = times["READ rnn"]
+        lines.append(
+            f"| {row} | {times['READ rnn, torch'] / ours:.3g}x | {ours / times['Adapter (no recurrence)']:.2g} "
+            f"| {ours / times['LoRA r=4']:.2g} |"
+        )
+    return "\n".join(lines)
+
+
+def processor() -> str:
+    try:
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        return f"{names[0].split(':')[1].strip()} ({len(names)} cores)"
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()
+
+
+def draw(path: Path, adapters: Rows) -> None:
+    """Time against method, one line a shape, logarithmic."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("matplotlib is not installed: no picture")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = sorted(next(iter(adapters.values())), key=lambda name: next(iter(adapters.values()))[name])
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    for row, times in adapters.items():
+        axes.plot([times[name] for name in names], names, marker="o", label=row, linewidth=1)
+    axes.set_xscale("log")
+    axes.set_xlabel("milliseconds, forward and backward of one adapter, one thread")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
