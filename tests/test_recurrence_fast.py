@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -327,3 +328,12 @@ def test_warming_up_settles_the_choice_of_later_processes():
     environment = {name: value for name, value in os.environ.items() if name != backends.VARIABLE}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert result.stdout.split() == ["numba", "0"]
+
+
+@pytest.mark.parametrize(("script", "row"), [("recurrence", "| rnn 4x64x4 |"), ("training_step", "| READ-PVLA k=4 |")])
+def test_the_benchmarks_run(script, row, tmp_path):
+    path = Path(__file__).parents[1] / "examples" / "benchmarks" / f"{script}.py"
+    arguments = ["--quick", "--repeats", "1", "--output", str(tmp_path / "report")]
+    result = subprocess.run([sys.executable, str(path), *arguments], capture_output=True, text=True, check=True)
+    assert row in result.stdout
+    assert (tmp_path / "report.json").exists() and row in (tmp_path / "report.md").read_text()
