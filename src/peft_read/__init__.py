@@ -8,6 +8,7 @@ that is recurrent over layers.
 from . import models
 from .adapter import READConfig, READModel, sequence_scope
 from .alignment import Aligner, PVLAConfig, PVLALoss, PVLALossMixin, Stream
+from .recurrence import show_backends, use_backend
 from .transport import TransportPlan, partial_optimal_transport
 
 __version__ = "0.1.0"
@@ -24,4 +25,6 @@ __all__ = [
     "models",
     "partial_optimal_transport",
     "sequence_scope",
+    "show_backends",
+    "use_backend",
 ]
