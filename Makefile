@@ -9,7 +9,7 @@ demo: $(VENV)/.demo
 	$(BIN)/accelerate launch --num_processes 1 --cpu examples/how2_summarize.py --output_dir outputs/how2_mini
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist worksteal tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
