@@ -75,7 +75,7 @@ class PVLALossMixin(_Base):
         self._task_loss_is_local_mean: bool | None = None
         self._train_sums = _Sums()
         self._eval_sums = _Sums()
-        self._last_logged_step = 0
+        self._steps_since_log = 0
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer; also counts the examples of the optimiser step."""
@@ -83,6 +83,7 @@ class PVLALossMixin(_Base):
         if self._aligner is not None:
             count = torch.tensor(sum(_batch_size(batch) for batch in batches), device=self.args.device)
             self._window_examples = int(self.accelerator.gather(count).sum())
+            self._steps_since_log += 1
         return batches, num_items_in_batch
 
     def compute_loss(
@@ -128,7 +129,8 @@ class PVLALossMixin(_Base):
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir or ".")
             if resume_from_checkpoint is None:
                 raise ValueError(f"{self.args.output_dir} holds no whole checkpoint to resume from")
-        if self.accelerator.num_processes > 1 and getattr(self.model, "_is_accelerate_prepared", False):
+        prepared = getattr(self.model, "_is_accelerate_prepared", False)
+        if prepared and self.accelerator.num_processes > 1 and not self.is_fsdp_enabled:
             # evaluate() and predict() prepare the bare model and leave this mark on it, and accelerate then skips it
             # in train(): no DDP wrapper, so every process would silently train on gradients of its own.
             self.model._is_accelerate_prepared = False  # type: ignore[union-attr, assignment]
@@ -164,13 +166,13 @@ class PVLALossMixin(_Base):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds `task_loss`, `pvla_loss` and `pvla_mass` to the training log, averaged like `loss`."""
         if self._aligner is not None and "loss" in logs:
-            steps = max(1, self.state.global_step - self._last_logged_step)
+            steps = max(1, self._steps_since_log)
             names = ("task_loss", "pvla_loss", "pvla_mass")
             values = torch.tensor([self._train_sums.get(name) for name in names], device=self.args.device)
             means = self.accelerator.gather(values.unsqueeze(0)).mean(0) / steps
             logs.update(dict(zip(names, means.tolist(), strict=True)))
             self._train_sums = _Sums()
-            self._last_logged_step = self.state.global_step
+            self._steps_since_log = 0
         super().log(logs, *args, **kwargs)
 
     @property
@@ -216,11 +218,10 @@ class PVLALossMixin(_Base):
             # Trainer has multiplied the loss by the number of processes, against DDP's averaging.
             factor = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             self._task_loss_is_local_mean = _is_local_mean(loss / factor, logits, labels, tokens, num_items_in_batch)
-        if not self._task_loss_is_local_mean:
-            return loss
+        if self._task_loss_is_local_mean:
+            loss = loss * (tokens / num_items_in_batch)
         # A micro-batch without any label has the mean of nothing, NaN; it contributes nothing.
-        scaled = loss * (tokens / num_items_in_batch)
-        return torch.where(tokens > 0, scaled, logits.sum() * 0)
+        return torch.where(tokens > 0, loss, logits.sum() * 0)
 
 
 def last_whole_checkpoint(folder: str | Path) -> str | None:
