@@ -21,7 +21,7 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -61,12 +61,12 @@ class Result:
     scaled: bool = False
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small problems only")
     parser.add_argument("--repeats", type=int, default=None, help="repetitions of the fast methods")
     parser.add_argument("--output", type=Path, default=None, help="write OUTPUT.json, OUTPUT.md and OUTPUT.png")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     repeats = arguments.repeats or (5 if arguments.quick else 15)
