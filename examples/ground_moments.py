@@ -91,6 +91,7 @@ class TrainingArguments(TransformersArguments):
     save_total_limit: int = 1
     logging_steps: float = 10
     remove_unused_columns: bool = False
+    dataloader_pin_memory: bool = torch.cuda.is_available()  # torch warns where there is nothing to pin for
     report_to: str = "none"
 
 

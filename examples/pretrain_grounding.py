@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from grounding_data import DataArguments, GroundingData, check_data_arguments, open_store, read_folds
 from transformers import HfArgumentParser, Trainer, set_seed
 from transformers import TrainingArguments as TransformersArguments
@@ -58,6 +59,7 @@ class TrainingArguments(TransformersArguments):
     save_total_limit: int = 1
     logging_steps: float = 50
     remove_unused_columns: bool = False
+    dataloader_pin_memory: bool = torch.cuda.is_available()  # torch warns where there is nothing to pin for
     report_to: str = "none"
 
 
