@@ -12,6 +12,10 @@ from peft_read.models import (
     MomentDetrForTemporalGrounding,
     UMTConfig,
     UMTForTemporalGrounding,
+    VGBartConfig,
+    VGBartForConditionalGeneration,
+    VGT5Config,
+    VGT5ForConditionalGeneration,
 )
 
 
@@ -163,3 +167,139 @@ def test_a_model_without_text_gets_video_prompts_only_and_other_models_get_none(
         add_prompts(umt(), length=0)
     with pytest.raises(ValueError, match="not of BartForConditionalGeneration"):
         add_prompts(bart())
+
+
+# --- prompts of summarisers ---------------------------------------------------------------------------------------
+
+FUSION = {"visual_feature_dim": 6, "use_forget_gate": True, "mask_fusion": True, "img_trans_heads": 2}
+FUSION |= {"img_trans_layers": 1, "img_trans_ffn_dim": 8}
+KINDS = ("vg_bart", "vg_t5")
+
+
+def summariser(kind, **options):
+    torch.manual_seed(0)
+    if kind == "vg_bart":
+        sizes = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "init_std": 0.5}
+        sizes |= {
+            "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2,
+            "fusion_layer": 0,
+            "forced_eos_token_id": 2,
+        }
+        config = VGBartConfig(vocab_size=20, d_model=8, max_position_embeddings=32, **{**FUSION, **sizes, **options})
+        return VGBartForConditionalGeneration(config).eval()
+    sizes = {"d_kv": 4, "d_ff": 8, "num_layers": 2, "num_heads": 2, "fusion_place": "layer", "fusion_layer": 0}
+    config = VGT5Config(vocab_size=20, d_model=8, **{**FUSION, **sizes, **options})
+    return VGT5ForConditionalGeneration(config).eval()
+
+
+def visual(kind):
+    return {"use_img_trans": True} | ({"apply_img_trans": True} if kind == "vg_t5" else {})
+
+
+def transcripts():
+    torch.manual_seed(1)
+    return {
+        "input_ids": torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
+        "video_features": torch.randn(2, 5, 6),
+        "video_mask": torch.tensor([[1] * 5, [1, 1, 1, 0, 0]]),
+    }
+
+
+SUMMARY = torch.tensor([[3, 4, 5], [6, 7, 8]])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_summarisers_prompts_are_words_and_frames_before_the_first(kind):
+    """The known answer: prompts that ARE words and frames give the states of the longer inputs."""
+    model, inputs = summariser(kind), transcripts()
+    encoder = model.get_encoder()
+    if kind == "vg_bart":  # its prompts have no position
+        torch.nn.init.zeros_(encoder.embed_positions.weight)
+    words, frames = torch.tensor([11, 12]), torch.randn(2, 6)
+    longer = {
+        "input_ids": torch.cat((words.expand(2, -1), inputs["input_ids"]), 1),
+        "video_features": torch.cat((frames.expand(2, -1, -1), inputs["video_features"]), 1),
+        **{name: torch.cat((torch.ones(2, 2), inputs[name]), 1) for name in ("attention_mask", "video_mask")},
+    }
+    with torch.no_grad():
+        wanted = encoder(**longer, output_hidden_states=True)
+        embedded = encoder.embed_tokens(words)
+        embedded = encoder.layernorm_embedding(embedded) if kind == "vg_bart" else embedded
+        add_prompts(model, length=2)
+        model.prompts.text.copy_(embedded)
+        model.prompts.video.copy_(frames)
+        found = encoder(**inputs, output_hidden_states=True)
+    assert torch.allclose(found.last_hidden_state, wanted.last_hidden_state[:, 2:], atol=1e-5)
+    for short, long in zip(found.hidden_states, wanted.hidden_states, strict=True):
+        assert torch.allclose(short, long[:, 2:], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_summarisers_prompts_act_keep_shapes_and_alone_are_trained(kind):
+    model, inputs = summariser(kind, **visual(kind)), transcripts()
+    before = model(**inputs, labels=SUMMARY, output_hidden_states=True)
+    add_prompts(model, length=4)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 4 * 8 + 4 * 6
+    after = model(**inputs, labels=SUMMARY, output_hidden_states=True)
+    assert after.loss != before.loss
+    assert [s.shape for s in after.encoder_hidden_states] == [s.shape for s in before.encoder_hidden_states]
+    after.loss.backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == {"prompts.text", "prompts.video"}
+    assert all(p.grad.abs().sum() > 0 for p in model.prompts.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_frames_and_words_keep_their_positions(kind):
+    model, inputs, seen = summariser(kind, **visual(kind)), transcripts(), []
+    stack = model.get_encoder().img_transformer.encoder
+    hooks = [stack.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))]
+    if kind == "vg_bart":
+        layer = model.get_encoder().layers[0]
+        hooks.append(layer.register_forward_pre_hook(lambda module, args: seen.append(args[0])))
+    model(**inputs, labels=SUMMARY)
+    add_prompts(model, length=3)
+    model(**inputs, labels=SUMMARY)
+    half = len(seen) // 2
+    assert half == len(hooks)
+    for bare, prompted in zip(seen[:half], seen[half:], strict=True):
+        assert torch.equal(prompted[:, 3:], bare)
+        assert prompted.shape[1] == bare.shape[1] + 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_generation_under_prompts_equals_uncached_and_padding_has_no_effect(kind):
+    model, inputs = add_prompts(summariser(kind, **visual(kind)), length=3), transcripts()
+    torch.nn.init.normal_(model.prompts.text)
+    modes = ({"num_beams": 1}, {"num_beams": 3}, {"do_sample": True, "top_k": 5})
+    for mode in modes:
+        summaries = []
+        for use_cache in (True, False):
+            torch.manual_seed(2)
+            summaries.append(model.generate(**inputs, **mode, use_cache=use_cache, max_new_tokens=6, min_new_tokens=6))
+        assert torch.equal(*summaries), mode
+    alone = {name: value[1:, : 2 if value.dim() == 2 and "video" not in name else 3] for name, value in inputs.items()}
+    together = model(**inputs, decoder_input_ids=SUMMARY)
+    single = model(**alone, decoder_input_ids=SUMMARY[1:])
+    assert torch.allclose(together.logits[1], single.logits[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_summarisers_prompts_survive_copies_and_state_dicts(kind):
+    model, inputs = add_prompts(summariser(kind)), transcripts()
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.prompts.video.add_(torch.randn(10, 6))
+        twin.prompts.text.add_(torch.randn(10, 8))
+
+    def logits(model):
+        return model(**inputs, decoder_input_ids=SUMMARY).logits
+
+    assert not torch.allclose(logits(twin), logits(model))
+    fresh = add_prompts(summariser(kind))
+    fresh.load_state_dict(twin.state_dict())
+    assert torch.equal(logits(fresh), logits(twin))
+    text_only = {"vg_bart": None, "vg_t5": 0}[kind]
+    with pytest.raises(ValueError, match="sees no video"):
+        add_prompts(summariser(kind, fusion_layer=text_only, **({"fusion_place": "final"} if kind == "vg_t5" else {})))

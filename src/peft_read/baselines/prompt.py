@@ -1,4 +1,4 @@
-"""The Prompt baseline: learnable vectors before both input sequences of a frozen grounding model."""
+"""The Prompt baseline: learnable vectors before both input sequences of a frozen video-language model."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["InputPrompts", "add_prompts"]
-
-MODEL_TYPES = ("moment_detr", "umt")
+__all__ = ["InputPrompts", "rows_of"]
 
 
 class InputPrompts(nn.Module):
@@ -25,13 +23,23 @@ class InputPrompts(nn.Module):
         length: vectors a sequence (P).
         width: d.
         has_text: False for a model without queries.
+        video_width: of the vectors before the video, where it is not d.
         std: of the initial values.
     """
 
-    def __init__(self, model_type: str, length: int, width: int, *, has_text: bool = True, std: float = 0.02) -> None:
+    def __init__(
+        self,
+        model_type: str,
+        length: int,
+        width: int,
+        *,
+        has_text: bool = True,
+        video_width: int | None = None,
+        std: float = 0.02,
+    ) -> None:
         super().__init__()
         self.model_type, self.length, self.std = model_type, length, std
-        self.video = nn.Parameter(torch.empty(length, width))
+        self.video = nn.Parameter(torch.empty(length, width if video_width is None else video_width))
         self.text = nn.Parameter(torch.empty(length, width)) if has_text else None
         self.reset_parameters()
 
@@ -66,7 +74,7 @@ class InputPrompts(nn.Module):
             before_text = 1 if name == "segment_ids" else fill
             kwargs[name] = torch.cat((self._filled(video, fill), video, self._filled(text, before_text), text), dim=1)
         video, text = states[:, :clips], states[:, clips:]
-        states = torch.cat((_rows(self.video, states), video, _rows(self.text, states), text), dim=1)
+        states = torch.cat((rows_of(self.video, states), video, rows_of(self.text, states), text), dim=1)
         return (states, *args[1:]), kwargs
 
     def _after_transformer(
@@ -86,7 +94,7 @@ class InputPrompts(nn.Module):
 
     def _before_clips(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         states, positions = args
-        prompts = _rows(self.video, states)
+        prompts = rows_of(self.video, states)
         return self._around_clips(module, (torch.cat((prompts, states), dim=1), positions), kwargs)
 
     def _around_clips(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
@@ -103,7 +111,7 @@ class InputPrompts(nn.Module):
     def _before_words(self, module: nn.Module, args: tuple) -> tuple:
         query, key, value, mask = args
         assert self.text is not None
-        prompts = _rows(self.text, key)
+        prompts = rows_of(self.text, key)
         if mask is not None:
             mask = torch.cat((self._filled(mask, 1), mask), dim=1)
         return query, torch.cat((prompts, key), dim=1), torch.cat((prompts, value), dim=1), mask
@@ -113,46 +121,11 @@ class InputPrompts(nn.Module):
         return like.new_full((len(like), self.length, *like.shape[2:]), value)
 
 
-def add_prompts(model: nn.Module, *, length: int = 10) -> nn.Module:
-    """Freezes a grounding model and puts learnable vectors before both of its input sequences.
-
-    Source: READ-PVLA section 4.1, baseline "Prompt": learnable vectors are put before the input sequences, the rest
-    is frozen. The vectors become `model.prompts` and part of its state dict (2 · length · d numbers).
-
-    Args:
-        model: a Moment-DETR or UMT, without an adapter.
-        length: vectors a sequence.
-
-    Returns:
-        The model.
-
-    Raises:
-        ValueError: another model, a length below one, or a model that has prompts already.
-    """
-    config: Any = getattr(model, "config", None)
-    model_type = getattr(config, "model_type", None)
-    if model_type not in MODEL_TYPES or hasattr(model, "peft_config"):
-        raise ValueError(
-            f"prompts go before the inputs of a bare {' or '.join(MODEL_TYPES)}, not of {type(model).__name__} "
-            f"({model_type!r}); for language models see peft's PromptTuningConfig and PrefixTuningConfig"
-        )
-    if length < 1:
-        raise ValueError(f"length={length} must be positive")
-    if hasattr(model, "prompts"):
-        raise ValueError("the model has prompts already")
-    has_text = model_type == "moment_detr" or config.text_feature_dim is not None
-    model.requires_grad_(False)
-    reference = next(model.parameters())
-    prompts = InputPrompts(model_type, length, config.d_model, has_text=has_text)
-    model.prompts = prompts.to(device=reference.device, dtype=reference.dtype)
-    prompts.attach(model)
-    return model
-
-
 def _count_clips(kwargs: Mapping[str, Any]) -> int:
     """Tokens of the video in Moment-DETR's joint sequence."""
     return int(kwargs["segment_ids"][0].eq(0).sum())
 
 
-def _rows(prompt: Tensor, states: Tensor) -> Tensor:
+def rows_of(prompt: Tensor, states: Tensor) -> Tensor:
+    """The vectors (P, d) once for every example of the states (B, L, d)."""
     return prompt.to(states.dtype).unsqueeze(0).expand(len(states), -1, -1)
