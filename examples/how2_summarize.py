@@ -3,7 +3,9 @@
     accelerate launch examples/how2_summarize.py
     accelerate launch examples/how2_summarize.py --data_dir how2 --model_name_or_path facebook/bart-base \
         --num_train_samples 2000 --output_dir outputs/how2
-    accelerate launch examples/how2_summarize.py recipe.yaml --seed 1
+    accelerate launch examples/how2_summarize.py --data_dir how2 --model_name_or_path google/flan-t5-base --no_pvla \
+        --method lora --output_dir outputs/how2_t5
+    accelerate launch examples/how2_summarize.py examples/recipes/how2_original.yaml --data_dir how2
 
 Without `--data_dir` it generates How2-mini and adapts the small backbone beside this script to the one domain that the
 backbone has never seen. With it, the data is in the How2 layout: `<split>/tran.tok.txt`, `<split>/desc.tok.txt`, and
@@ -15,7 +17,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -26,36 +27,41 @@ from typing import Any
 import torch
 import yaml
 from how2_report import write_report
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
+from run_folder import prepare_output, remove_checkpoints
+from summarisation_models import (
+    BACKBONES,
+    METHODS,
+    ModelArguments,
+    apply_method,
+    check_backbone,
+    generation_config,
+    load_backbone,
+    load_prompts,
+    save_prompts,
+)
+from summarisation_training import SummarisationTrainer
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
-    AutoConfig,
     AutoTokenizer,
-    GenerationConfig,
     HfArgumentParser,
     PreTrainedTokenizerBase,
-    Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     set_seed,
 )
-from transformers.models.bart.modeling_bart import BartEncoder
 
-from peft_read import PVLAConfig, PVLALossMixin, READConfig
+from peft_read import PVLAConfig
 from peft_read.alignment import last_whole_checkpoint
-from peft_read.baselines import train_only
 from peft_read.data import FeatureStore, How2Collator, generate_how2_mini, load_how2, write_how2_mini
 from peft_read.metrics import rouge_scores
-from peft_read.models import VGBartForConditionalGeneration
 
-MINI_BACKBONE = Path(__file__).with_name("how2_mini_backbone")
-RUN_ARGUMENTS = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "seed", "optim")
-METHODS = ("read", "adapter", "lora", "full", "bias", "partial", "proj", "none")
+VARIANTS = ("rouge_score", "easy_rouge")
 
 
 @dataclass
-class ScriptArguments:
-    """The data, the model and the method."""
+class ScriptArguments(ModelArguments):
+    """The data and the training, beside the model and the method."""
 
     data_dir: str | None = field(default=None, metadata={"help": "folder in the How2 layout; default: How2-mini"})
     features: str | None = field(default=None, metadata={"help": "default: <data_dir>/video_features or .npz"})
@@ -66,23 +72,21 @@ class ScriptArguments:
     num_validation_samples: int | None = None
     num_test_samples: int | None = None
     subset: str = field(default="random", metadata={"help": "random (with --seed) or first lines"})
-    model_name_or_path: str = field(
-        default=str(MINI_BACKBONE), metadata={"help": "a VG-BART, or a plain BART, which gets new visual modules"}
-    )
-    method: str = field(default="read", metadata={"help": f"one of {', '.join(METHODS)}"})
-    r: int = field(default=16, metadata={"help": "width k of READ and Adapter, rank of LoRA"})
-    cell: str = field(default="rnn", metadata={"help": "READ's recurrence: rnn, gru, lstm"})
     pvla: bool = field(default=True, metadata={"help": "the alignment loss; --no_pvla switches it off"})
     pvla_weight: float = 0.1
     pvla_mass: float = 0.5
     pvla_distance: str = "partial_ot"
-    dropout: float | None = field(default=None, metadata={"help": "overrides every dropout of the backbone"})
     max_source_length: int = 511
     max_target_length: int = 63
     max_frames: int = 256
     decoder_start: str = field(
-        default="model", metadata={"help": "model, or original: train VG-BART from token 0 as the original does"}
+        default="model", metadata={"help": "model, or original: train from token 0 as the original does"}
     )
+    visual_lr_factor: float = field(
+        default=1.0, metadata={"help": "times the learning rate, for the fusion's modules"}
+    )
+    lr_step_epochs: int | None = field(default=None, metadata={"help": "multiply the rates every so many epochs"})
+    lr_step_factor: float = field(default=0.95, metadata={"help": "... by this"})
     zero_video: bool = field(default=False, metadata={"help": "replace every video feature by zero"})
     compare_zero_video: bool | None = field(
         default=None, metadata={"help": "also adapt without video, for comparison; default: on for How2-mini"}
@@ -112,10 +116,6 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     report_to: str = "none"
 
 
-class SummarisationTrainer(PVLALossMixin, Seq2SeqTrainer):
-    """Trainer with the alignment loss."""
-
-
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return prepare(sys.argv[1:] if argv is None else list(argv)).execute()
 
@@ -127,7 +127,7 @@ def prepare(argv: list[str]) -> Run:
     push, training.push_to_hub = training.push_to_hub, False  # once, at the end, instead of at every checkpoint
     with training.main_process_first(desc="preparing the output folder"):
         if training.process_index == 0:
-            prepare_output(script, training)
+            prepare_output(Path(training.output_dir), script, training)
             if script.data_dir is None:
                 generate_data(Path(training.output_dir) / "how2_mini")
     if script.data_dir is None:
@@ -155,8 +155,18 @@ def check_arguments(script: ScriptArguments, training: TrainingArguments) -> Non
     """Everything that can be wrong before data is read."""
     if script.method not in METHODS:
         raise ValueError(f"--method {script.method!r} is not one of {', '.join(METHODS)}")
-    if script.r <= 0:
-        raise ValueError(f"--r {script.r} must be positive")
+    if script.backbone not in (None, *BACKBONES):
+        raise ValueError(f"--backbone {script.backbone!r} is not one of {', '.join(BACKBONES)}")
+    for name in ("r", "prompt_length", "visual_lr_factor", "lr_step_epochs", "lr_step_factor"):
+        value = getattr(script, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"--{name} {value} must be positive")
+    if script.method == "prompt" and script.pvla:
+        raise ValueError("--method prompt with the alignment would align the prompts as frames; add --no_pvla")
+    if script.lr_step_epochs is not None and training.lr_scheduler_type != "constant":
+        raise ValueError("--lr_step_epochs makes steps in a constant rate: it needs --lr_scheduler_type constant")
+    if "rouge" in str(training.metric_for_best_model) and not training.predict_with_generate:
+        raise ValueError(f"--metric_for_best_model {training.metric_for_best_model} needs --predict_with_generate")
     if script.decoder_start not in ("model", "original"):
         raise ValueError(f"--decoder_start {script.decoder_start!r} is neither 'model' nor 'original'")
     if training.push_to_hub and not training.hub_model_id:
@@ -215,62 +225,6 @@ def load_data(script: ScriptArguments, seed: int) -> tuple[dict[str, Any], Featu
     return splits, store, width
 
 
-def check_backbone(script: ScriptArguments, width: int) -> None:
-    """Whether the script can adapt this model to features of this width."""
-    config = AutoConfig.from_pretrained(script.model_name_or_path)
-    if config.model_type not in ("vg_bart", "bart"):
-        raise ValueError(f"{script.model_name_or_path} is a {config.model_type!r}; this script takes vg_bart and bart")
-    expected = getattr(config, "visual_feature_dim", width)
-    if expected != width:
-        raise ValueError(f"the video features are {width} wide, but {script.model_name_or_path} takes {expected}")
-
-
-def load_backbone(script: ScriptArguments, width: int) -> tuple[nn.Module, list[str]]:
-    """The backbone, and the names of its modules that are new (not pretrained) and must therefore be trained."""
-    config = AutoConfig.from_pretrained(script.model_name_or_path)
-    if config.model_type == "vg_bart":
-        model, new = VGBartForConditionalGeneration.from_pretrained(script.model_name_or_path), []
-    else:
-        model = VGBartForConditionalGeneration.from_plain_checkpoint(
-            script.model_name_or_path,
-            visual_feature_dim=width,
-            use_forget_gate=True,
-            use_img_trans=True,
-            mask_fusion=True,
-        )
-        plain = {name for name, _ in BartEncoder(_tiny(config)).named_children()}
-        new = [f"encoder.{name}" for name, module in model.model.encoder.named_children() if name not in plain]
-        new = [name for name in new if any(True for _ in model.get_submodule(f"model.{name}").parameters())]
-    if script.dropout is not None:
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = script.dropout
-            elif isinstance(getattr(module, "dropout", None), float):
-                module.dropout = script.dropout
-    return model, new
-
-
-def _tiny(config: Any) -> Any:
-    """A configuration whose encoder costs nothing to build."""
-    return type(config)(vocab_size=8, d_model=8, encoder_layers=1, encoder_ffn_dim=8, encoder_attention_heads=1)
-
-
-def apply_method(model: nn.Module, new_modules: list[str], script: ScriptArguments) -> nn.Module:
-    """Wraps or freezes the backbone; new modules are trained with every method, and saved with every adapter."""
-    save = new_modules or None
-    if script.method == "read":
-        config = READConfig(r=script.r, cell=script.cell, modules_to_save=save, task_type="SEQ_2_SEQ_LM")
-        return get_peft_model(model, config)
-    if script.method == "adapter":
-        config = READConfig(r=script.r, cell="none", modules_to_save=save, task_type="SEQ_2_SEQ_LM")
-        return get_peft_model(model, config)
-    if script.method == "lora":
-        targets = ["q_proj", "v_proj"]
-        config = LoraConfig(r=script.r, target_modules=targets, modules_to_save=save, task_type="SEQ_2_SEQ_LM")
-        return get_peft_model(model, config)
-    return train_only(model, script.method, also=new_modules)
-
-
 class Run:
     """One set of arguments and data, adapted with or without the video."""
 
@@ -322,6 +276,10 @@ class Run:
             data_collator=collator,
             processing_class=self.tokenizer,
             pvla_config=self.pvla_config() if pvla else None,
+            compute_metrics=self.validation_rouge if training.predict_with_generate else None,
+            visual_lr_factor=script.visual_lr_factor,
+            lr_step_epochs=script.lr_step_epochs,
+            lr_step_factor=script.lr_step_factor,
         )
         result: dict[str, Any] = {
             "method": script.method + (" + PVLA" if pvla else ""),
@@ -354,7 +312,10 @@ class Run:
     def backbone(self) -> tuple[nn.Module, list[str]]:
         """A fresh copy of the backbone, and the names of its new modules."""
         model, new_modules = load_backbone(self.script, self.width)
-        model.generation_config = self.generation_config(model)
+        training = self.training
+        model.generation_config = generation_config(
+            model, num_beams=training.generation_num_beams, max_length=training.generation_max_length
+        )
         return model, new_modules
 
     def collator(self, config: Any, zero_video: bool) -> How2Collator:
@@ -369,48 +330,49 @@ class Run:
             zero_video=zero_video,
         )
 
-    def generation_config(self, model: nn.Module) -> GenerationConfig:
-        """The original's settings: beams, no repeated 3-gram, early stopping."""
-        return GenerationConfig(
-            num_beams=self.training.generation_num_beams,
-            max_length=self.training.generation_max_length,
-            early_stopping=self.training.generation_num_beams > 1,
-            no_repeat_ngram_size=3,
-            decoder_start_token_id=model.config.decoder_start_token_id,
-            bos_token_id=model.config.bos_token_id,
-            eos_token_id=model.config.eos_token_id,
-            pad_token_id=model.config.pad_token_id,
-            forced_eos_token_id=model.config.eos_token_id,
-        )
-
     def pvla_config(self) -> PVLAConfig:
         script = self.script
         return PVLAConfig(weight=script.pvla_weight, mass=script.pvla_mass, distance=script.pvla_distance)
 
     def measure(self, trainer: SummarisationTrainer, what: str) -> tuple[dict[str, dict[str, float]], list[str]]:
         """ROUGE of the test split, both variants, and the summaries."""
-        trainer.args.predict_with_generate = True
+        args, compute = trainer.args, trainer.compute_metrics
+        generates, args.predict_with_generate, trainer.compute_metrics = args.predict_with_generate, True, None
         predictions = trainer.predict(self.splits["test"], metric_key_prefix=what).predictions
-        trainer.args.predict_with_generate = False
-        # Several processes fill the last batch up with items from the start.
-        predictions = predictions[: len(self.splits["test"])]
-        predictions[predictions < 0] = self.tokenizer.pad_token_id
-        texts = [text.strip() for text in self.tokenizer.batch_decode(predictions, skip_special_tokens=True)]
+        args.predict_with_generate, trainer.compute_metrics = generates, compute
+        texts = self.decode(predictions, len(self.splits["test"]))
         references = list(self.splits["test"]["summary"])
-        variants = ("rouge_score", "easy_rouge")
-        return {variant: rouge_scores(texts, references, variant=variant) for variant in variants}, texts
+        return {variant: rouge_scores(texts, references, variant=variant) for variant in VARIANTS}, texts
+
+    def validation_rouge(self, evaluation: Any) -> dict[str, float]:
+        """ROUGE of the validation split, by which the best checkpoint can be chosen."""
+        references = list(self.splits["validation"]["summary"])
+        return rouge_scores(self.decode(evaluation.predictions, len(references)), references, variant="rouge_score")
+
+    def decode(self, predictions: Any, count: int) -> list[str]:
+        predictions = predictions[:count]  # several processes fill the last batch up with items from the start
+        predictions[predictions < 0] = self.tokenizer.pad_token_id
+        return [text.strip() for text in self.tokenizer.batch_decode(predictions, skip_special_tokens=True)]
 
     def save(self, trainer: SummarisationTrainer, folder: Path, collator: How2Collator) -> dict[str, Any]:
         """Saves what was trained; an adapter is loaded into a fresh backbone and must give the same summaries."""
-        trainer.save_model(str(folder))
-        if self.training.process_index != 0 or not isinstance(trainer.model, PeftModel):
+        script, model = self.script, trainer.accelerator.unwrap_model(trainer.model)
+        if script.method != "prompt":
+            trainer.save_model(str(folder))
+        if self.training.process_index != 0 or not (script.method == "prompt" or isinstance(model, PeftModel)):
             return {"adapter": str(folder)}
         fresh, _ = self.backbone()
-        fresh = PeftModel.from_pretrained(fresh, str(folder)).to(self.training.device)
+        if script.method == "prompt":
+            save_prompts(model, folder)
+            fresh = load_prompts(fresh, folder)
+        else:
+            fresh = PeftModel.from_pretrained(fresh, str(folder))
         items = [self.splits["test"][index] for index in range(min(32, len(self.splits["test"])))]
-        trained = trainer.accelerator.unwrap_model(trainer.model)
-        same = self.summaries(trained, items, collator) == self.summaries(fresh, items, collator)
-        size = sum(file.stat().st_size for file in folder.glob("adapter_model*"))
+        same = self.summaries(model, items, collator) == self.summaries(
+            fresh.to(self.training.device), items, collator
+        )
+        weights = [*folder.glob("adapter_model*"), *folder.glob("prompts.safetensors")]
+        size = sum(file.stat().st_size for file in weights)
         return {"adapter": str(folder), "adapter_bytes": size, "reloaded_is_identical": same, "reloaded": len(items)}
 
     @torch.no_grad()
@@ -428,30 +390,6 @@ class Run:
         references = list(self.splits["test"]["summary"])[:count]
         rows = zip(references, before or ["(not measured)"] * count, after, strict=False)
         return [{"reference": reference, "before": old, "after": new} for reference, old, new in rows]
-
-
-def prepare_output(script: ScriptArguments, training: TrainingArguments) -> None:
-    """Checkpoints in the output folder mean an interrupted run: only the same run may go on from them."""
-    folder = Path(training.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "run.json"
-    now = {**asdict(script), **{k: v for k, v in training.to_dict().items() if k in RUN_ARGUMENTS}}
-    if path.exists() and last_whole_checkpoint(folder):
-        then = json.loads(path.read_text(encoding="utf-8"))
-        if changed := sorted(k for k in now if now[k] != then.get(k)):
-            raise ValueError(
-                f"{folder} holds checkpoints of an interrupted run with other arguments: "
-                f"{', '.join(f'{k} was {then.get(k)!r}, is {now[k]!r}' for k in changed)}. Start it with the same "
-                "arguments to go on, or choose another --output_dir, or delete its checkpoint-* folders"
-            )
-    path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
-
-
-def remove_checkpoints(folder: Path) -> None:
-    """What is left is the adapter; a finished run that is started again starts anew."""
-    for checkpoint in folder.rglob("checkpoint-*"):
-        if checkpoint.is_dir():
-            shutil.rmtree(checkpoint)
 
 
 if __name__ == "__main__":

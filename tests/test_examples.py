@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from peft_read.data import generate_how2_mini, write_how2_mini
 
@@ -82,7 +90,7 @@ def test_a_yaml_file_gives_arguments_and_the_command_line_wins(how2, tmp_path, m
         how2_summarize.parse([str(recipe)])
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "adapter", "bias", "partial", "proj", "none"])
+@pytest.mark.parametrize("method", ["full", "lora", "adapter", "prompt", "bias", "partial", "proj", "none"])
 def test_every_method_runs(method, how2, tmp_path, summarize):
     arguments = ("--num_train_samples", 8, "--num_test_samples", 4, "--method", method)
     result = summarize("--data_dir", how2, "--output_dir", tmp_path, *arguments, "--no_pvla")
@@ -90,20 +98,61 @@ def test_every_method_runs(method, how2, tmp_path, summarize):
     assert 0 < result["rouge_after"]["rouge_score"]["rougeL"] <= 100
 
 
-def test_a_plain_bart_gets_new_visual_modules_that_are_trained_and_saved(how2, tmp_path, summarize):
+def plain_model(kind, vocab_size):
+    if kind == "bart":
+        heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+        sizes = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+        return BartForConditionalGeneration(
+            BartConfig(vocab_size=vocab_size, max_position_embeddings=128, **sizes, **heads)
+        )
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2, "feed_forward_proj": "gated-gelu"}
+    tokens = {"pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}  # of the test's tokenizer
+    return T5ForConditionalGeneration(T5Config(vocab_size=vocab_size, **sizes, **tokens))
+
+
+@pytest.mark.parametrize(("kind", "norm"), [("bart", "final_layer_norm"), ("t5", "custom_layer_norm")])
+@pytest.mark.parametrize("method", ["read", "prompt"])
+def test_a_plain_model_gets_new_visual_modules_that_are_trained_and_saved(
+    kind, norm, method, how2, tmp_path, summarize
+):
     tokenizer = AutoTokenizer.from_pretrained(BACKBONE)
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    sizes = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
-    config = BartConfig(vocab_size=len(tokenizer), max_position_embeddings=128, **sizes, **heads)
     plain = tmp_path / "plain"
-    BartForConditionalGeneration(config).save_pretrained(plain)
+    plain_model(kind, len(tokenizer)).save_pretrained(plain)
     tokenizer.save_pretrained(plain)
-    arguments = ("--model_name_or_path", plain, "--num_train_samples", 8, "--num_test_samples", 4)
+    arguments = ("--model_name_or_path", plain, "--num_train_samples", 8, "--num_test_samples", 4, "--method", method)
+    arguments += ("--new_visual_modules", '{"img_trans_layers": 1}', "--backbone", f"vg_{kind}")
+    arguments += ("--no_pvla",) if method == "prompt" else ()
     result = summarize("--data_dir", how2, "--output_dir", tmp_path / "run", *arguments)
-    assert {"encoder._linear_1", "encoder.fg", "encoder.img_transformer"} <= set(result["new_modules"])
+    names = ("_linear_1", "_linear_2", "fg", "img_transformer", norm)
+    assert set(result["new_modules"]) == {f"encoder.{name}" for name in names}
     assert result["reloaded_is_identical"]
+    saved = (tmp_path / "run" / "adapter").glob("*.safetensors")
+    keys = {key for file in saved for key in load_file(file)}
+    assert all(any(f"encoder.{name}" in key for key in keys) for name in names)
+    assert not any("decoder" in key and "readapter" not in key for key in keys), "the frozen text model is not saved"
     report = (tmp_path / "run" / "report.md").read_text()
     assert "new visual modules, trained and saved with the adapter: encoder." in report
+
+
+def test_a_small_vg_t5_is_pretrained_and_adapted(how2, tmp_path, summarize):
+    import pretrain_summariser
+
+    sizes = "--backbone vg_t5 --num_items 32 --d_model 16 --ffn_dim 16 --layers 1 --heads 2 --img_trans_layers 1"
+    output = ["--output_dir", str(tmp_path / "backbone"), "--use_cpu", "--disable_tqdm", "true"]
+    pretrain_summariser.main([*sizes.split(), *output])
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "backbone")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "backbone")
+    assert model.config.model_type == "vg_t5"
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
+    assert (model.config.decoder_start_token_id, model.config.eos_token_id) == (0, 1)
+    arguments = ("--num_train_samples", 16, "--num_test_samples", 4, "--compare_zero_video", "true")
+    result = summarize(
+        "--data_dir", how2, "--output_dir", tmp_path, "--model_name_or_path", tmp_path / "backbone", *arguments
+    )
+    assert result["new_modules"] == []
+    assert result["reloaded_is_identical"]
+    assert result["trainable"] / result["parameters"] < 0.3
+    assert {"rouge_zeroed_at_test", "without_video"} <= set(result)
 
 
 def test_an_interrupted_run_goes_on_from_its_checkpoint(how2, tmp_path, summarize, monkeypatch):
@@ -147,6 +196,10 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(how2, tmp_path, summariz
         (["--features", "nowhere"], "no video features at nowhere"),
         (["--test_split", "sum_nothing"], "sum_nothing does not exist"),
         (["--decoder_start", "zero"], "neither 'model' nor 'original'"),
+        (["--backbone", "vg_gpt"], "'vg_gpt' is not one of vg_bart, vg_t5"),
+        (["--backbone", "vg_t5"], "--backbone vg_t5, but .* is a 'vg_bart', which gives vg_bart"),
+        (["--method", "prompt"], "would align the prompts as frames; add --no_pvla"),
+        (["--new_visual_modules", '{"mask_fusion": false}'], "is a vg_bart with its own"),
     ],
 )
 def test_bad_arguments_end_before_training(arguments, message, how2, tmp_path, summarize):

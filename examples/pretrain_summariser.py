@@ -1,8 +1,8 @@
-"""Pretrains a small VG-BART, vision included: the frozen backbone that the examples adapt.
+"""Pretrains a small VG-BART or VG-T5, vision included: the frozen backbone that the examples adapt.
 
-    python examples/pretrain_vg_bart.py --corpus how2_mini --output_dir examples/how2_mini_backbone
-    python examples/pretrain_vg_bart.py --corpus captions --captions captions.jsonl --features features.npz \
-        --output_dir outputs/captions_backbone
+    python examples/pretrain_summariser.py --corpus how2_mini --output_dir examples/how2_mini_backbone
+    python examples/pretrain_summariser.py --backbone vg_t5 --corpus captions --captions captions.jsonl \
+        --features features.npz --output_dir outputs/captions_t5
 
 `how2_mini`: video-guided summarisation on seven of the eight generated domains, and denoising of plain talk that uses
 the words of all eight. The eighth domain (gardening) is never seen with a video or a summary.
@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import json
 import lzma
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -30,17 +32,27 @@ from transformers import (
 )
 
 from peft_read.data import HOW2_MINI_DOMAINS, FeatureStore, How2Collator, generate_how2_mini, how2_mini_talk
-from peft_read.models import VGBartConfig, VGBartForConditionalGeneration
+from peft_read.models import (
+    VGBartConfig,
+    VGBartForConditionalGeneration,
+    VGT5Config,
+    VGT5ForConditionalGeneration,
+)
 
 UNSEEN_DOMAIN = "gardening"
-SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # ids 0 to 4, as in BART but for <mask>
-MASK_RATIO, MEAN_SPAN = 0.3, 3.0  # BART's text infilling
+# As in BART and in T5, but for <mask>; T5's decoder starts from padding.
+SPECIAL_TOKENS = {
+    "vg_bart": ["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+    "vg_t5": ["<pad>", "</s>", "<unk>", "<mask>"],
+}
+MASK_RATIO, MEAN_SPAN = 0.3, 3.0  # BART's text infilling, for both
 
 
 @dataclass
 class Arguments:
     """What to pretrain on, and how large."""
 
+    backbone: str = field(default="vg_bart", metadata={"help": "vg_bart or vg_t5"})
     corpus: str = field(default="how2_mini", metadata={"help": "how2_mini or captions"})
     captions: str | None = field(default=None, metadata={"help": "jsonl (or .xz) of captions, one video a line"})
     features: str | None = field(default=None, metadata={"help": "feature archive with the ids of the captions"})
@@ -51,6 +63,9 @@ class Arguments:
     layers: int = 2
     heads: int = 4
     fusion_layer: int = 0
+    feed_forward_proj: str = field(
+        default="relu", metadata={"help": "of VG-T5: relu, or gated-gelu (T5 1.1, flan-T5)"}
+    )
     img_trans_layers: int = 2
     softmax_dim: str = field(default="video", metadata={"help": "text (the original) or video: learns far sooner"})
     dropout: float = 0.0
@@ -78,20 +93,26 @@ class MemoryFeatures(dict):
     """Features by id, held in memory."""
 
 
-def main() -> None:
-    arguments, training = HfArgumentParser((Arguments, TrainingArguments)).parse_args_into_dataclasses()
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = HfArgumentParser((Arguments, TrainingArguments))
+    arguments, training = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else list(argv))
+    if arguments.backbone not in SPECIAL_TOKENS:
+        raise ValueError(f"--backbone {arguments.backbone!r} is neither 'vg_bart' nor 'vg_t5'")
     set_seed(training.seed)
     if arguments.corpus == "how2_mini":
-        items, features, tokenizer = how2_mini_corpus(arguments.num_items, seed=training.seed)
+        items, features, tokenizer = how2_mini_corpus(arguments, seed=training.seed)
     elif arguments.corpus == "captions":
         items, features, tokenizer = caption_corpus(arguments, seed=training.seed)
     else:
         raise ValueError(f"--corpus {arguments.corpus!r} is neither 'how2_mini' nor 'captions'")
     width = next(iter(features.values())).shape[1]
-    model = VGBartForConditionalGeneration(configuration(arguments, len(tokenizer), width))
+    if arguments.backbone == "vg_bart":
+        model: Any = VGBartForConditionalGeneration(bart_configuration(arguments, len(tokenizer), width))
+    else:
+        model = VGT5ForConditionalGeneration(t5_configuration(arguments, len(tokenizer), width))
     print(f"{len(items)} items, vocabulary of {len(tokenizer)}, {model.num_parameters():,} parameters")
 
-    collator = How2Collator(tokenizer, features, decoder_start_token_id=2)
+    collator = How2Collator(tokenizer, features, decoder_start_token_id=model.config.decoder_start_token_id)
     trainer = Seq2SeqTrainer(model=model, args=training, train_dataset=items, data_collator=collator)
     trainer.train()
     model.save_pretrained(training.output_dir)
@@ -101,7 +122,7 @@ def main() -> None:
     )
 
 
-def configuration(arguments: Arguments, vocab_size: int, width: int) -> VGBartConfig:
+def bart_configuration(arguments: Arguments, vocab_size: int, width: int) -> VGBartConfig:
     """A small VG-BART with forget gate and visual transformer (the best published variant)."""
     return VGBartConfig(
         vocab_size=vocab_size,
@@ -116,23 +137,51 @@ def configuration(arguments: Arguments, vocab_size: int, width: int) -> VGBartCo
         dropout=arguments.dropout,
         attention_dropout=arguments.dropout,
         activation_dropout=0.0,
-        fusion_layer=arguments.fusion_layer,
-        cross_attn_type=0,
-        use_forget_gate=True,
-        use_img_trans=True,
-        visual_feature_dim=width,
-        img_trans_layers=arguments.img_trans_layers,
-        img_trans_heads=4,
-        img_trans_ffn_dim=2 * width,
-        img_trans_dropout=arguments.dropout,
-        softmax_dim=arguments.softmax_dim,
-        mask_fusion=True,
         forced_eos_token_id=2,
+        **vision_guidance(arguments, width),
     )
 
 
-def how2_mini_corpus(num_items: int, *, seed: int) -> tuple[list[dict], MemoryFeatures, PreTrainedTokenizerFast]:
+def t5_configuration(arguments: Arguments, vocab_size: int, width: int) -> VGT5Config:
+    """A small VG-T5 of the same sizes; the video comes in where VG-BART has it, and the visual transformer is used."""
+    return VGT5Config(
+        vocab_size=vocab_size,
+        d_model=arguments.d_model,
+        d_kv=arguments.d_model // arguments.heads,
+        d_ff=arguments.ffn_dim,
+        num_layers=arguments.layers,
+        num_heads=arguments.heads,
+        feed_forward_proj=arguments.feed_forward_proj,
+        dropout_rate=arguments.dropout,
+        pad_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
+        fusion_place="layer",
+        apply_img_trans=True,
+        **vision_guidance(arguments, width),
+    )
+
+
+def vision_guidance(arguments: Arguments, width: int) -> dict[str, Any]:
+    """What the two configurations share."""
+    return {
+        "fusion_layer": arguments.fusion_layer,
+        "cross_attn_type": 0,
+        "use_forget_gate": True,
+        "use_img_trans": True,
+        "visual_feature_dim": width,
+        "img_trans_layers": arguments.img_trans_layers,
+        "img_trans_heads": 4,
+        "img_trans_ffn_dim": 2 * width,
+        "img_trans_dropout": arguments.dropout,
+        "softmax_dim": arguments.softmax_dim,
+        "mask_fusion": True,
+    }
+
+
+def how2_mini_corpus(arguments: Arguments, *, seed: int) -> tuple[list[dict], MemoryFeatures, PreTrainedTokenizerFast]:
     """Summaries of seven domains, in a curriculum, and talk to denoise, in the order of training."""
+    num_items, special_tokens = arguments.num_items, SPECIAL_TOKENS[arguments.backbone]
     seen = [name for name in HOW2_MINI_DOMAINS if name != UNSEEN_DOMAIN]
     # A curriculum: clips of one step are where a model finds out what frames mean, longer ones add the order.
     lessons = [((1, 1), 0.12), ((2, 3), 0.23), ((3, 6), 0.50)]
@@ -145,10 +194,10 @@ def how2_mini_corpus(num_items: int, *, seed: int) -> tuple[list[dict], MemoryFe
     talk = how2_mini_talk(num_items - len(clips), seed=seed)
     words = Counter(word for line in talk for word in line.split())
     words.update(word for clip in clips for word in f"{clip.transcript} {clip.summary}".split())
-    vocabulary = {word: index for index, word in enumerate([*SPECIAL_TOKENS, *sorted(words)])}
+    vocabulary = {word: index for index, word in enumerate([*special_tokens, *sorted(words)])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    wrapped = wrap_tokenizer(tokenizer)
+    wrapped = wrap_tokenizer(tokenizer, special_tokens)
 
     features = MemoryFeatures({clip.video_id: clip.features for clip in clips})
     features["no_video"] = np.zeros((1, clips[0].features.shape[1]), dtype=np.float32)
@@ -174,12 +223,13 @@ def caption_corpus(arguments: Arguments, *, seed: int) -> tuple[list[dict], Memo
     if not videos:
         raise ValueError(f"no video of {arguments.captions} has features in {arguments.features}")
 
+    special_tokens = SPECIAL_TOKENS[arguments.backbone]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     tokenizer.train_from_iterator(
         (caption for captions in videos.values() for caption in captions),
-        trainers.BpeTrainer(vocab_size=arguments.vocab_size, special_tokens=SPECIAL_TOKENS, show_progress=False),
+        trainers.BpeTrainer(vocab_size=arguments.vocab_size, special_tokens=special_tokens, show_progress=False),
     )
     rng = np.random.default_rng(seed)
     names = sorted(videos)
@@ -193,7 +243,7 @@ def caption_corpus(arguments: Arguments, *, seed: int) -> tuple[list[dict], Memo
         words = " ".join(chosen).split()
         features[f"{vid}_{index}"] = store[vid][start : start + 9]
         items.append({"video_id": f"{vid}_{index}", "transcript": infill(words, rng), "summary": " ".join(words[:62])})
-    return items, features, wrap_tokenizer(tokenizer)
+    return items, features, wrap_tokenizer(tokenizer, special_tokens)
 
 
 def tokenize(caption: str) -> str:
@@ -201,10 +251,10 @@ def tokenize(caption: str) -> str:
     return " ".join(caption.lower().replace(".", " . ").replace(",", " , ").split())
 
 
-def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+def wrap_tokenizer(tokenizer: Tokenizer, special_tokens: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        bos_token="<s>",
+        bos_token="<s>" if "<s>" in special_tokens else None,
         pad_token="<pad>",
         eos_token="</s>",
         unk_token="<unk>",
