@@ -175,7 +175,7 @@ def test_the_harness_runs_once_and_chooses_by_validation(world, backbone, tmp_pa
         ground_moments.main(command[2:])
         return type("Done", (), {"returncode": 0})
 
-    monkeypatch.setattr(grounding.subprocess, "run", in_process)
+    monkeypatch.setattr("subprocess.run", in_process)
     rest = qvhighlights(world, "--model_name_or_path", str(backbone), "--test_file", world["test"])
     options = ["--output_dir", str(tmp_path), "--suite", "main", "--only", "no adaptation", "adapter"]
     options += ["--", *rest, "--num_train_epochs", "1", "--r", "2"]
@@ -234,3 +234,33 @@ def test_bad_arguments_are_named(world, tmp_path):
     missing = world["folder"] / "missing.npz"
     write_feature_archive(missing, {"source0_0.0_40.0": np.ones((20, 16), np.float32)})
     fails("--features", str(missing), match=r"\d+ ids have no features: source")
+
+
+def test_select_seeds_chooses_with_the_first_seeds_and_runs_the_others_at_the_chosen_rate(tmp_path, monkeypatch):
+    def pretend(command, **options):
+        given = dict(zip(command[2::2], command[3::2], strict=False))
+        rate, seed = float(given["--learning_rate"]), int(given["--seed"])
+        # rate 3e-3 is best for seed 0 alone, 1e-3 over both seeds
+        validation = {(1e-3, 0): 10.0, (3e-3, 0): 11.0, (1e-3, 1): 30.0}.get((rate, seed), 0.0)
+        started.append((rate, seed))
+        result = {
+            "validation": {"MR-full-mAP": validation},
+            "test": dict.fromkeys(grounding.SHOWN["qvhighlights"].values(), 1.0 + seed),
+            **{"trainable": 5, "parameters": 50, "seconds": 1.0, "arguments": {"dataset": "qvhighlights"}},
+        }
+        (Path(given["--output_dir"]) / "results.json").write_text(json.dumps(result))
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr("subprocess.run", pretend)
+    started, options = [], ["--suite", "main", "--only", "read", "--seeds", "0", "1", "2"]
+    [row] = grounding.main(["--output_dir", str(tmp_path / "first"), *options, "--select_seeds", "1"])
+    assert sorted(started) == [(1e-3, 0), (3e-3, 0), (3e-3, 1), (3e-3, 2)]
+    assert (row["learning_rate"], row["rates_tried"], row["selected_on"]) == (3e-3, [1e-3, 3e-3], [0])
+    assert (row["seeds"], row["test"]["mAP"]) == ([0, 1, 2], [1, 2, 3])
+    assert "chosen by validation on 1 seed(s): 0." in grounding.markdown([row])
+    started.clear()
+    [row] = grounding.main(["--output_dir", str(tmp_path / "all"), *options])
+    assert len(started) == 6
+    assert (row["learning_rate"], row["selected_on"]) == (1e-3, [0, 1, 2])
+    with pytest.raises(SystemExit):
+        grounding.main(["--output_dir", str(tmp_path), *options, "--select_seeds", "4"])

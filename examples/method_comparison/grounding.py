@@ -10,22 +10,19 @@
 
 Runs `ground_moments.py` once for every method, learning rate, seed and domain, skips what has a result, chooses each
 method's learning rate by validation mAP (where there is a validation split), and writes `<suite>.json` and a Markdown
-table. What follows `--` goes to every run. The low-resource subset is the same for every seed (`--subset_seed`): the
-seed is that of the training.
+table. What follows `--` goes to every run; `--select_seeds 1` chooses the rates with the first seed only. The
+low-resource subset is the same for every seed (`--subset_seed`): the seed is that of the training.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
+
+from comparison import Choice, Comparison, Experiment, Results, build_parser, choose, spread
+from comparison import markdown as table
 
 from peft_read.data import TVSUM_DOMAINS
 
@@ -42,14 +39,6 @@ SHOWN = {
     "tvsum": {"top-5 mAP": "top5-mAP"},
     "youtube_highlights": {"mAP": "mAP"},
 }
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """Arguments of one row of the table, and the learning rates to choose from."""
-
-    arguments: str
-    learning_rates: tuple[float, ...]
 
 
 ADAPTER_RATES, FULL_RATES = (1e-3, 3e-3), (1e-4, 4e-4)
@@ -111,142 +100,68 @@ SUITES = {
         },
     },
 }
-Job = tuple[Experiment, float, int, "str | None"]  # row, learning rate, seed, domain
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--suite", default="main", choices=sorted(SUITES))
-    parser.add_argument("--only", nargs="*", help="rows of the suite to run")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser = build_parser(__doc__, SUITES, SCRIPT)
     parser.add_argument("--domains", nargs="*", help="of TVSum or YouTube Highlights; all = TVSum's ten")
-    parser.add_argument("--learning_rates", type=float, nargs="*", help="replaces every row's own")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
-    parser.add_argument("rest", nargs="*", help="after --: arguments of ground_moments.py")
     options = parser.parse_args(argv)
-    suite = SUITES[options.suite]
-    if unknown := set(options.only or ()) - set(suite):
-        parser.error(f"--only {sorted(unknown)}: the rows of {options.suite} are {list(suite)}")
-    suite = {name: row for name, row in suite.items() if not options.only or name in options.only}
-    domains: list[str | None] = [None]
-    if options.domains:
-        domains = [*TVSUM_DOMAINS] if options.domains == ["all"] else options.domains
-    folder = Path(options.output_dir)
-    runs: dict[tuple[str, float, int, str | None], tuple[Path, Job]] = {}
-    for name, row in suite.items():
-        rates = options.learning_rates if options.learning_rates and row.learning_rates[0] else row.learning_rates
-        for rate in rates:
-            for seed in options.seeds if rate else options.seeds[:1]:  # what is not trained has no seed
-                for domain in domains:
-                    job = (row, rate, seed, domain)
-                    runs[(name, rate, seed, domain)] = (run_folder(folder, *job), job)
-    # Two rows can be the same run (READ + PVLA is in every suite): each folder is run once.
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for failed in pool.map(lambda job: run(*job, options.rest), dict(runs.values()).items()):
-            if failed:
-                print(failed, file=sys.stderr)
-    results = {
-        key: json.loads((path / "results.json").read_text())
-        for key, (path, _) in runs.items()
-        if (path / "results.json").exists()
-    }
-    wanted = {name: len({key[2:] for key in runs if key[0] == name}) for name in suite}
-    rows = [row for name in suite if (row := table_row(name, results, wanted[name]))]
-    (folder / f"{options.suite}.json").write_text(json.dumps(rows, indent=2) + "\n")
-    print(markdown(rows))
-    return rows
+    domains: Sequence[str | None] = TVSUM_DOMAINS if options.domains == ["all"] else options.domains or [None]
+    comparison = Comparison(parser, options, SUITES, script=SCRIPT, score=score, domains=domains)
+    results = comparison.run()
+    wanted = {name: comparison.wanted(name) for name in comparison.rows}
+    rows = [table_row(name, results, wanted[name], comparison.selection) for name in wanted]
+    found = [row for row in rows if row]
+    return comparison.write(found, markdown(found))
 
 
-def run_folder(folder: Path, row: Experiment, rate: float, seed: int, domain: str | None) -> Path:
-    """One folder a run, named by what makes it different."""
-    name = "_".join(part.removeprefix("--") for part in row.arguments.split())
-    name = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in name)
-    return folder / f"{name}_lr{rate:g}_seed{seed}{f'_{domain}' if domain else ''}"
+def score(result: dict[str, Any]) -> float | None:
+    """Validation mAP, None where there is no validation split."""
+    return result["validation"][SELECTION] if result.get("validation") else None
 
 
-def run(path: Path, job: Job, rest: list[str]) -> str | None:
-    """Runs the script where there is no result yet; a message where it failed."""
-    row, rate, seed, domain = job
-    if (path / "results.json").exists():
-        return None
-    arguments = [*row.arguments.split(), "--seed", str(seed), "--output_dir", str(path), "--disable_tqdm", "true"]
-    if rate:
-        arguments += ["--learning_rate", str(rate)]
-    if domain:
-        arguments += ["--domain", domain]
-    path.mkdir(parents=True, exist_ok=True)
-    with (path / "log.txt").open("w") as log:
-        done = subprocess.run(
-            [sys.executable, str(SCRIPT), *arguments, *rest],
-            env={"OMP_NUM_THREADS": "1", **os.environ},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-    return f"{path} failed, see its log.txt" if done.returncode else None
-
-
-def table_row(name: str, results: dict[Any, Any], wanted: int) -> dict[str, Any] | None:
+def table_row(
+    name: str, results: Results, wanted: int, selection: Sequence[int] | None = None
+) -> dict[str, Any] | None:
     """The numbers of one method at the learning rate with the best mean validation mAP.
 
     Domains are averaged within a seed; the spread is that of the seeds.
     """
-    by_rate: dict[float, dict[int, list[dict[str, Any]]]] = {}
-    for (row, rate, seed, _), result in results.items():
-        if row == name:
-            by_rate.setdefault(rate, {}).setdefault(seed, []).append(result)
-    complete = {rate: seeds for rate, seeds in by_rate.items() if sum(map(len, seeds.values())) == wanted}
-    if not complete:
+    chosen = choose(name, results, wanted, score, selection=selection)
+    if chosen is None:
         return None
-
-    def average(seeds: dict[int, list[dict[str, Any]]], when: str, key: str) -> list[float]:
-        return [mean(result[when][key] for result in found) for found in seeds.values()]
-
-    first = next(iter(next(iter(complete.values())).values()))[0]
-    validated = bool(first.get("validation"))
-    if len(complete) > 1 and not validated:
-        raise ValueError(f"{name}: several learning rates, but no validation split to choose by; pass one")
-    rate = max(complete, key=lambda rate: mean(average(complete[rate], "validation", SELECTION)) if validated else 0.0)
-    seeds = complete[rate]
+    first = next(iter(chosen.seeds.values()))[0]
     keys = SHOWN[first["arguments"]["dataset"]]
     return {
         "name": name,
         "dataset": first["arguments"]["dataset"],
-        "learning_rate": rate,
-        "rates_tried": sorted(by_rate),
+        "learning_rate": chosen.rate,
+        "rates_tried": chosen.rates_tried,
+        "selected_on": chosen.selected_on,
         "trainable": first["trainable"],
         "share": first["trainable"] / first["parameters"],
-        "seeds": sorted(seeds),
+        "seeds": sorted(chosen.seeds),
         "runs": wanted,
-        "seconds": mean(result["seconds"] for found in seeds.values() for result in found),
-        "validation": average(seeds, "validation", SELECTION) if validated else None,
-        "test": {shown: average(seeds, "test", key) for shown, key in keys.items()},
+        "seconds": mean(result["seconds"] for found in chosen.seeds.values() for result in found),
+        "validation": average(chosen, "validation", SELECTION) if first.get("validation") else None,
+        "test": {shown: average(chosen, "test", key) for shown, key in keys.items()},
     }
+
+
+def average(chosen: Choice, when: str, key: str) -> list[float]:
+    """One figure a seed: the mean over the domains."""
+    return [mean(result[when][key] for result in found) for found in chosen.seeds.values()]
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table: mean ± standard deviation over the seeds."""
-    if not rows:
-        return "no method has all of its runs"
-    figures = list(rows[0]["test"])
-    head = ["method", "trainable", "share", "learning rate", "validation mAP", *figures, "seconds a run"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for row in rows:
-        cells = [
-            row["name"],
-            f"{row['trainable']:,}",
-            f"{100 * row['share']:.2f} %",
-            f"{row['learning_rate']:g}" if row["learning_rate"] else "–",
-            spread(row["validation"]) if row["validation"] else "–",
-            *(spread(row["test"][figure]) for figure in figures),
-            f"{row['seconds']:.0f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    figures = list(rows[0]["test"]) if rows else []
 
+    def cells(row: dict[str, Any]) -> list[str]:
+        validation = spread(row["validation"]) if row["validation"] else "–"
+        return [validation, *(spread(row["test"][figure]) for figure in figures), f"{row['seconds']:.0f}"]
 
-def spread(values: list[float]) -> str:
-    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+    return table(["validation mAP", *figures, "seconds a run"], rows, cells)
 
 
 if __name__ == "__main__":

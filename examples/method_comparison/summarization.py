@@ -1,36 +1,26 @@
 """Compares fine-tuning methods on one summarisation set: one command, resumable, results as JSON.
 
     python examples/method_comparison/summarization.py --output_dir outputs/comparison --suite methods \
+        --seeds 0 1 2 --select_seeds 1 --jobs 2 \
         -- --data_dir how2 --model_name_or_path outputs/backbone --num_train_epochs 10
 
 Runs `how2_summarize.py` once for every method, learning rate and seed, skips what has a result, chooses each method's
-learning rate by validation loss, and writes `results.json` and a Markdown table. What follows `--` goes to every run.
+learning rate by validation loss, and writes `<suite>.json` and a Markdown table. What follows `--` goes to every run.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
+from comparison import Comparison, Experiment, Results, build_parser, choose, spread
+from comparison import markdown as table
+
 SCRIPT = Path(__file__).parents[1] / "how2_summarize.py"
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """Arguments of one row of the table, and the learning rates to choose from."""
-
-    arguments: str
-    learning_rates: tuple[float, ...]
-
-
+FIXED = ("--compare_zero_video", "false", "--measure_before", "false")
+FIGURES = {"ROUGE-1": "rouge1", "ROUGE-2": "rouge2", "ROUGE-L": "rougeL"}
 ADAPTER_RATES, FULL_RATES = (1e-2, 3e-2), (3e-4, 1e-3)
 METHODS = {
     "frozen": Experiment("--method none", (0.0,)),
@@ -39,13 +29,14 @@ METHODS = {
     "partial": Experiment("--method partial --no_pvla", FULL_RATES),
     "proj": Experiment("--method proj --no_pvla", FULL_RATES),
     "lora": Experiment("--method lora --no_pvla", ADAPTER_RATES),
+    "prompt": Experiment("--method prompt --no_pvla", ADAPTER_RATES),
     "adapter": Experiment("--method adapter --no_pvla", ADAPTER_RATES),
     "read": Experiment("--method read --no_pvla", ADAPTER_RATES),
     "read_pvla": Experiment("--method read", ADAPTER_RATES),
 }
 SUITES = {
     "methods": METHODS,
-    "main": {name: METHODS[name] for name in ("frozen", "full", "read", "read_pvla")},
+    "main": {name: METHODS[name] for name in ("frozen", "full", "lora", "adapter", "read", "read_pvla")},
     # Table 6: no alignment, alignment of everything, partial alignment
     "table6": {
         "no VLA": METHODS["read"],
@@ -63,131 +54,55 @@ SUITES = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--suite", default="main", choices=sorted(SUITES))
-    parser.add_argument("--only", nargs="*", help="rows of the suite to run")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--learning_rates", type=float, nargs="*", help="replaces every row's own")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
-    parser.add_argument("rest", nargs="*", help="after --: arguments of how2_summarize.py")
-    options = parser.parse_args()
-    suite = SUITES[options.suite]
-    if unknown := set(options.only or ()) - set(suite):
-        parser.error(f"--only {sorted(unknown)}: the suite {options.suite!r} has {sorted(suite)}")
-    suite = {name: row for name, row in suite.items() if not options.only or name in options.only}
-    folder = Path(options.output_dir)
-    runs = {
-        (name, rate, seed): (run_folder(folder, row, rate, seed), row)
-        for name, row in suite.items()
-        for rate in (
-            options.learning_rates if options.learning_rates and row.learning_rates[0] else row.learning_rates
-        )
-        for seed in options.seeds
-    }
-    # Two rows can be the same run (READ + PVLA is in every suite): each folder is run once.
-    unique = {path: (row, rate, seed) for (_, rate, seed), (path, row) in runs.items()}
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for failed in pool.map(lambda job: run(job[0], job[1], options.rest), unique.items()):
-            if failed:
-                print(failed, file=sys.stderr)
-    results = {
-        key: json.loads((path / "results.json").read_text())
-        for key, (path, _) in runs.items()
-        if (path / "results.json").exists()
-    }
-    rows = [table_row(name, results, options.seeds) for name in suite]
-    chosen = [row for row in rows if row]
-    (folder / f"{options.suite}.json").write_text(json.dumps(chosen, indent=2) + "\n")
-    print(markdown(chosen))
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    parser = build_parser(__doc__, SUITES, SCRIPT)
+    comparison = Comparison(parser, parser.parse_args(argv), SUITES, script=SCRIPT, score=score, fixed=FIXED)
+    results = comparison.run()
+    rows = [table_row(name, results, comparison.wanted(name), comparison.selection) for name in comparison.rows]
+    found = [row for row in rows if row]
+    return comparison.write(found, markdown(found))
 
 
-def run_folder(folder: Path, row: Experiment, rate: float, seed: int) -> Path:
-    name = "_".join(part.removeprefix("--") for part in row.arguments.split())
-    return folder / f"{name}_lr{rate:g}_seed{seed}"
-
-
-def run(path: Path, job: tuple[Experiment, float, int], rest: list[str]) -> str | None:
-    row, rate, seed = job
-    if (path / "results.json").exists():
-        return None
-    arguments = [*row.arguments.split(), "--seed", str(seed), "--output_dir", str(path), "--disable_tqdm", "true"]
-    if rate:
-        arguments += ["--learning_rate", str(rate)]
-    path.mkdir(parents=True, exist_ok=True)
-    with (path / "log.txt").open("w") as log:
-        done = subprocess.run(
-            [
-                sys.executable,
-                str(SCRIPT),
-                *arguments,
-                "--compare_zero_video",
-                "false",
-                "--measure_before",
-                "false",
-                *rest,
-            ],
-            env={"OMP_NUM_THREADS": "1", **os.environ},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-    return f"{path} failed, see its log.txt" if done.returncode else None
-
-
-def validation_loss(result: dict[str, Any]) -> float:
+def score(result: dict[str, Any]) -> float:
+    """The last validation loss, negative."""
     losses = [entry["eval_loss"] for entry in result["log"] if "eval_loss" in entry]
-    return losses[-1] if losses else 0.0
+    return -losses[-1] if losses else 0.0
 
 
-def table_row(name: str, results: dict[Any, Any], seeds: list[int]) -> dict[str, Any] | None:
+def table_row(
+    name: str, results: Results, wanted: int, selection: Sequence[int] | None = None
+) -> dict[str, Any] | None:
     """The numbers of one method at the learning rate with the smallest mean validation loss."""
-    by_rate: dict[float, list[dict[str, Any]]] = {}
-    for (row, rate, _), result in results.items():
-        if row == name:
-            by_rate.setdefault(rate, []).append(result)
-    complete = {rate: found for rate, found in by_rate.items() if len(found) == len(seeds)}
-    if not complete:
+    chosen = choose(name, results, wanted, score, selection=selection)
+    if chosen is None:
         return None
-    rate = min(complete, key=lambda rate: mean(map(validation_loss, complete[rate])))
-    found = complete[rate]
+    found = [result for results_of_seed in chosen.seeds.values() for result in results_of_seed]
     return {
         "name": name,
-        "learning_rate": rate,
-        "rates_tried": sorted(complete),
+        "learning_rate": chosen.rate,
+        "rates_tried": chosen.rates_tried,
+        "selected_on": chosen.selected_on,
         "trainable": found[0]["trainable"],
         "share": found[0]["trainable"] / found[0]["parameters"],
-        "validation_loss": mean(map(validation_loss, found)),
+        "validation_loss": 0.0 - mean(map(score, found)),
         "seconds": mean(result["seconds"] for result in found),
-        "seeds": seeds,
+        "seeds": sorted(chosen.seeds),
         "rouge": {
-            variant: {
-                key: [result["rouge_after"][variant][key] for result in found]
-                for key in ("rouge1", "rouge2", "rougeL")
-            }
+            variant: {key: [result["rouge_after"][variant][key] for result in found] for key in FIGURES.values()}
             for variant in ("rouge_score", "easy_rouge")
         },
     }
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| method | trainable | share | learning rate | validation loss | ROUGE-1 | ROUGE-2 | ROUGE-L | seconds |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        scores = " | ".join(spread(row["rouge"]["rouge_score"][key]) for key in ("rouge1", "rouge2", "rougeL"))
-        share = f"{100 * row['share']:.2f} %"
-        rate = f"{row['learning_rate']:g}" if row["learning_rate"] else "–"
+    """The table: mean ± standard deviation over the seeds."""
+
+    def cells(row: dict[str, Any]) -> list[str]:
         loss = f"{row['validation_loss']:.3f}" if row["validation_loss"] else "–"
-        lines.append(
-            f"| {row['name']} | {row['trainable']:,} | {share} | {rate} | {loss} | {scores} | {row['seconds']:.0f} |"
-        )
-    return "\n".join(lines)
+        rouge = [spread(row["rouge"]["rouge_score"][key]) for key in FIGURES.values()]
+        return [loss, *rouge, f"{row['seconds']:.0f}"]
 
-
-def spread(values: list[float]) -> str:
-    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+    return table(["validation loss", *FIGURES, "seconds"], rows, cells)
 
 
 if __name__ == "__main__":
