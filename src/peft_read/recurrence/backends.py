@@ -1,4 +1,4 @@
-"""Which implementation runs the recurrence on the CPU: torch, or compiled loops (extra `fast`)."""
+"""Which implementation runs the recurrence: torch, compiled loops on the CPU (extra `fast`), or Triton on CUDA."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 __all__ = ["backend", "show_backends", "use_backend", "warm_up"]
 
 VARIABLE = "PEFT_READ_RECURRENCE"
-NAMES = ("auto", "torch", "numba")
+NAMES = ("auto", "torch", "numba", "triton")
 LARGEST_SCAN_WIDTH = 64
 LARGEST_FUSED_WIDTH = 8
 MOST_FUSED_THREADS = 4  # the one pass over the tokens is a single thread's; more threads of torch overtake it
@@ -37,11 +37,13 @@ class use_backend:
 
     Args:
         name: "torch", always the torch path; "numba", the compiled loops wherever they can take the case, compiled at
-            the first use if need be; "auto", the compiled loops if `warm_up` has been run on this machine.
+            the first use if need be; "triton", the kernels wherever they can take the case, on CUDA (and, to test
+            them, on the CPU if the environment has TRITON_INTERPRET=1); "auto", on CUDA the kernels if triton is
+            installed, on the CPU the compiled loops if `warm_up` has been run on this machine.
 
     Raises:
         ValueError: for another name.
-        ImportError: for "numba" where it is not installed.
+        ImportError: for "numba" or "triton" where it is not installed.
     """
 
     def __init__(self, name: str) -> None:
@@ -60,16 +62,18 @@ class use_backend:
         _forced = self._before
 
 
-def backend() -> str:
-    """The implementation in use: "torch" or "numba".
+def backend(device: str = "cpu") -> str:
+    """The implementation in use for tensors on a type of device: "torch", "numba" or "triton".
 
-    What "auto" means is decided at the first call and does not change while the process lives, because the two
-    differ in rounding: a run that was resumed must repeat the one that was not.
+    What "auto" means on the CPU is decided at the first call and does not change while the process lives, because the
+    two differ in rounding: a run that was resumed must repeat the one that was not.
     """
     global _automatic
     name = _forced or _from_environment()
     if name != "auto":
         return name
+    if device == "cuda":
+        return "triton" if is_installed("triton") else "torch"
     if _automatic is None:
         _automatic = "numba" if _is_compiled() else "torch"
     return _automatic
@@ -108,7 +112,10 @@ def show_backends() -> str:
             f"numba: {compiled if installed else 'not installed (extra `fast`)'}; CPU, float32, width <= "
             f"{LARGEST_SCAN_WIDTH}; the whole RNN adapter in one pass: width <= {LARGEST_FUSED_WIDTH}, at most "
             f"{MOST_FUSED_THREADS} threads of torch (now {torch.get_num_threads()})",
-            f"in use: {backend()} (chosen by {forced})",
+            f"triton: {'installed' if is_installed('triton') else 'not installed (comes with torch for CUDA)'}; CUDA, "
+            f"float32, bfloat16 and float16, width <= {LARGEST_SCAN_WIDTH}; run in Triton's interpreter and compiled "
+            "so far, on no GPU yet",
+            f"in use: on the CPU {backend()}, on CUDA {backend('cuda')} (chosen by {forced})",
         )
     )
 
@@ -131,6 +138,10 @@ def _check(name: str) -> None:
     if name == "numba" and not is_installed("numba"):
         raise ImportError(
             'The backend "numba" is not installed (`pip install "peft-read[fast]"`); "torch" needs nothing.'
+        )
+    if name == "triton" and not is_installed("triton"):
+        raise ImportError(
+            'The backend "triton" is not installed (it comes with torch for CUDA); "torch" needs nothing.'
         )
 
 

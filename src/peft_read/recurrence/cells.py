@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from .fast import compiled_scan, scan_fits
+from .operators import compiled_scan, scan_fits
 
 __all__ = ["CELLS", "GRU", "LSTM", "RNN", "Cell", "Identity", "build_cell"]
 
