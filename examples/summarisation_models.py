@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,8 +81,20 @@ def check_backbone(script: ModelArguments, width: int) -> None:
     expected = getattr(config, "visual_feature_dim", width)
     if expected != width:
         raise ValueError(f"the video features are {width} wide, but {path} takes {expected}")
-    if config.model_type == kind and json.loads(script.new_visual_modules):
+    if options_of_new_modules(script, kind) and config.model_type == kind:
         raise ValueError(f"--new_visual_modules is for plain checkpoints; {path} is a {kind} with its own")
+
+
+def options_of_new_modules(script: ModelArguments, kind: str) -> dict[str, Any]:
+    """`--new_visual_modules`, checked."""
+    try:
+        options = json.loads(script.new_visual_modules)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--new_visual_modules {script.new_visual_modules!r} is no JSON: {error}") from error
+    known = set(inspect.signature(BACKBONES[kind].model.config_class).parameters) - {"kwargs", "visual_feature_dim"}
+    if not isinstance(options, dict) or set(options) - known:
+        raise ValueError(f"--new_visual_modules {script.new_visual_modules} must be options among {sorted(known)}")
+    return options
 
 
 def kind_of(config: Any) -> str | None:
@@ -92,10 +105,11 @@ def kind_of(config: Any) -> str | None:
 def load_backbone(script: ModelArguments, width: int) -> tuple[nn.Module, list[str]]:
     """The backbone, and the names of its modules that are new (not pretrained) and must therefore be trained."""
     config = AutoConfig.from_pretrained(script.model_name_or_path)
-    backbone = BACKBONES[str(kind_of(config))]
+    kind = str(kind_of(config))
+    backbone = BACKBONES[kind]
     new: list[str] = []
     if config.model_type == backbone.plain:
-        options = {**backbone.new_modules, **json.loads(script.new_visual_modules)}
+        options = {**backbone.new_modules, **options_of_new_modules(script, kind)}
         model = backbone.model.from_plain_checkpoint(script.model_name_or_path, visual_feature_dim=width, **options)
         names = VISUAL_MODULES - backbone.norms_of_text
         children = model.get_encoder().named_children()

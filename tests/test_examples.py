@@ -21,11 +21,13 @@ from transformers import (
 )
 
 from peft_read.data import generate_how2_mini, write_how2_mini
+from peft_read.models import VGBartConfig, VGBartForConditionalGeneration
 
 REPOSITORY = Path(__file__).parents[1]
 EXAMPLES = REPOSITORY / "examples"
 BACKBONE = EXAMPLES / "how2_mini_backbone"
 SMALL = "--num_train_epochs 1 --per_device_train_batch_size 8 --generation_num_beams 1 --use_cpu --disable_tqdm true"
+SMALL += " --generation_max_length 20"
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +45,12 @@ def summarize(monkeypatch):
     return lambda *arguments: how2_summarize.main([*SMALL.split(), *map(str, arguments)])
 
 
-def test_the_readme_runs_as_written(tmp_path):
+def test_the_readme_runs_as_written(tmp_path, monkeypatch, capsys):
     code = re.search(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL).group(1)
     code = code.replace("outputs/readme", str(tmp_path)).replace("max_steps=20", "max_steps=2, report_to='none'")
-    script = tmp_path / "readme.py"
-    script.write_text(code)
-    done = subprocess.run([sys.executable, script], cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "trainable params" in done.stdout
+    monkeypatch.chdir(REPOSITORY)
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    assert "trainable params" in capsys.readouterr().out
     assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 1e6
 
 
@@ -60,9 +60,8 @@ def test_the_imports_of_the_first_line():
 
 
 def test_one_run_writes_adapter_report_and_picture(how2, tmp_path, summarize):
-    result = summarize(
-        "--data_dir", how2, "--output_dir", tmp_path, "--compare_zero_video", "true", "--logging_steps", 1
-    )
+    arguments = ("--compare_zero_video", "true", "--logging_steps", 1, "--num_test_samples", 6)
+    result = summarize("--data_dir", how2, "--output_dir", tmp_path, *arguments)
     assert result["method"] == "read + PVLA"
     assert result["reloaded_is_identical"]
     assert result["adapter_bytes"] < 1e6
@@ -200,6 +199,8 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(how2, tmp_path, summariz
         (["--backbone", "vg_t5"], "--backbone vg_t5, but .* is a 'vg_bart', which gives vg_bart"),
         (["--method", "prompt"], "would align the prompts as frames; add --no_pvla"),
         (["--new_visual_modules", '{"mask_fusion": false}'], "is a vg_bart with its own"),
+        (["--new_visual_modules", '{"masks": false}'], r"must be options among \['cross_attn_type'"),
+        (["--new_visual_modules", "no"], "'no' is no JSON"),
     ],
 )
 def test_bad_arguments_end_before_training(arguments, message, how2, tmp_path, summarize):
@@ -234,11 +235,11 @@ def test_features_of_another_width_are_refused(tmp_path, summarize):
 def test_an_adapter_loaded_without_the_import_fails_with_the_key_error_that_the_docs_name(how2, tmp_path, summarize):
     arguments = ("--num_train_samples", 8, "--num_test_samples", 2)
     result = summarize("--data_dir", how2, "--output_dir", tmp_path, *arguments)
-    code = f"from peft import PeftConfig; PeftConfig.from_pretrained({result['adapter']!r})"
-    without = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "KeyError: 'READ'" in without.stderr
-    with_import = subprocess.run([sys.executable, "-c", f"import peft_read; {code}"], capture_output=True, text=True)
-    assert with_import.returncode == 0
+    load = f"PeftConfig.from_pretrained({result['adapter']!r})"
+    lines = ["from peft import PeftConfig", "try:", f"    {load}", "except KeyError as error:", "    print(error)"]
+    code = "\n".join([*lines, "import peft_read", f"print({load}.peft_type.value)"])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["'READ'", "READ"], done.stdout + done.stderr[-2000:]
     assert "import peft_read" in (Path(result["adapter"]) / "README.md").read_text()
 
 
@@ -257,43 +258,160 @@ def test_the_alignment_picture_and_the_loop_without_trainer(how2, tmp_path, monk
     assert "last task loss" in capsys.readouterr().out
 
 
-def test_the_comparison_runs_once_and_resumes(how2, tmp_path):
-    script = EXAMPLES / "method_comparison" / "summarization.py"
-    command = [sys.executable, script, "--output_dir", tmp_path, "--suite", "table6", "--learning_rates", "0.01"]
-    rest = ["--data_dir", how2, *SMALL.split(), "--num_train_samples", "8", "--num_test_samples", "4"]
-    for attempt in range(2):
-        done = subprocess.run([*command, "--only", "VLA", "--", *rest], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert "| VLA | " in done.stdout
-        (row,) = json.loads((tmp_path / "table6.json").read_text())
-        assert row["name"] == "VLA"
-        (folder,) = [path for path in tmp_path.iterdir() if path.is_dir()]
-        if attempt == 0:
-            (folder / "log.txt").unlink()
-    assert not (folder / "log.txt").exists(), "what has a result is not run again"
+def test_the_comparison_runs_once_and_resumes(how2, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.syspath_prepend(str(EXAMPLES / "method_comparison"))
+    import how2_summarize
+    import summarization
+
+    def in_process(command, **options):
+        assert command[:2] == [sys.executable, str(EXAMPLES / "how2_summarize.py")]
+        started.append(command)
+        how2_summarize.main(command[2:])
+        return type("Done", (), {"returncode": 0})
+
+    started, run = [], subprocess.run
+    monkeypatch.setattr(subprocess, "run", in_process)
+    options = ["--output_dir", str(tmp_path), "--suite", "table6", "--learning_rates", "0.01", "--only", "VLA"]
+    rest = ["--data_dir", str(how2), *SMALL.split(), "--num_train_samples", "8", "--num_test_samples", "4"]
+    rows = summarization.main([*options, "--", *rest])
+    assert [row["name"] for row in rows] == ["VLA"]
+    assert (tmp_path / "method_read_pvla_mass_1.0_lr0.01_seed0" / "results.json").exists()
+    assert "| VLA | 14,912 | " in summarization.markdown(rows)
+    assert summarization.main([*options, "--", *rest]) == rows
+    assert len(started) == 1, "what has a result is not run again"
+    assert json.loads((tmp_path / "table6.json").read_text()) == rows
+    monkeypatch.setattr(subprocess, "run", run)
+    assert set(summarization.SUITES["main"]) < set(summarization.SUITES["methods"])
 
 
-def test_two_processes_see_the_loss_of_one(how2, tmp_path):
-    losses, rouge = {}, {}
-    for processes, batch in ((1, 8), (2, 4)):
-        output = tmp_path / str(processes)
-        arguments = f"--data_dir {how2} --output_dir {output} --num_test_samples 4 --num_train_epochs 1 --use_cpu"
-        arguments += f" --per_device_train_batch_size {batch} --dropout 0 --generation_num_beams 1 --logging_steps 1"
-        arguments += f" --require_world_size {processes} --ddp_backend gloo"
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
-        done = subprocess.run(
-            [*command, EXAMPLES / "how2_summarize.py", *arguments.split()],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
+def test_two_processes_see_the_loss_of_one(how2, tmp_path, summarize):
+    def arguments(processes, batch):
+        given = f"--data_dir {how2} --output_dir {tmp_path / str(processes)} --num_test_samples 4 --dropout 0"
+        given += f" --per_device_train_batch_size {batch} --require_world_size {processes} --logging_steps 1"
+        return f"{SMALL} {given} --eval_strategy no --save_strategy no".split()
+
+    one = summarize(*arguments(1, 8))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    done = subprocess.run(
+        [*command, EXAMPLES / "how2_summarize.py", *arguments(2, 4), "--ddp_backend", "gloo"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = json.loads((tmp_path / "2" / "results.json").read_text())
+    assert (one["world_size"], two["world_size"]) == (1, 2)
+    assert one["rouge_before"] == two["rouge_before"]
+    losses = [
+        torch.tensor(
+            [[entry[name] for name in ("loss", "task_loss", "pvla_loss")] for entry in log if "loss" in entry]
         )
-        assert done.returncode == 0, done.stderr[-3000:]
-        result = json.loads((output / "results.json").read_text())
-        assert result["world_size"] == processes
-        rouge[processes] = result["rouge_before"]
-        losses[processes] = [
-            (entry["loss"], entry["task_loss"], entry["pvla_loss"]) for entry in result["log"] if "loss" in entry
-        ]
-    assert len(losses[1]) == 3
-    assert rouge[1] == rouge[2]
-    assert torch.allclose(torch.tensor(losses[1]), torch.tensor(losses[2]), rtol=1e-4)
+        for log in (one["log"], two["log"])
+    ]
+    assert len(losses[0]) == 3
+    assert torch.allclose(*losses, rtol=1e-4)
+
+
+# --- the original's recipe ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recipe_trainer(monkeypatch, tmp_path):
+    """A trainer of a tiny new VG-BART with the arguments of the recipe file and the command line."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import how2_summarize
+    from summarisation_models import apply_method
+    from summarisation_training import SummarisationTrainer
+
+    def build(*arguments, items=30):
+        recipe = str(EXAMPLES / "recipes" / "how2_original.yaml")
+        given = ["--output_dir", str(tmp_path), "--use_cpu", *map(str, arguments)]
+        script, training = how2_summarize.parse([recipe, *given])
+        how2_summarize.check_arguments(script, training)
+        sizes = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+        sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 16}
+        options = {**json.loads(script.new_visual_modules), "visual_feature_dim": 8, "img_trans_heads": 2}
+        config = VGBartConfig(vocab_size=20, **sizes, **options, img_trans_layers=2, img_trans_ffn_dim=8)
+        names = ("visual_lr_factor", "lr_step_epochs", "lr_step_factor")
+        return SummarisationTrainer(
+            apply_method(VGBartForConditionalGeneration(config), [], script),
+            training,
+            train_dataset=[{}] * items,
+            eval_dataset=[{}],
+            **{name: getattr(script, name) for name in names},
+        )
+
+    return build
+
+
+def test_every_trained_parameter_has_one_rate_also_where_values_are_equal(recipe_trainer):
+    trainer = recipe_trainer()
+    model = trainer.model
+    with torch.no_grad():  # what the original compares: now every parameter equals every other of its shape
+        for parameter in model.parameters():
+            parameter.zero_()
+    optimizer = trainer.create_optimizer()
+    assert (type(optimizer).__name__, trainer.args.weight_decay) == ("AdamW", 0.0)
+    rates = [(id(p), group["lr"]) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(i for i, _ in rates) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    encoder = model.model.encoder
+    fast = {id(p) for name in ("_linear_1", "_linear_2", "fg") for p in encoder.get_submodule(name).parameters()}
+    assert len(fast) == 6
+    assert dict(rates) == {id(p): pytest.approx(1.5e-4 if id(p) in fast else 3e-5) for p in model.parameters()}
+    slow = [*encoder.img_transformer.parameters(), encoder.final_layer_norm.bias]  # the original forgets 21 of these
+    assert all(dict(rates)[id(p)] == 3e-5 for p in slow)
+    groups = len(optimizer.param_groups)
+    assert len(trainer.create_optimizer().param_groups) == groups, "a second call cuts nothing again"
+    with pytest.raises(ValueError, match=r"visual_lr_factor=5\.0, but no module of the fusion is trained"):
+        recipe_trainer("--method", "proj").create_optimizer()
+
+
+def test_the_rates_fall_in_steps_of_epochs(recipe_trainer):
+    trainer = recipe_trainer("--lr_step_epochs", 2)  # 30 items in steps of 4 x 5: two steps an epoch
+    optimizer = trainer.create_optimizer()
+    scheduler = trainer.create_scheduler(num_training_steps=200)
+    rates = []
+    for _ in range(9):
+        rates.append([group["lr"] for group in optimizer.param_groups if group["params"]])
+        optimizer.step()
+        scheduler.step()
+    slow, fast = min(rates[0]), max(rates[0])
+    assert fast == pytest.approx(5 * slow)
+    assert [min(rate) for rate in rates] == pytest.approx([3e-5] * 4 + [3e-5 * 0.95] * 4 + [3e-5 * 0.95**2])
+    assert [max(rate) for rate in rates] == pytest.approx([5 * min(rate) for rate in rates])
+    with pytest.raises(ValueError, match="it needs --lr_scheduler_type constant"):
+        recipe_trainer("--lr_scheduler_type", "cosine")
+    with pytest.raises(ValueError, match="rouge2 needs --predict_with_generate"):
+        recipe_trainer("--predict_with_generate", "false")
+
+
+def test_the_originals_recipe_runs_and_keeps_the_best_validation_rouge(how2, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import how2_summarize
+
+    tokenizer = AutoTokenizer.from_pretrained(BACKBONE)
+    plain_model("bart", len(tokenizer)).save_pretrained(tmp_path / "plain")
+    tokenizer.save_pretrained(tmp_path / "plain")
+    rouge = iter([10.0, 30.0, 20.0])
+    measured = how2_summarize.Run.validation_rouge
+    monkeypatch.setattr(
+        how2_summarize.Run, "validation_rouge", lambda *given: measured(*given) | {"rouge2": next(rouge)}
+    )
+    arguments = ["--model_name_or_path", tmp_path / "plain", "--data_dir", how2, "--output_dir", tmp_path / "run"]
+    arguments += ["--validation_split", "sum_val", "--test_split", "sum_test", "--num_train_samples", 8]
+    arguments += ["--num_test_samples", 4, "--num_validation_samples", 4, *SMALL.split(), "--num_train_epochs", 3]
+    arguments += ["--gradient_accumulation_steps", 1, "--learning_rate", "1e-2"]
+    kept = []
+    save = how2_summarize.Run.save
+    monkeypatch.setattr(
+        how2_summarize.Run,
+        "save",
+        lambda run, trainer, *rest: kept.append(trainer.state) or save(run, trainer, *rest),
+    )
+    result = how2_summarize.main([str(EXAMPLES / "recipes" / "how2_original.yaml"), *map(str, arguments)])
+    [state] = kept
+    assert (state.best_metric, state.best_global_step) == (30.0, 2)
+    assert [entry["eval_rouge2"] for entry in result["log"] if "eval_rouge2" in entry] == [10.0, 30.0, 20.0]
+    assert all(0 <= entry["eval_rougeL"] <= 100 for entry in result["log"] if "eval_rouge2" in entry)
+    assert (result["method"], result["trainable"]) == ("full", result["parameters"])
