@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("numba", reason="numba is not installed")
 
-from peft_read.recurrence import RNN, backends, build_cell, fast, show_backends, use_backend, warm_up
+from peft_read.recurrence import RNN, backends, build_cell, fast, one_pass, show_backends, use_backend, warm_up
 from peft_read.recurrence.naive import naive_recurrence
 
 KINDS = ("rnn", "gru", "lstm")
@@ -157,7 +157,7 @@ def test_one_pass_agrees_with_the_parts(size, masked, bias):
     output, state = torch.randn(3, 22, 48, requires_grad=True), torch.randn(3, size).tanh().requires_grad_()
     mask = random_mask(3, 22) if masked else None
     weights = torch.randn(3, 22, 48), torch.randn(3, 22, size)
-    assert fast.adapter_fits(output, mask, *parts[:2], nn.Identity(), parts[2])
+    assert one_pass.adapter_fits(output, mask, *parts[:2], nn.Identity(), parts[2])
 
     def everything(function, *tensors):
         results = function(tensors[0], *parts, tensors[1], mask)
@@ -165,7 +165,7 @@ def test_one_pass_agrees_with_the_parts(size, masked, bias):
         leaves = [*tensors, *(p for part in parts for p in part.parameters())]
         return *results, *torch.autograd.grad(total, leaves)
 
-    found = everything(fast.adapter_in_one_pass, output, state)
+    found = everything(one_pass.adapter_in_one_pass, output, state)
     with use_backend("torch"):
         torchs = everything(in_parts, output, state)
         for part in parts:
@@ -181,12 +181,12 @@ def test_one_pass_gives_only_the_gradients_that_are_wanted():
     parts = an_adapter(4)
     output = torch.randn(2, 7, 48)
     leaves = [p for part in parts for p in part.parameters()]
-    out, _ = fast.adapter_in_one_pass(output, *parts, None, None)
+    out, _ = one_pass.adapter_in_one_pass(output, *parts, None, None)
     everything = torch.autograd.grad(out.square().sum(), leaves)
     for kept in range(len(leaves)):
         for number, leaf in enumerate(leaves):
             leaf.requires_grad_(number == kept)
-        out, _ = fast.adapter_in_one_pass(output, *parts, None, None)
+        out, _ = one_pass.adapter_in_one_pass(output, *parts, None, None)
         (gradient,) = torch.autograd.grad(out.square().sum(), leaves[kept])
         assert torch.equal(gradient, everything[kept])
 
@@ -195,7 +195,7 @@ def test_one_pass_has_second_derivatives():
     parts = an_adapter(3)
     output = torch.randn(2, 5, 48, requires_grad=True)
     found = []
-    for function in (fast.adapter_in_one_pass, in_parts):
+    for function in (one_pass.adapter_in_one_pass, in_parts):
         (gradient,) = torch.autograd.grad(
             function(output, *parts, None, None)[0].square().sum(), output, create_graph=True
         )
@@ -207,8 +207,8 @@ def test_one_pass_has_second_derivatives():
 @pytest.mark.parametrize("family", ["bart", "llama", "t5", "opt"])
 def test_a_model_learns_the_same_on_both_paths(family, monkeypatch):
     passes = []
-    plain = fast._adapter
-    monkeypatch.setattr(fast, "_adapter", lambda *arguments: passes.append(1) or plain(*arguments))
+    plain = one_pass._adapter
+    monkeypatch.setattr(one_pass, "_adapter", lambda *arguments: passes.append(1) or plain(*arguments))
     model = adapted(family)
     ids, mask = padded_batch(family)
     found = []
@@ -252,7 +252,7 @@ def test_modules_that_something_watches_are_called():
     output = torch.randn(2, 7, 48)
 
     def fits():
-        return fast.adapter_fits(output, None, down, cell, nn.Identity(), up)
+        return one_pass.adapter_fits(output, None, down, cell, nn.Identity(), up)
 
     assert fits()
     handle = down.register_forward_hook(lambda *_: None)
@@ -267,11 +267,11 @@ def test_modules_that_something_watches_are_called():
     handle.remove()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not fits()
-    assert not fast.adapter_fits(output, None, down, cell, nn.Dropout(0.5), up)
-    assert fast.adapter_fits(output, None, down, cell, nn.Dropout(0.5).eval(), up)
-    assert not fast.adapter_fits(output.transpose(0, 1), None, down, cell, nn.Identity(), up)
-    assert not fast.adapter_fits(output, None, down, build_cell("gru", 4), nn.Identity(), up)
-    assert not fast.adapter_fits(output, None, down, build_cell("rnn", 4, bidirectional=True), nn.Identity(), up)
+    assert not one_pass.adapter_fits(output, None, down, cell, nn.Dropout(0.5), up)
+    assert one_pass.adapter_fits(output, None, down, cell, nn.Dropout(0.5).eval(), up)
+    assert not one_pass.adapter_fits(output.transpose(0, 1), None, down, cell, nn.Identity(), up)
+    assert not one_pass.adapter_fits(output, None, down, build_cell("gru", 4), nn.Identity(), up)
+    assert not one_pass.adapter_fits(output, None, down, build_cell("rnn", 4, bidirectional=True), nn.Identity(), up)
     torch.set_num_threads(backends.MOST_FUSED_THREADS + 1)
     try:
         assert not fits()
@@ -282,7 +282,7 @@ def test_modules_that_something_watches_are_called():
 def test_weights_can_be_resized_afterwards():
     """FSDP frees gathered weights by resizing their storage, which numpy forbids for what it has seen."""
     parts = an_adapter(4)
-    fast.adapter_in_one_pass(torch.randn(1, 5, 48), *parts, None, None)[0].sum().backward()
+    one_pass.adapter_in_one_pass(torch.randn(1, 5, 48), *parts, None, None)[0].sum().backward()
     parts[1](torch.randn(1, 5, 4))[0].sum().backward()
     for parameter in (p for part in parts for p in part.parameters()):
         parameter.untyped_storage().resize_(0)
@@ -322,8 +322,8 @@ def test_the_automatic_choice_does_not_change_in_a_process(monkeypatch):
 def test_warming_up_settles_the_choice_of_later_processes():
     warm_up()
     code = (
-        "import torch; from peft_read.recurrence import RNN, backends, compiled; RNN(4)(torch.randn(1, 2, 4));"
-        "print(backends.backend(), sum(compiled.rnn_forward.stats.cache_misses.values()))"
+        "import torch; from peft_read.recurrence import RNN, backends, compiled_rnn; RNN(4)(torch.randn(1, 2, 4));"
+        "print(backends.backend(), sum(compiled_rnn.rnn_forward.stats.cache_misses.values()))"
     )
     environment = {name: value for name, value in os.environ.items() if name != backends.VARIABLE}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)

@@ -2,7 +2,7 @@
 
 from .backends import show_backends, use_backend, warm_up
 from .cells import CELLS, GRU, LSTM, RNN, Cell, Identity, build_cell
-from .fast import adapter_fits, adapter_in_one_pass
+from .one_pass import adapter_fits, adapter_in_one_pass
 from .segments import Segments
 
 __all__ = [

@@ -16,6 +16,7 @@ __all__ = ["backend", "show_backends", "use_backend", "warm_up"]
 
 VARIABLE = "PEFT_READ_RECURRENCE"
 NAMES = ("auto", "torch", "numba", "triton")
+SOURCES = ("lanes.py", "compiled.py", "compiled_rnn.py", "compiled_adapter.py")
 LARGEST_SCAN_WIDTH = 64
 LARGEST_FUSED_WIDTH = 8
 MOST_FUSED_THREADS = 4  # the one pass over the tokens is a single thread's; more threads of torch overtake it
@@ -91,9 +92,11 @@ def warm_up() -> None:
     """
     global _automatic
     _check("numba")
-    from .fast import run_everything_once
+    from .fast import run_every_scan_once
+    from .one_pass import run_the_adapter_once
 
-    run_everything_once()
+    run_every_scan_once()
+    run_the_adapter_once()
     marker = _marker()
     marker.parent.mkdir(parents=True, exist_ok=True)
     marker.touch()
@@ -158,10 +161,10 @@ def _marker() -> Path:
     import llvmlite.binding
     import numba
 
-    from . import compiled
+    from . import compiled_rnn
 
     folder = Path(__file__).parent
-    sources = [(folder / name).stat() for name in ("compiled.py", "compiled_adapter.py")]
+    sources = [(folder / name).stat() for name in SOURCES]
     key = (
         [(status.st_mtime_ns, status.st_size) for status in sources],
         numba.__version__,
@@ -170,4 +173,4 @@ def _marker() -> Path:
         llvmlite.binding.get_host_cpu_features().flatten(),
     )
     name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-    return Path(compiled.rnn_forward.stats.cache_path or folder) / f"recurrence-{name}.compiled"
+    return Path(compiled_rnn.rnn_forward.stats.cache_path or folder) / f"recurrence-{name}.compiled"

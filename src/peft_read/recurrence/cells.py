@@ -7,9 +7,15 @@ import math
 import torch
 from torch import nn
 
+from . import fast
 from .operators import compiled_scan, scan_fits
 
 __all__ = ["CELLS", "GRU", "LSTM", "RNN", "Cell", "Identity", "build_cell"]
+
+NAMES = {
+    suffix: tuple(name + suffix for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+    for suffix in ("", "_reverse")
+}
 
 
 class Cell(nn.Module):
@@ -101,34 +107,53 @@ class Cell(nn.Module):
             The outputs (B, T, k) and the states after each token (B, T, S); the latter is None where the cell would
             have to compute it and `keep_states` is False.
         """
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        if 0 in x.shape[:2]:  # the fused kernels refuse what has no tokens
-            return x.new_zeros(x.shape, dtype=dtype), x.new_zeros(*x.shape[:2], self.state_size, dtype=dtype)
-        with torch.autocast(device_type=x.device.type, enabled=False):
-            x = x.to(dtype)
-            state = None if state is None else state.to(dtype)
-            if not self.bidirectional:
-                return self._run(x, state, mask, "", keep_states)
-            if state is not None:
-                raise ValueError("A bidirectional cell cannot continue from a state: it needs the whole sequence.")
-            ahead, _ = self._run(x, None, mask, "", False)
-            back, _ = self._run(x.flip(1), None, None if mask is None else mask.flip(1), "_reverse", False)
-            return torch.cat((ahead, back.flip(1)), dim=-1), None
+        if x.dtype != torch.float32:
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if state is not None:
+            state = state.to(x.dtype)
+        device = "cpu" if x.is_cpu else x.device.type
+        if torch.is_autocast_enabled(device):  # to enter the context costs as much as a short recurrence
+            with torch.autocast(device_type=device, enabled=False):
+                return self._run_all(x, state, mask, keep_states)
+        return self._run_all(x, state, mask, keep_states)
+
+    def _run_all(
+        self, x: torch.Tensor, state: torch.Tensor | None, mask: torch.Tensor | None, keep_states: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One direction or both."""
+        batch, length, _ = x.shape
+        if batch == 0 or length == 0:  # the fused kernels refuse what has no tokens
+            return x.new_zeros(x.shape), x.new_zeros(batch, length, self.state_size)
+        if not self.bidirectional:
+            return self._run(x, state, mask, "", keep_states)
+        if state is not None:
+            raise ValueError("A bidirectional cell cannot continue from a state: it needs the whole sequence.")
+        ahead, _ = self._run(x, None, mask, "", False)
+        back, _ = self._run(x.flip(1), None, None if mask is None else mask.flip(1), "_reverse", False)
+        return torch.cat((ahead, back.flip(1)), dim=-1), None
 
     def _run(
         self, x: torch.Tensor, state: torch.Tensor | None, mask: torch.Tensor | None, suffix: str, keep_states: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One direction."""
-        parameters = (getattr(self, name + suffix) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
-        weights = [parameter.to(x.dtype) for parameter in parameters if parameter is not None]
-        if state is None:
-            state = x.new_zeros(x.shape[0], self.state_width * weights[1].shape[1])
-        if scan_fits(self.kind, x, state, weights, mask, keep_states):
-            outputs, memories = compiled_scan(self.kind, x, state, weights, mask, self.run_in_torch)
-            if self.state_width == 1:
-                return outputs, outputs
-            return outputs, torch.cat((outputs, memories), dim=-1) if keep_states else None
-        return self.run_in_torch(x, state, weights, mask, keep_states)
+        own, dtype, weights = self._parameters, x.dtype, []
+        for name in NAMES[suffix]:
+            # A parameter need not be one: torch's parametrizations and FSDP put other tensors in its place.
+            parameter = own[name] if name in own else getattr(self, name)
+            if parameter is not None:
+                weights.append(parameter if parameter.dtype == dtype else parameter.to(dtype))
+        if fast.scan_fits(self.kind, x, state, weights, mask, keep_states):
+            run = fast.compiled_scan
+        elif scan_fits(self.kind, x, state, weights, mask, keep_states):
+            run = compiled_scan
+        else:
+            if state is None:
+                state = x.new_zeros(x.shape[0], self.state_width * weights[1].shape[1])
+            return self.run_in_torch(x, state, weights, mask, keep_states)
+        outputs, memories = run(self.kind, x, state, weights, mask, self.run_in_torch)
+        if self.state_width == 1:
+            return outputs, outputs
+        return outputs, torch.cat((outputs, memories), dim=-1) if keep_states else None
 
     def run_in_torch(
         self,

@@ -1,38 +1,25 @@
-"""The recurrences in compiled loops for the CPU: forward and backward scans of RNN, GRU and LSTM.
+"""The gated recurrences in compiled loops for the CPU: forward and backward scans of GRU and LSTM.
 
 The same update rules as in `naive.py`, with the input's part of the gates computed beforehand. A step works on all
 sequences of the batch, so that their activation functions fill the vector units; sums and activations are float64,
-states are rounded to float32 after every step, so that going on from a state equals going through. Optional: needs
-numba (`pip install "peft-read[fast]"`).
+states are rounded to float32 after every step, so that going on from a state equals going through. Tensors are given
+by the addresses of contiguous float32, absent ones by 0. Optional: needs numba (`pip install "peft-read[fast]"`).
 """
 
 # mypy: allow-untyped-defs
-from typing import Any
-
 import numpy as np
-from numba import njit
 
-__all__ = ["gru_backward", "gru_forward", "lstm_backward", "lstm_forward", "rnn_backward", "rnn_forward"]
+from .lanes import bytes_at, compiled_loop, floats_at, inlined, tanh_ratio
 
-# Sums may be reordered and contracted; infinities and not-a-number keep their meaning.
-compiled_loop: Any = njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
-inlined: Any = njit(inline="always", error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+__all__ = ["gru_backward", "gru_forward", "lstm_backward", "lstm_forward", "tanh"]
 
 
 @inlined
 def tanh(x):
-    """The hyperbolic tangent to 1e-9, as x P(x²) / Q(x²): vectors of it fit the units, which calls of libm do not.
-
-    Written with comparisons that are false for a not-a-number, which therefore stays one.
-    """
+    """The hyperbolic tangent to 1e-9. Comparisons with what is not a number are false, so that it stays that."""
     x = 9.0 if x > 9.0 else x  # 1 - tanh(9) = 3e-8 is below the rounding of float32
     x = -9.0 if x < -9.0 else x
-    s = x * x
-    over = (((5.085660236345205e-08 * s + 3.161581273037254e-05) * s + 0.004009736066679887) * s
-            + 0.1378632610983273) * s + 0.9999999990746035  # fmt: skip
-    under = ((((7.393481490187737e-10 * s + 1.619563201722467e-06) * s + 0.00042096284728284576) * s
-              + 0.027741946000058647) * s + 0.47119658535608844) * s + 1.0  # fmt: skip
-    return x * over / under
+    return tanh_ratio(x)
 
 
 @inlined
@@ -59,98 +46,52 @@ def add_product(target, b, weight, vector, width, k):
         j += 1
 
 
-@compiled_loop
-def rnn_forward(inner, weight_hh, state, real, outputs):
-    """h_t = tanh(inner_t + W_hh h_{t-1}).
-
-    Args:
-        inner: W_ih x + both biases, (B, T, k).
-        weight_hh: (k, k).
-        state: the state before the first token, (B, k).
-        real: (B, T), or (0, 0) if every token is real.
-        outputs: (B, T, k), written.
-    """
-    batch, length, k = inner.shape
-    by_input = np.ascontiguousarray(weight_hh.T).astype(np.float64)
-    hidden = state.astype(np.float64)
-    gates = np.empty((batch, k))
-    for t in range(length):
-        if k == 4:  # loops of known length are unrolled
-            _rnn_step(inner, by_input, real, outputs, hidden, gates, t, 4)
-        elif k == 8:
-            _rnn_step(inner, by_input, real, outputs, hidden, gates, t, 8)
-        else:
-            _rnn_step(inner, by_input, real, outputs, hidden, gates, t, k)
+@inlined
+def turned(address, rows, columns):
+    """A matrix the other way round, (columns, rows), in float64."""
+    found, matrix = np.empty((columns, rows)), floats_at(address, (rows, columns))
+    for i in range(rows):
+        for j in range(columns):
+            found[j, i] = matrix[i, j]
+    return found
 
 
 @inlined
-def _rnn_step(inner, by_input, real, outputs, hidden, gates, t, k):
-    batch = hidden.shape[0]
-    for b in range(batch):
-        for i in range(k):
-            gates[b, i] = inner[b, t, i]
-        add_product(gates, b, by_input, hidden, k, k)
-    flat = gates.reshape(-1)
-    for i in range(batch * k):
-        flat[i] = np.float32(tanh(flat[i]))
-    if real.size > 0:
+def first_state(address, batch, width):
+    """(B, width) in float64, zero if absent."""
+    found, given = np.zeros((batch, width)), floats_at(address, (batch, width))
+    if address:
         for b in range(batch):
-            if not real[b, t]:
-                for i in range(k):
-                    gates[b, i] = hidden[b, i]
-    for b in range(batch):
-        for i in range(k):
-            hidden[b, i] = gates[b, i]
-            outputs[b, t, i] = gates[b, i]
+            for i in range(width):
+                found[b, i] = given[b, i]
+    return found
 
 
 @compiled_loop
-def rnn_backward(grad_outputs, weight_hh, real, outputs, grad_inner, grad_state):
-    """Sets the gradients of `inner` (zero at padding) and of the first state."""
-    batch, length, k = outputs.shape
-    weight = weight_hh.astype(np.float64)
-    carried = np.zeros((batch, k))
-    for t in range(length - 1, -1, -1):
-        for b in range(batch):
-            for i in range(k):
-                carried[b, i] += grad_outputs[b, t, i]
-            if real.size > 0 and not real[b, t]:
-                for i in range(k):
-                    grad_inner[b, t, i] = 0
-                continue
-            for i in range(k):
-                h = np.float64(outputs[b, t, i])
-                grad_inner[b, t, i] = carried[b, i] * (1 - h * h)
-                carried[b, i] = 0
-            for i in range(k):
-                d = np.float64(grad_inner[b, t, i])
-                for j in range(k):
-                    carried[b, j] += weight[i, j] * d
-    grad_state[:] = carried
-
-
-@compiled_loop
-def gru_forward(inner, weight_hh, bias_hh, state, real, outputs, gates):
+def gru_forward(inner, weight_hh, bias_hh, state, real, outputs, gates, batch, length, k):
     """h_t = (1 - z) n + z h_{t-1}, with n = tanh(inner_n + r (W_hn h_{t-1} + b_hn)).
 
     Args:
         inner: W_ih x + b_ih, (B, T, 3k).
         weight_hh: (3k, k).
-        bias_hh: (3k,).
-        state: the state before the first token, (B, k).
-        real: (B, T), or (0, 0) if every token is real.
+        bias_hh: (3k,); zero if absent.
+        state: the state before the first token, (B, k); zero if absent.
+        real: (B, T), one byte a token; every token is real if absent.
         outputs: (B, T, k), written.
         gates: (B, T, 4k), written for the backward pass: r, z, n, and W_hn h + b_hn.
+        batch: B.
+        length: T.
+        k: the width.
     """
-    batch, length, k = outputs.shape
-    by_input = np.ascontiguousarray(weight_hh.T).astype(np.float64)
-    hidden = state.astype(np.float64)
+    by_input = turned(weight_hh, 3 * k, k)
+    hidden, bias, masked = first_state(state, batch, k), first_state(bias_hh, 1, 3 * k)[0], real != 0
+    inner, real = floats_at(inner, (batch, length, 3 * k)), bytes_at(real, (batch, length))
+    outputs, gates = floats_at(outputs, (batch, length, k)), floats_at(gates, (batch, length, 4 * k))
     outer = np.empty((batch, 3 * k))
-    masked = real.size > 0
     for t in range(length):
         for b in range(batch):
             for i in range(3 * k):
-                outer[b, i] = bias_hh[i]
+                outer[b, i] = bias[i]
             add_product(outer, b, by_input, hidden, 3 * k, k)
             for i in range(2 * k):
                 outer[b, i] = sigmoid(outer[b, i] + inner[b, t, i])
@@ -170,17 +111,26 @@ def gru_forward(inner, weight_hh, bias_hh, state, real, outputs, gates):
 
 
 @compiled_loop
-def gru_backward(grad_outputs, weight_hh, state, real, outputs, gates, grad_inner, grad_outer, grad_state):
+def gru_backward(
+    grad_outputs, weight_hh, state, real, outputs, gates, grad_inner, grad_outer, grad_state, batch, length, k
+):  # fmt: skip
     """Sets the gradients of `inner`, of W_hh h + b_hh (both zero at padding), and of the first state."""
-    batch, length, k = outputs.shape
-    weight = weight_hh.astype(np.float64)
+    weight, states, masked = (
+        floats_at(weight_hh, (3 * k, k)).astype(np.float64),
+        first_state(state, batch, k),
+        real != 0,
+    )
+    grad_outputs, outputs = floats_at(grad_outputs, (batch, length, k)), floats_at(outputs, (batch, length, k))
+    real, gates = bytes_at(real, (batch, length)), floats_at(gates, (batch, length, 4 * k))
+    grad_inner = floats_at(grad_inner, (batch, length, 3 * k))
+    grad_outer = floats_at(grad_outer, (batch, length, 3 * k))
     carried = np.zeros((batch, k))
     step = np.empty(k)
     for t in range(length - 1, -1, -1):
         for b in range(batch):
             for i in range(k):
                 carried[b, i] += grad_outputs[b, t, i]
-            if real.size > 0 and not real[b, t]:
+            if masked and not real[b, t]:
                 for i in range(3 * k):
                     grad_inner[b, t, i] = 0
                     grad_outer[b, t, i] = 0
@@ -188,7 +138,7 @@ def gru_backward(grad_outputs, weight_hh, state, real, outputs, gates, grad_inne
             for i in range(k):
                 reset, update = np.float64(gates[b, t, i]), np.float64(gates[b, t, k + i])
                 new, below = np.float64(gates[b, t, 2 * k + i]), np.float64(gates[b, t, 3 * k + i])
-                before = np.float64(outputs[b, t - 1, i] if t > 0 else state[b, i])
+                before = np.float64(outputs[b, t - 1, i] if t > 0 else states[b, i])
                 d = carried[b, i]
                 d_new = d * (1 - update) * (1 - new * new)
                 d_update = d * (before - new) * update * (1 - update)
@@ -206,28 +156,31 @@ def gru_backward(grad_outputs, weight_hh, state, real, outputs, gates, grad_inne
                     step[j] += weight[i, j] * d
             for i in range(k):
                 carried[b, i] = step[i]
-    grad_state[:] = carried
+    floats_at(grad_state, (batch, k))[:] = carried
 
 
 @compiled_loop
-def lstm_forward(inner, weight_hh, state, real, outputs, memories, gates):
+def lstm_forward(inner, weight_hh, state, real, outputs, memories, gates, batch, length, k):
     """c_t = f c_{t-1} + i g and h_t = o tanh(c_t).
 
     Args:
         inner: W_ih x + both biases, (B, T, 4k).
         weight_hh: (4k, k).
-        state: h and c before the first token, (B, 2k).
-        real: (B, T), or (0, 0) if every token is real.
+        state: h and c before the first token, (B, 2k); zero if absent.
+        real: (B, T), one byte a token; every token is real if absent.
         outputs: h_t, (B, T, k), written.
         memories: c_t, (B, T, k), written.
         gates: (B, T, 4k), written for the backward pass: i, f, g, o.
+        batch: B.
+        length: T.
+        k: the width.
     """
-    batch, length, k = outputs.shape
-    by_input = np.ascontiguousarray(weight_hh.T).astype(np.float64)
-    hidden = state[:, :k].astype(np.float64)
-    memory = state[:, k:].astype(np.float64)
+    by_input, states, masked = turned(weight_hh, 4 * k, k), first_state(state, batch, 2 * k), real != 0
+    hidden, memory = states[:, :k].copy(), states[:, k:].copy()
+    inner, real = floats_at(inner, (batch, length, 4 * k)), bytes_at(real, (batch, length))
+    outputs, memories = floats_at(outputs, (batch, length, k)), floats_at(memories, (batch, length, k))
+    gates = floats_at(gates, (batch, length, 4 * k))
     sums = np.empty((batch, 4 * k))
-    masked = real.size > 0
     for t in range(length):
         for b in range(batch):
             if masked and not real[b, t]:
@@ -255,27 +208,33 @@ def lstm_forward(inner, weight_hh, state, real, outputs, memories, gates):
 
 
 @compiled_loop
-def lstm_backward(grad_outputs, grad_memories, weight_hh, state, real, memories, gates, grad_inner, grad_state):
-    """Sets the gradients of `inner` (zero at padding) and of the first state; `grad_memories` may be (0, 0, 0)."""
-    batch, length, k = memories.shape
-    weight = weight_hh.astype(np.float64)
+def lstm_backward(
+    grad_outputs, grad_memories, weight_hh, state, real, memories, gates, grad_inner, grad_state, batch, length, k
+):  # fmt: skip
+    """Sets the gradients of `inner` (zero at padding) and of the first state; `grad_memories` may be absent."""
+    weight, states = floats_at(weight_hh, (4 * k, k)).astype(np.float64), first_state(state, batch, 2 * k)
+    masked, shown_only = real != 0, grad_memories == 0
+    shape = (batch, length, k)
+    grad_outputs, grad_memories = floats_at(grad_outputs, shape), floats_at(grad_memories, shape)
+    real, memories = bytes_at(real, (batch, length)), floats_at(memories, shape)
+    gates, grad_inner = floats_at(gates, (batch, length, 4 * k)), floats_at(grad_inner, (batch, length, 4 * k))
     carried = np.zeros((batch, k))
     carried_memory = np.zeros((batch, k))
     for t in range(length - 1, -1, -1):
         for b in range(batch):
             for i in range(k):
                 carried[b, i] += grad_outputs[b, t, i]
-            if grad_memories.size > 0:
+            if not shown_only:
                 for i in range(k):
                     carried_memory[b, i] += grad_memories[b, t, i]
-            if real.size > 0 and not real[b, t]:
+            if masked and not real[b, t]:
                 for i in range(4 * k):
                     grad_inner[b, t, i] = 0
                 continue
             for i in range(k):
                 add, keep = np.float64(gates[b, t, i]), np.float64(gates[b, t, k + i])
                 new, show = np.float64(gates[b, t, 2 * k + i]), np.float64(gates[b, t, 3 * k + i])
-                before = np.float64(memories[b, t - 1, i] if t > 0 else state[b, k + i])
+                before = np.float64(memories[b, t - 1, i] if t > 0 else states[b, k + i])
                 shown = tanh(np.float64(memories[b, t, i]))
                 d = carried[b, i]
                 d_memory = carried_memory[b, i] + d * show * (1 - shown * shown)
@@ -289,5 +248,6 @@ def lstm_backward(grad_outputs, grad_memories, weight_hh, state, real, memories,
                 d = np.float64(grad_inner[b, t, i])
                 for j in range(k):
                     carried[b, j] += weight[i, j] * d
-    grad_state[:, :k] = carried
-    grad_state[:, k:] = carried_memory
+    found = floats_at(grad_state, (batch, 2 * k))
+    found[:, :k] = carried
+    found[:, k:] = carried_memory

@@ -3,13 +3,16 @@
 With k <= 8 the two projections are too narrow for matrix products to be fast: most of their time goes into moving
 the (B, T, d) tensors, once each for W_down, W_up, its bias and the sum. Here four tokens at a time go through all of
 it while they are in the nearest cache. The backward pass goes through them once more, from the last to the first.
-Widths are filled up with zeros to a multiple of four. Optional: needs numba (`pip install "peft-read[fast]"`).
+All B T tokens are one list, cut in fours; what is missing of the last four is filled up with its last token, which is
+then computed several times to the same bits. Widths are filled up with zeros to a multiple of four. Tensors are given
+by the addresses of contiguous float32, absent ones by 0. Optional: needs numba (`pip install "peft-read[fast]"`).
 """
 
 # mypy: allow-untyped-defs
 import numpy as np
 
-from .compiled import compiled_loop, inlined, tanh
+from .compiled import tanh
+from .lanes import WIDE, at, bytes_at, compiled_loop, filled, floats_at, inlined, put_at, total_of
 
 __all__ = ["adapter_backward", "adapter_forward"]
 
@@ -34,244 +37,338 @@ def _normal_density(h):
             + 0.39894228032616286)  # fmt: skip
 
 
-@compiled_loop
-def _project(rows, start, weight, block, products):
-    """products[s, block + i] = rows[start + s] · weight[block + i] for four rows and four ranks."""
-    a, b, c, e = rows[start], rows[start + 1], rows[start + 2], rows[start + 3]
-    p, q, u, v = weight[block], weight[block + 1], weight[block + 2], weight[block + 3]
-    zero = np.float32(0)
-    ap, aq, au, av = zero, zero, zero, zero
-    bp, bq, bu, bv = zero, zero, zero, zero
-    cp, cq, cu, cv = zero, zero, zero, zero
-    ep, eq, eu, ev = zero, zero, zero, zero
-    for j in range(rows.shape[1]):
-        ap += a[j] * p[j]
-        aq += a[j] * q[j]
-        au += a[j] * u[j]
-        av += a[j] * v[j]
-        bp += b[j] * p[j]
-        bq += b[j] * q[j]
-        bu += b[j] * u[j]
-        bv += b[j] * v[j]
-        cp += c[j] * p[j]
-        cq += c[j] * q[j]
-        cu += c[j] * u[j]
-        cv += c[j] * v[j]
-        ep += e[j] * p[j]
-        eq += e[j] * q[j]
-        eu += e[j] * u[j]
-        ev += e[j] * v[j]
-    products[0, block], products[0, block + 1], products[0, block + 2], products[0, block + 3] = ap, aq, au, av
-    products[1, block], products[1, block + 1], products[1, block + 2], products[1, block + 3] = bp, bq, bu, bv
-    products[2, block], products[2, block + 1], products[2, block + 2], products[2, block + 3] = cp, cq, cu, cv
-    products[3, block], products[3, block + 1], products[3, block + 2], products[3, block + 3] = ep, eq, eu, ev
+@inlined
+def _four(array, places, j, width):
+    """Sixteen numbers, or one, of four rows."""
+    a, b, c, e = places
+    return at(array, a + j, width), at(array, b + j, width), at(array, c + j, width), at(array, e + j, width)
 
 
 @inlined
-def _project_one(row, weight, products):
-    """products[i] = row · weight[i], in the same lengths of sums as `_project`."""
-    for i in range(weight.shape[0]):
-        total = np.float32(0)
-        line = weight[i]
-        for j in range(row.shape[0]):
-            total += row[j] * line[j]
-        products[i] = total
-
-
-@compiled_loop
-def _spread(out, row, factors, weight, block):
-    """Set out = row + factors[block:block + 4] · weight[block:block + 4]; row may be out itself."""
-    p, q, u, v = weight[block], weight[block + 1], weight[block + 2], weight[block + 3]
-    f, g, h, i = factors[block], factors[block + 1], factors[block + 2], factors[block + 3]
-    for j in range(row.shape[0]):
-        out[j] = row[j] + ((f * p[j] + g * q[j]) + (h * u[j] + i * v[j]))
-
-
-@compiled_loop
-def _gather(total, rows, start, factors, rank):
-    """Add Σ factors[s, rank] rows[start + s] over four rows to the total."""
-    a, b, c, e = rows[start], rows[start + 1], rows[start + 2], rows[start + 3]
-    f, g, h, i = factors[0, rank], factors[1, rank], factors[2, rank], factors[3, rank]
-    for j in range(total.shape[0]):
-        total[j] += (f * a[j] + g * b[j]) + (h * c[j] + i * e[j])
-
-
-@compiled_loop
-def _gather_sum(total, rows, start, count):
-    """Add the rows from `start` on to the total."""
-    for s in range(start, start + count):
-        row = rows[s]
-        for j in range(total.shape[0]):
-            total[j] += row[j]
+def _rows(first, last, d):
+    """Where four rows start."""
+    return first * d, min(first + 1, last) * d, min(first + 2, last) * d, min(first + 3, last) * d
 
 
 @inlined
-def _gather_one(total, row, factor):
-    for j in range(total.shape[0]):
-        total[j] += factor * row[j]
+def _project_at(sums, rows, tokens, weight, ranks, j, width):
+    a, b, c, e = _four(rows, tokens, j, width)
+    p, q, u, v = _four(weight, ranks, j, width)
+    ap, aq, au, av, bp, bq, bu, bv, cp, cq, cu, cv, ep, eq, eu, ev = sums
+    return (
+        ap + a * p, aq + a * q, au + a * u, av + a * v, bp + b * p, bq + b * q, bu + b * u, bv + b * v,
+        cp + c * p, cq + c * q, cu + c * u, cv + c * v, ep + e * p, eq + e * q, eu + e * u, ev + e * v,
+    )  # fmt: skip
+
+
+@inlined
+def _sixteen(x):
+    return x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x
 
 
 @compiled_loop
-def adapter_forward(x, down, down_bias, weight_ih, weight_hh, bias, up, up_bias, state, real, out, narrow, hidden):
+def _project(rows, tokens, weight, ranks, d, products, block):
+    """products[s, block + i] = rows[s] · weight[i] for four rows and four ranks."""
+    whole = d // WIDE * WIDE
+    sums = _sixteen(filled(np.float32(0)))
+    for j in range(0, whole, WIDE):
+        sums = _project_at(sums, rows, tokens, weight, ranks, j, WIDE)
+    ap, aq, au, av, bp, bq, bu, bv, cp, cq, cu, cv, ep, eq, eu, ev = sums
+    rest = (
+        total_of(ap), total_of(aq), total_of(au), total_of(av), total_of(bp), total_of(bq), total_of(bu), total_of(bv),
+        total_of(cp), total_of(cq), total_of(cu), total_of(cv), total_of(ep), total_of(eq), total_of(eu), total_of(ev),
+    )  # fmt: skip
+    for j in range(whole, d):
+        rest = _project_at(rest, rows, tokens, weight, ranks, j, None)
+    for i in range(16):
+        products[i // 4, block + i % 4] = rest[i]
+
+
+@inlined
+def _spread_at(out, rows, tokens, factors, block, weight, ranks, bias, j, width):
+    p, q, u, v = _four(weight, ranks, j, width)
+    a, b, c, e = _four(rows, tokens, j, width)
+    shift = at(bias, j, width)
+    a = (a + shift) + ((p * factors[0, block] + q * factors[0, block + 1])
+                       + (u * factors[0, block + 2] + v * factors[0, block + 3]))  # fmt: skip
+    b = (b + shift) + ((p * factors[1, block] + q * factors[1, block + 1])
+                       + (u * factors[1, block + 2] + v * factors[1, block + 3]))  # fmt: skip
+    c = (c + shift) + ((p * factors[2, block] + q * factors[2, block + 1])
+                       + (u * factors[2, block + 2] + v * factors[2, block + 3]))  # fmt: skip
+    e = (e + shift) + ((p * factors[3, block] + q * factors[3, block + 1])
+                       + (u * factors[3, block + 2] + v * factors[3, block + 3]))  # fmt: skip
+    put_at(out, tokens[0] + j, a)
+    put_at(out, tokens[1] + j, b)
+    put_at(out, tokens[2] + j, c)
+    put_at(out, tokens[3] + j, e)
+
+
+@compiled_loop
+def _spread(out, rows, tokens, factors, block, weight, ranks, bias, d):
+    """Set out[s] = rows[s] + bias + factors[s, block:block + 4] · weight for four rows; rows may be out itself."""
+    whole = d // WIDE * WIDE
+    for j in range(0, whole, WIDE):
+        _spread_at(out, rows, tokens, factors, block, weight, ranks, bias, j, WIDE)
+    for j in range(whole, d):
+        _spread_at(out, rows, tokens, factors, block, weight, ranks, bias, j, None)
+
+
+@inlined
+def _gather_at(totals, ranks, rows, tokens, factors, block, j, width):
+    a, b, c, e = _four(rows, tokens, j, width)
+    for i in range(4):
+        first = a * factors[0, block + i] + b * factors[1, block + i]
+        second = c * factors[2, block + i] + e * factors[3, block + i]
+        total = at(totals, ranks[i] + j, width) + (first + second)
+        put_at(totals, ranks[i] + j, total)
+
+
+@compiled_loop
+def _gather(totals, ranks, rows, tokens, factors, block, d):
+    """Add Σ factors[s, block + i] rows[s] over four rows to four totals."""
+    whole = d // WIDE * WIDE
+    for j in range(0, whole, WIDE):
+        _gather_at(totals, ranks, rows, tokens, factors, block, j, WIDE)
+    for j in range(whole, d):
+        _gather_at(totals, ranks, rows, tokens, factors, block, j, None)
+
+
+@inlined
+def _add_at(total, rows, row, j, width):
+    put_at(total, j, at(total, j, width) + at(rows, row + j, width))
+
+
+@compiled_loop
+def _gather_sum(total, rows, first, count, d):
+    """Add some rows to the total."""
+    whole = d // WIDE * WIDE
+    for row in range(first * d, (first + count) * d, d):
+        for j in range(0, whole, WIDE):
+            _add_at(total, rows, row, j, WIDE)
+        for j in range(whole, d):
+            _add_at(total, rows, row, j, None)
+
+
+@inlined
+def _filled_up(address, rows, columns, height, width):
+    """A matrix with zeros below and beside it; zero if absent."""
+    found, given = np.zeros((height, width), dtype=np.float32), floats_at(address, (rows, columns))
+    if address:
+        for i in range(rows):
+            for j in range(columns):
+                found[i, j] = given[i, j]
+    return found
+
+
+@inlined
+def _turned(address, rows, columns, height):
+    """A matrix the other way round, (columns filled up to the height, rows)."""
+    found, given = np.zeros((height, rows), dtype=np.float32), floats_at(address, (rows, columns))
+    for i in range(rows):
+        for j in range(columns):
+            found[j, i] = given[i, j]
+    return found
+
+
+@compiled_loop
+def adapter_forward(
+    x, down, down_bias, weight_ih, weight_hh, bias_ih, bias_hh, up, up_bias, state, real, out, narrow, hidden, batch,
+    length, d, width,
+):  # fmt: skip
     """O + GELU(RNN(O W_down)) W_up.
 
     Args:
         x: O, (B, T, d).
-        down: W_down, (K, d); K is k filled up to a multiple of four.
-        down_bias: (K,).
-        weight_ih: (K, K).
-        weight_hh: (K, K).
-        bias: both biases of the recurrence, (K,).
-        up: W_up the same way round as `down`, (K, d).
-        up_bias: (d,), or (0,) if there is none.
-        state: the state before the first token, (B, K).
-        real: (B, T), or (0, 0) if every token is real.
+        down: W_down, (k, d).
+        down_bias: (k,), or absent.
+        weight_ih: (k, k).
+        weight_hh: (k, k).
+        bias_ih: (k,), or absent.
+        bias_hh: (k,), or absent.
+        up: W_up, (d, k).
+        up_bias: (d,), or absent.
+        state: the state before the first token, (B, k); zero if absent.
+        real: (B, T), one byte a token; every token is real if absent.
         out: (B, T, d), written.
-        narrow: O W_down + b_down, (B, T, K), written.
-        hidden: the outputs of the recurrence, (B, T, K), written.
+        narrow: O W_down + b_down, (B, T, k), written.
+        hidden: the outputs of the recurrence, (B, T, k), written.
+        batch: B.
+        length: T.
+        d: d.
+        width: k.
     """
-    batch, length, d = x.shape
-    k = down.shape[0]
-    products = np.empty((TOKENS, k), dtype=np.float32)
-    factors = np.empty(k, dtype=np.float32)
-    step = np.empty(k)
-    before = np.empty(k)
-    for b in range(batch):
-        rows = x[b]
-        for i in range(k):
-            before[i] = state[b, i]
-        for start in range(0, length, TOKENS):
-            count = min(TOKENS, length - start)
-            if count == TOKENS:
-                for block in range(0, k, 4):
-                    _project(rows, start, down, block, products)
+    k, count = (width + 3) // 4 * 4, batch * length
+    masked, continued = real != 0, state != 0
+    rows, targets = floats_at(x, count * d), floats_at(out, count * d)
+    lines, lines_up = _filled_up(down, width, d, k, d).reshape(-1), _turned(up, d, width, k).reshape(-1)
+    shift, no_shift = _filled_up(up_bias, 1, d, 1, d)[0], np.zeros(d, dtype=np.float32)
+    by_input, by_state = _filled_up(weight_ih, width, width, k, k), _filled_up(weight_hh, width, width, k, k)
+    first_shift = _filled_up(down_bias, 1, width, 1, k)[0]
+    bias = _filled_up(bias_ih, 1, width, 1, k)[0] + _filled_up(bias_hh, 1, width, 1, k)[0]
+    states, marks = floats_at(state, (batch, width)), bytes_at(real, count)
+    narrow, hidden = floats_at(narrow, (count, width)), floats_at(hidden, (count, width))
+    products, factors = np.empty((TOKENS, k), dtype=np.float32), np.empty((TOKENS, k), dtype=np.float32)
+    step, before = np.empty(k), np.zeros(k)
+    for start in range(0, count, TOKENS):
+        tokens = _rows(start, count - 1, d)
+        for block in range(0, k, 4):
+            ranks = block * d, (block + 1) * d, (block + 2) * d, (block + 3) * d
+            _project(rows, tokens, lines, ranks, d, products, block)
+        for s in range(TOKENS):
+            n = start + s
+            if n >= count:
+                factors[s] = factors[s - 1]
+                continue
+            if n % length == 0:
+                for i in range(width):
+                    before[i] = states[n // length, i] if continued else 0
+            for i in range(k):
+                products[s, i] += first_shift[i]
+            for i in range(width):
+                narrow[n, i] = products[s, i]
+            if not masked or marks[n]:
+                for i in range(k):
+                    total = np.float64(bias[i])
+                    for j in range(k):
+                        total += by_input[i, j] * np.float64(products[s, j]) + by_state[i, j] * before[j]
+                    step[i] = total
+                for i in range(k):
+                    before[i] = np.float32(tanh(step[i]))
+            for i in range(k):
+                factors[s, i] = before[i] * _normal_cdf(before[i])
+            for i in range(width):
+                hidden[n, i] = before[i]
+        for block in range(0, k, 4):
+            ranks = block * d, (block + 1) * d, (block + 2) * d, (block + 3) * d
+            if block == 0:
+                _spread(targets, rows, tokens, factors, block, lines_up, ranks, shift, d)
             else:
-                for s in range(count):
-                    _project_one(rows[start + s], down, products[s])
-            for s in range(count):
-                t = start + s
-                for i in range(k):
-                    narrow[b, t, i] = products[s, i] + down_bias[i]
-                if real.size == 0 or real[b, t]:
-                    for i in range(k):
-                        total = np.float64(bias[i])
-                        for j in range(k):
-                            total += weight_ih[i, j] * np.float64(narrow[b, t, j]) + weight_hh[i, j] * before[j]
-                        step[i] = total
-                    for i in range(k):
-                        before[i] = np.float32(tanh(step[i]))
-                for i in range(k):
-                    hidden[b, t, i] = before[i]
-                    factors[i] = before[i] * _normal_cdf(before[i])
-                row, target = rows[t], out[b, t]
-                if up_bias.size > 0:
-                    for j in range(d):
-                        target[j] = row[j] + up_bias[j]
-                    _spread(target, target, factors, up, 0)
-                else:
-                    _spread(target, row, factors, up, 0)
-                for block in range(4, k, 4):
-                    _spread(target, target, factors, up, block)
+                _spread(targets, targets, tokens, factors, block, lines_up, ranks, no_shift, d)
 
 
 @compiled_loop
 def adapter_backward(
-    grad, grad_hidden, x, down, weight_ih, weight_hh, up, real, narrow, hidden,
-    grad_x, grad_down, grad_narrow, grad_inner, grad_up, grad_up_bias, grad_state,
+    grad, grad_hidden, x, down, weight_ih, weight_hh, up, state, real, narrow, hidden, grad_x, grad_state, grad_down,
+    grad_down_bias, grad_weight_ih, grad_weight_hh, grad_bias, grad_up, grad_up_bias, batch, length, d, width,
 ):  # fmt: skip
     """The gradients, from that of the output.
 
     Args:
         grad: the gradient of `out`, (B, T, d).
-        grad_hidden: that of `hidden`, (B, T, K), or (0, 0, 0) if there is none.
-        x: this and the next seven as in `adapter_forward`.
+        grad_hidden: that of `hidden`, (B, T, k), or absent.
+        x: this and the next eight as in `adapter_forward`.
         down: W_down.
         weight_ih: the recurrence's.
         weight_hh: the recurrence's.
         up: W_up.
-        real: the mask.
+        state: the state before the first token, or absent.
+        real: the mask, or absent.
         narrow: O W_down + b_down.
         hidden: the outputs of the recurrence.
-        grad_x: (B, T, d), written; (0, 0, 0) if it is not wanted.
-        grad_down: (K, d), added to; (0, 0) if it is not wanted.
-        grad_narrow: (B, T, K), written.
-        grad_inner: the gradient of the recurrence's sums, (B, T, K), written; zero at padding.
-        grad_up: (K, d), added to; (0, 0) if it is not wanted.
-        grad_up_bias: (d,), added to; (0,) if it is not wanted.
-        grad_state: (B, K), written.
+        grad_x: (B, T, d), written; absent if it is not wanted.
+        grad_state: (B, k), written.
+        grad_down: (k, d), written; absent if it is not wanted.
+        grad_down_bias: (k,), written.
+        grad_weight_ih: (k, k), written.
+        grad_weight_hh: (k, k), written.
+        grad_bias: that of either bias of the recurrence, (k,), written.
+        grad_up: (d, k), written; absent if it is not wanted.
+        grad_up_bias: (d,), written; absent if it is not wanted.
+        batch: B.
+        length: T.
+        d: d.
+        width: k.
     """
-    batch, length = x.shape[:2]
-    k = down.shape[0]
-    products = np.empty((TOKENS, k), dtype=np.float32)
-    factors = np.empty((TOKENS, k), dtype=np.float32)
+    k, count = (width + 3) // 4 * 4, batch * length
+    masked, continued, seen = real != 0, state != 0, grad_hidden != 0
+    rows, grads, targets = floats_at(x, count * d), floats_at(grad, count * d), floats_at(grad_x, count * d)
+    lines, lines_up = _filled_up(down, width, d, k, d).reshape(-1), _turned(up, d, width, k).reshape(-1)
+    by_input, by_state = _filled_up(weight_ih, width, width, k, k), _filled_up(weight_hh, width, width, k, k)
+    states, marks = floats_at(state, (batch, width)), bytes_at(real, count)
+    narrow, hidden = floats_at(narrow, (count, width)), floats_at(hidden, (count, width))
+    slopes, state_slopes = floats_at(grad_hidden, (count, width)), floats_at(grad_state, (batch, width))
+    no_shift, up_shift = np.zeros(d, dtype=np.float32), np.zeros(d, dtype=np.float32)
+    down_totals, up_totals = np.zeros(k * d, dtype=np.float32), np.zeros(k * d, dtype=np.float32)
+    input_sums, state_sums, sums, narrow_sums = np.zeros((k, k)), np.zeros((k, k)), np.zeros(k), np.zeros(k)
+    products, factors = np.empty((TOKENS, k), dtype=np.float32), np.empty((TOKENS, k), dtype=np.float32)
     narrowed = np.empty((TOKENS, k), dtype=np.float32)
-    carried = np.empty(k)
-    inner = np.empty(k)
-    whole = (length + TOKENS - 1) // TOKENS
-    for b in range(batch):
-        rows, grads = x[b], grad[b]
-        for i in range(k):
-            carried[i] = 0
-        for group in range(whole - 1, -1, -1):
-            start = group * TOKENS
-            count = min(TOKENS, length - start)
-            for s in range(count):
-                for i in range(k):
-                    h = np.float64(hidden[b, start + s, i])
+    carried, inner, now, before, wide = np.zeros(k), np.empty(k), np.zeros(k), np.zeros(k), np.zeros(k)
+    for start in range((count - 1) // TOKENS * TOKENS, -1, -TOKENS):
+        tokens = _rows(start, count - 1, d)
+        real_tokens = min(TOKENS, count - start)
+        for s in range(TOKENS):
+            for i in range(k):
+                factors[s, i] = 0
+            if s < real_tokens:
+                for i in range(width):
+                    h = np.float64(hidden[start + s, i])
                     factors[s, i] = h * _normal_cdf(h)
-            if count == TOKENS:
-                for block in range(0, k, 4):
-                    _project(grads, start, up, block, products)
-                if grad_up.size > 0:
-                    for i in range(k):
-                        _gather(grad_up[i], grads, start, factors, i)
-            else:
-                for s in range(count):
-                    _project_one(grads[start + s], up, products[s])
-                    if grad_up.size > 0:
-                        for i in range(k):
-                            _gather_one(grad_up[i], grads[start + s], factors[s, i])
-            if grad_up_bias.size > 0:
-                _gather_sum(grad_up_bias, grads, start, count)
-            for s in range(count - 1, -1, -1):
-                t = start + s
+        for block in range(0, k, 4):
+            ranks = block * d, (block + 1) * d, (block + 2) * d, (block + 3) * d
+            _project(grads, tokens, lines_up, ranks, d, products, block)
+            if grad_up:
+                _gather(up_totals, ranks, grads, tokens, factors, block, d)
+        if grad_up_bias:
+            _gather_sum(up_shift, grads, start, real_tokens, d)
+        for s in range(real_tokens - 1, -1, -1):
+            n = start + s
+            if n % length == length - 1:
                 for i in range(k):
-                    h = np.float64(hidden[b, t, i])
-                    carried[i] += products[s, i] * (_normal_cdf(h) + h * _normal_density(h))
-                if grad_hidden.size > 0:
-                    for i in range(k):
-                        carried[i] += grad_hidden[b, t, i]
-                if real.size > 0 and not real[b, t]:
-                    for i in range(k):
-                        grad_inner[b, t, i] = 0
-                        narrowed[s, i] = 0
-                        grad_narrow[b, t, i] = 0
-                    continue
-                for i in range(k):
-                    h = np.float64(hidden[b, t, i])
-                    inner[i] = carried[i] * (1 - h * h)
-                    grad_inner[b, t, i] = inner[i]
-                for j in range(k):
-                    below, before = 0.0, 0.0
-                    for i in range(k):
-                        below += weight_ih[i, j] * inner[i]
-                        before += weight_hh[i, j] * inner[i]
-                    narrowed[s, j] = below
-                    grad_narrow[b, t, j] = below
-                    carried[j] = before
-            if grad_x.size > 0:
-                for s in range(count):
-                    target = grad_x[b, start + s]
-                    _spread(target, grads[start + s], narrowed[s], down, 0)
-                    for block in range(4, k, 4):
-                        _spread(target, target, narrowed[s], down, block)
-            if grad_down.size > 0:
-                if count == TOKENS:
-                    for i in range(k):
-                        _gather(grad_down[i], rows, start, narrowed, i)
+                    carried[i] = 0
+            for i in range(width):
+                now[i] = hidden[n, i]
+                carried[i] += products[s, i] * (_normal_cdf(now[i]) + now[i] * _normal_density(now[i]))
+                if seen:
+                    carried[i] += slopes[n, i]
+                wide[i] = narrow[n, i]
+                if n % length > 0:
+                    before[i] = hidden[n - 1, i]
                 else:
-                    for s in range(count):
-                        for i in range(k):
-                            _gather_one(grad_down[i], rows[start + s], narrowed[s, i])
-        for i in range(k):
-            grad_state[b, i] = carried[i]
+                    before[i] = states[n // length, i] if continued else 0
+            if masked and not marks[n]:
+                for i in range(k):
+                    narrowed[s, i] = 0
+            else:
+                for i in range(k):
+                    inner[i] = carried[i] * (1 - now[i] * now[i])
+                    sums[i] += inner[i]
+                    for j in range(k):
+                        input_sums[i, j] += inner[i] * wide[j]
+                        state_sums[i, j] += inner[i] * before[j]
+                for j in range(k):
+                    below, back = 0.0, 0.0
+                    for i in range(k):
+                        below += by_input[i, j] * inner[i]
+                        back += by_state[i, j] * inner[i]
+                    narrowed[s, j] = below
+                    narrow_sums[j] += below
+                    carried[j] = back
+            if n % length == 0:
+                for i in range(width):
+                    state_slopes[n // length, i] = carried[i]
+        for s in range(real_tokens, TOKENS):  # as the last one, which they write to; they count for nothing
+            narrowed[s] = narrowed[s - 1]
+        for block in range(0, k, 4):
+            ranks = block * d, (block + 1) * d, (block + 2) * d, (block + 3) * d
+            if grad_x and block == 0:
+                _spread(targets, grads, tokens, narrowed, block, lines, ranks, no_shift, d)
+            elif grad_x:
+                _spread(targets, targets, tokens, narrowed, block, lines, ranks, no_shift, d)
+        narrowed[real_tokens:] = 0
+        for block in range(0, k, 4):
+            ranks = block * d, (block + 1) * d, (block + 2) * d, (block + 3) * d
+            if grad_down:
+                _gather(down_totals, ranks, rows, tokens, narrowed, block, d)
+    if grad_down:
+        floats_at(grad_down, width * d)[:] = down_totals[: width * d]
+    if grad_up:
+        found = floats_at(grad_up, (d, width))
+        for i in range(d):
+            for j in range(width):
+                found[i, j] = up_totals[j * d + i]
+    if grad_up_bias:
+        floats_at(grad_up_bias, d)[:] = up_shift
+    floats_at(grad_weight_ih, (width, width))[:] = input_sums[:width, :width]
+    floats_at(grad_weight_hh, (width, width))[:] = state_sums[:width, :width]
+    floats_at(grad_bias, width)[:] = sums[:width]
+    floats_at(grad_down_bias, width)[:] = narrow_sums[:width]
