@@ -111,6 +111,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     save_total_limit: int = 1
     logging_steps: float = 10
     remove_unused_columns: bool = False
+    dataloader_pin_memory: bool = torch.cuda.is_available()  # torch warns where there is nothing to pin for
     generation_num_beams: int = 5
     generation_max_length: int = 64
     report_to: str = "none"

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     HfArgumentParser,
@@ -87,6 +88,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     logging_steps: float = 100
     save_strategy: str = "no"
     remove_unused_columns: bool = False
+    dataloader_pin_memory: bool = torch.cuda.is_available()  # torch warns where there is nothing to pin for
 
 
 class MemoryFeatures(dict):

@@ -21,14 +21,14 @@ from comparison import markdown as table
 SCRIPT = Path(__file__).parents[1] / "how2_summarize.py"
 FIXED = ("--compare_zero_video", "false", "--measure_before", "false")
 FIGURES = {"ROUGE-1": "rouge1", "ROUGE-2": "rouge2", "ROUGE-L": "rougeL"}
-ADAPTER_RATES, FULL_RATES = (1e-2, 3e-2), (3e-4, 1e-3)
+ADAPTER_RATES, LORA_RATES, FULL_RATES = (1e-2, 3e-2), (3e-3, 1e-2), (3e-4, 1e-3)
 METHODS = {
     "frozen": Experiment("--method none", (0.0,)),
     "full": Experiment("--method full --no_pvla", FULL_RATES),
     "bias": Experiment("--method bias --no_pvla", ADAPTER_RATES),
     "partial": Experiment("--method partial --no_pvla", FULL_RATES),
     "proj": Experiment("--method proj --no_pvla", FULL_RATES),
-    "lora": Experiment("--method lora --no_pvla", ADAPTER_RATES),
+    "lora": Experiment("--method lora --no_pvla", LORA_RATES),
     "prompt": Experiment("--method prompt --no_pvla", ADAPTER_RATES),
     "adapter": Experiment("--method adapter --no_pvla", ADAPTER_RATES),
     "read": Experiment("--method read --no_pvla", ADAPTER_RATES),
