@@ -154,8 +154,9 @@ def test_functional_call_uses_the_weights_it_is_given():
     torch.testing.assert_close(result.last_hidden_state, expected.last_hidden_state)
 
 
-def test_base_layers_offloaded_to_disk(tmp_path):
+def test_base_layers_offloaded_to_disk(tmp_path, monkeypatch):
     """Loading an adapter renames the entries of an offload folder, by the layout of the adapter's parts."""
+    monkeypatch.chdir(tmp_path)  # peft drops the first slash of the offload folder, and so makes a second one here
     donor = adapted("llama")
     donor.save_pretrained(tmp_path / "adapter")
     build("llama").save_pretrained(tmp_path / "base")
