@@ -57,8 +57,8 @@ def turned(address, rows, columns):
 
 
 @inlined
-def first_state(address, batch, width):
-    """(B, width) in float64, zero if absent."""
+def in_float64(address, batch, width):
+    """A matrix (batch, width) in float64, zero if absent."""
     found, given = np.zeros((batch, width)), floats_at(address, (batch, width))
     if address:
         for b in range(batch):
@@ -84,14 +84,14 @@ def gru_forward(inner, weight_hh, bias_hh, state, real, outputs, gates, batch, l
         k: the width.
     """
     by_input = turned(weight_hh, 3 * k, k)
-    hidden, bias, masked = first_state(state, batch, k), first_state(bias_hh, 1, 3 * k)[0], real != 0
+    hidden, bias, masked = in_float64(state, batch, k), in_float64(bias_hh, 1, 3 * k), real != 0
     inner, real = floats_at(inner, (batch, length, 3 * k)), bytes_at(real, (batch, length))
     outputs, gates = floats_at(outputs, (batch, length, k)), floats_at(gates, (batch, length, 4 * k))
     outer = np.empty((batch, 3 * k))
     for t in range(length):
         for b in range(batch):
             for i in range(3 * k):
-                outer[b, i] = bias[i]
+                outer[b, i] = bias[0, i]
             add_product(outer, b, by_input, hidden, 3 * k, k)
             for i in range(2 * k):
                 outer[b, i] = sigmoid(outer[b, i] + inner[b, t, i])
@@ -116,8 +116,8 @@ def gru_backward(
 ):  # fmt: skip
     """Sets the gradients of `inner`, of W_hh h + b_hh (both zero at padding), and of the first state."""
     weight, states, masked = (
-        floats_at(weight_hh, (3 * k, k)).astype(np.float64),
-        first_state(state, batch, k),
+        in_float64(weight_hh, 3 * k, k),
+        in_float64(state, batch, k),
         real != 0,
     )
     grad_outputs, outputs = floats_at(grad_outputs, (batch, length, k)), floats_at(outputs, (batch, length, k))
@@ -156,7 +156,10 @@ def gru_backward(
                     step[j] += weight[i, j] * d
             for i in range(k):
                 carried[b, i] = step[i]
-    floats_at(grad_state, (batch, k))[:] = carried
+    found = floats_at(grad_state, (batch, k))
+    for b in range(batch):
+        for i in range(k):
+            found[b, i] = carried[b, i]
 
 
 @compiled_loop
@@ -175,8 +178,11 @@ def lstm_forward(inner, weight_hh, state, real, outputs, memories, gates, batch,
         length: T.
         k: the width.
     """
-    by_input, states, masked = turned(weight_hh, 4 * k, k), first_state(state, batch, 2 * k), real != 0
-    hidden, memory = states[:, :k].copy(), states[:, k:].copy()
+    by_input, states, masked = turned(weight_hh, 4 * k, k), in_float64(state, batch, 2 * k), real != 0
+    hidden, memory = np.empty((batch, k)), np.empty((batch, k))
+    for b in range(batch):
+        for i in range(k):
+            hidden[b, i], memory[b, i] = states[b, i], states[b, k + i]
     inner, real = floats_at(inner, (batch, length, 4 * k)), bytes_at(real, (batch, length))
     outputs, memories = floats_at(outputs, (batch, length, k)), floats_at(memories, (batch, length, k))
     gates = floats_at(gates, (batch, length, 4 * k))
@@ -212,7 +218,7 @@ def lstm_backward(
     grad_outputs, grad_memories, weight_hh, state, real, memories, gates, grad_inner, grad_state, batch, length, k
 ):  # fmt: skip
     """Sets the gradients of `inner` (zero at padding) and of the first state; `grad_memories` may be absent."""
-    weight, states = floats_at(weight_hh, (4 * k, k)).astype(np.float64), first_state(state, batch, 2 * k)
+    weight, states = in_float64(weight_hh, 4 * k, k), in_float64(state, batch, 2 * k)
     masked, shown_only = real != 0, grad_memories == 0
     shape = (batch, length, k)
     grad_outputs, grad_memories = floats_at(grad_outputs, shape), floats_at(grad_memories, shape)
@@ -249,5 +255,6 @@ def lstm_backward(
                 for j in range(k):
                     carried[b, j] += weight[i, j] * d
     found = floats_at(grad_state, (batch, 2 * k))
-    found[:, :k] = carried
-    found[:, k:] = carried_memory
+    for b in range(batch):
+        for i in range(k):
+            found[b, i], found[b, k + i] = carried[b, i], carried_memory[b, i]

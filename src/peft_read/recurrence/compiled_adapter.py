@@ -151,22 +151,22 @@ def _gather_sum(total, rows, first, count, d):
 
 @inlined
 def _filled_up(address, rows, columns, height, width):
-    """A matrix with zeros below and beside it; zero if absent."""
-    found, given = np.zeros((height, width), dtype=np.float32), floats_at(address, (rows, columns))
+    """A matrix with zeros below and beside it, flat; zero if absent."""
+    found, given = np.zeros(height * width, dtype=np.float32), floats_at(address, (rows, columns))
     if address:
         for i in range(rows):
             for j in range(columns):
-                found[i, j] = given[i, j]
+                found[i * width + j] = given[i, j]
     return found
 
 
 @inlined
 def _turned(address, rows, columns, height):
-    """A matrix the other way round, (columns filled up to the height, rows)."""
-    found, given = np.zeros((height, rows), dtype=np.float32), floats_at(address, (rows, columns))
+    """A matrix the other way round, (columns filled up to the height, rows), flat."""
+    found, given = np.zeros(height * rows, dtype=np.float32), floats_at(address, (rows, columns))
     for i in range(rows):
         for j in range(columns):
-            found[j, i] = given[i, j]
+            found[j * rows + i] = given[i, j]
     return found
 
 
@@ -200,11 +200,13 @@ def adapter_forward(
     k, count = (width + 3) // 4 * 4, batch * length
     masked, continued = real != 0, state != 0
     rows, targets = floats_at(x, count * d), floats_at(out, count * d)
-    lines, lines_up = _filled_up(down, width, d, k, d).reshape(-1), _turned(up, d, width, k).reshape(-1)
-    shift, no_shift = _filled_up(up_bias, 1, d, 1, d)[0], np.zeros(d, dtype=np.float32)
+    lines, lines_up = _filled_up(down, width, d, k, d), _turned(up, d, width, k)
+    shift, no_shift = _filled_up(up_bias, 1, d, 1, d), np.zeros(d, dtype=np.float32)
     by_input, by_state = _filled_up(weight_ih, width, width, k, k), _filled_up(weight_hh, width, width, k, k)
-    first_shift = _filled_up(down_bias, 1, width, 1, k)[0]
-    bias = _filled_up(bias_ih, 1, width, 1, k)[0] + _filled_up(bias_hh, 1, width, 1, k)[0]
+    first_shift = _filled_up(down_bias, 1, width, 1, k)
+    bias, bias_more = _filled_up(bias_ih, 1, width, 1, k), _filled_up(bias_hh, 1, width, 1, k)
+    for i in range(k):
+        bias[i] += bias_more[i]
     states, marks = floats_at(state, (batch, width)), bytes_at(real, count)
     narrow, hidden = floats_at(narrow, (count, width)), floats_at(hidden, (count, width))
     products, factors = np.empty((TOKENS, k), dtype=np.float32), np.empty((TOKENS, k), dtype=np.float32)
@@ -217,7 +219,8 @@ def adapter_forward(
         for s in range(TOKENS):
             n = start + s
             if n >= count:
-                factors[s] = factors[s - 1]
+                for i in range(k):
+                    factors[s, i] = factors[s - 1, i]
                 continue
             if n % length == 0:
                 for i in range(width):
@@ -230,7 +233,7 @@ def adapter_forward(
                 for i in range(k):
                     total = np.float64(bias[i])
                     for j in range(k):
-                        total += by_input[i, j] * np.float64(products[s, j]) + by_state[i, j] * before[j]
+                        total += by_input[i * k + j] * np.float64(products[s, j]) + by_state[i * k + j] * before[j]
                     step[i] = total
                 for i in range(k):
                     before[i] = np.float32(tanh(step[i]))
@@ -282,7 +285,7 @@ def adapter_backward(
     k, count = (width + 3) // 4 * 4, batch * length
     masked, continued, seen = real != 0, state != 0, grad_hidden != 0
     rows, grads, targets = floats_at(x, count * d), floats_at(grad, count * d), floats_at(grad_x, count * d)
-    lines, lines_up = _filled_up(down, width, d, k, d).reshape(-1), _turned(up, d, width, k).reshape(-1)
+    lines, lines_up = _filled_up(down, width, d, k, d), _turned(up, d, width, k)
     by_input, by_state = _filled_up(weight_ih, width, width, k, k), _filled_up(weight_hh, width, width, k, k)
     states, marks = floats_at(state, (batch, width)), bytes_at(real, count)
     narrow, hidden = floats_at(narrow, (count, width)), floats_at(hidden, (count, width))
@@ -338,8 +341,8 @@ def adapter_backward(
                 for j in range(k):
                     below, back = 0.0, 0.0
                     for i in range(k):
-                        below += by_input[i, j] * inner[i]
-                        back += by_state[i, j] * inner[i]
+                        below += by_input[i * k + j] * inner[i]
+                        back += by_state[i * k + j] * inner[i]
                     narrowed[s, j] = below
                     narrow_sums[j] += below
                     carried[j] = back
@@ -347,28 +350,34 @@ def adapter_backward(
                 for i in range(width):
                     state_slopes[n // length, i] = carried[i]
         for s in range(real_tokens, TOKENS):  # as the last one, which they write to; they count for nothing
-            narrowed[s] = narrowed[s - 1]
+            for i in range(k):
+                narrowed[s, i] = narrowed[s - 1, i]
         for block in range(0, k, 4):
             ranks = block * d, (block + 1) * d, (block + 2) * d, (block + 3) * d
             if grad_x and block == 0:
                 _spread(targets, grads, tokens, narrowed, block, lines, ranks, no_shift, d)
             elif grad_x:
                 _spread(targets, targets, tokens, narrowed, block, lines, ranks, no_shift, d)
-        narrowed[real_tokens:] = 0
+        for s in range(real_tokens, TOKENS):
+            for i in range(k):
+                narrowed[s, i] = 0
         for block in range(0, k, 4):
             ranks = block * d, (block + 1) * d, (block + 2) * d, (block + 3) * d
             if grad_down:
                 _gather(down_totals, ranks, rows, tokens, narrowed, block, d)
     if grad_down:
-        floats_at(grad_down, width * d)[:] = down_totals[: width * d]
+        for j in range(width * d):
+            floats_at(grad_down, width * d)[j] = down_totals[j]
     if grad_up:
-        found = floats_at(grad_up, (d, width))
         for i in range(d):
             for j in range(width):
-                found[i, j] = up_totals[j * d + i]
+                floats_at(grad_up, (d, width))[i, j] = up_totals[j * d + i]
     if grad_up_bias:
-        floats_at(grad_up_bias, d)[:] = up_shift
-    floats_at(grad_weight_ih, (width, width))[:] = input_sums[:width, :width]
-    floats_at(grad_weight_hh, (width, width))[:] = state_sums[:width, :width]
-    floats_at(grad_bias, width)[:] = sums[:width]
-    floats_at(grad_down_bias, width)[:] = narrow_sums[:width]
+        for j in range(d):
+            floats_at(grad_up_bias, d)[j] = up_shift[j]
+    for i in range(width):
+        floats_at(grad_bias, width)[i] = sums[i]
+        floats_at(grad_down_bias, width)[i] = narrow_sums[i]
+        for j in range(width):
+            floats_at(grad_weight_ih, (width, width))[i, j] = input_sums[i, j]
+            floats_at(grad_weight_hh, (width, width))[i, j] = state_sums[i, j]

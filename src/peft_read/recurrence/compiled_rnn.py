@@ -10,6 +10,7 @@ import numpy as np
 
 from .lanes import (
     LANES,
+    at,
     bytes_at,
     compiled_loop,
     floats_at,
@@ -51,31 +52,31 @@ def moved(places, more):
     return a + more, b + more, c + more, d + more, e + more, f + more, g + more, h + more
 
 
-@inlined
-def turn(rows, lanes, first, count, start, steps, length, width):
-    """lanes[step, i, lane] = rows[first + lane, start + step, i]."""
+@compiled_loop
+def turn(rows, lanes, after, first, count, start, steps, length, width):
+    """lanes[after + (step, i), lane] = rows[first + lane, start + step, i]."""
     places = starts(first, count, start, length, width)
     size, done = steps * width, 0
     while done + LANES <= size:
-        turn_tile(rows, moved(places, done), lanes, done * LANES)
+        turn_tile(rows, moved(places, done), lanes, (after + done) * LANES)
         done += LANES
     while done < size:
         for lane in range(LANES):
-            lanes[done * LANES + lane] = rows[places[lane] + done]
+            lanes[(after + done) * LANES + lane] = rows[places[lane] + done]
         done += 1
 
 
-@inlined
-def turn_back(lanes, rows, first, count, start, steps, length, width):
-    """rows[first + lane, start + step, i] = lanes[step, i, lane]; what the last lanes write is written over."""
+@compiled_loop
+def turn_back(lanes, after, rows, first, count, start, steps, length, width):
+    """rows[first + lane, start + step, i] = lanes[after + (step, i), lane]; the first of equal rows writes last."""
     places = starts(first, count, start, length, width)
     size, done = steps * width, 0
     while done + LANES <= size:
-        turn_tile_back(lanes, done * LANES, rows, moved(places, done))
+        turn_tile_back(lanes, (after + done) * LANES, rows, moved(places, done))
         done += LANES
     while done < size:
         for lane in range(count):
-            rows[places[lane] + done] = lanes[done * LANES + lane]
+            rows[places[lane] + done] = lanes[(after + done) * LANES + lane]
         done += 1
 
 
@@ -88,6 +89,13 @@ def turn_marks(marks, mask, first, count, start, steps, length):
 
 
 @inlined
+def clear(vectors, count):
+    """The first vectors are zero."""
+    for place in range(count * LANES):
+        vectors[place] = 0
+
+
+@inlined
 def fill(mask, count):
     """Every token of the first sequences is real."""
     for place in range(STEPS * LANES):
@@ -97,9 +105,9 @@ def fill(mask, count):
 @inlined
 def product(weight, row, width, vectors, start):
     """The row of a weight matrix times the vectors in the lanes."""
-    total = lanes_at(vectors, start) * weight[row * width]
+    total = lanes_at(vectors, start) * at(weight, row * width, None)
     for j in range(1, width):
-        total = total + lanes_at(vectors, start + j * LANES) * weight[row * width + j]
+        total = total + lanes_at(vectors, start + j * LANES) * at(weight, row * width + j, None)
     return total
 
 
@@ -108,17 +116,22 @@ def four_products(weight, row, width, vectors, start):
     """The same of four rows, so that four sums run side by side."""
     a, b, c, d = row * width, (row + 1) * width, (row + 2) * width, (row + 3) * width
     vector = lanes_at(vectors, start)
-    first, second, third, fourth = vector * weight[a], vector * weight[b], vector * weight[c], vector * weight[d]
+    first, second, third, fourth = (
+        vector * at(weight, a, None),
+        vector * at(weight, b, None),
+        vector * at(weight, c, None),
+        vector * at(weight, d, None),
+    )
     for j in range(1, width):
         vector = lanes_at(vectors, start + j * LANES)
-        first = first + vector * weight[a + j]
-        second = second + vector * weight[b + j]
-        third = third + vector * weight[c + j]
-        fourth = fourth + vector * weight[d + j]
+        first = first + vector * at(weight, a + j, None)
+        second = second + vector * at(weight, b + j, None)
+        third = third + vector * at(weight, c + j, None)
+        fourth = fourth + vector * at(weight, d + j, None)
     return first, second, third, fourth
 
 
-@inlined
+@compiled_loop
 def add_products(weight, height, width, vectors, start, totals, target):
     """Add a weight matrix times the vectors in the lanes to the totals."""
     row = 0
@@ -171,34 +184,36 @@ def rnn_forward(x, weight_ih, weight_hh, bias_ih, bias_hh, state, real, outputs,
     bias = np.zeros(k)
     for address in (bias_ih, bias_hh):
         if address:
-            bias += floats_at(address, k)
+            for i in range(k):
+                bias[i] += floats_at(address, k)[i]
     vectors, gates = np.zeros(STEPS * inputs * LANES), np.zeros(STEPS * k * LANES)
     hidden = np.empty((STEPS + 1) * k * LANES)  # the state before, and after every step
     mask = np.empty(STEPS * LANES)
     for first in range(0, batch, LANES):
         count = min(LANES, batch - first)
         fill(mask, count)
-        hidden[: k * LANES] = 0
+        clear(hidden, k)
         if state:
-            turn(befores, hidden, first, count, 0, 1, 1, k)
+            turn(befores, hidden, 0, first, count, 0, 1, 1, k)
         for start in range(0, length, STEPS):
             steps = min(STEPS, length - start)
             if real:
                 turn_marks(marks, mask, first, count, start, steps, length)
             if weight_ih:
-                turn(rows, vectors, first, count, start, steps, length, inputs)
+                turn(rows, vectors, 0, first, count, start, steps, length, inputs)
                 for step in range(steps):
                     for i in range(k):
                         total = product(by_input, i, inputs, vectors, step * inputs * LANES) + bias[i]
                         put_lanes(gates, (step * k + i) * LANES, total)
             else:
-                turn(rows, gates, first, count, start, steps, length, k)
+                turn(rows, gates, 0, first, count, start, steps, length, k)
             if k == 4:  # loops of known length are unrolled
                 advance_four(gates, by_state, mask, hidden, steps)
             else:
                 advance(gates, by_state, mask, hidden, steps, k)
-            turn_back(hidden[k * LANES :], targets, first, count, start, steps, length, k)
-            hidden[: k * LANES] = hidden[steps * k * LANES : (steps + 1) * k * LANES]
+            turn_back(hidden, k, targets, first, count, start, steps, length, k)
+            for i in range(k):
+                put_lanes(hidden, i * LANES, lanes_at(hidden, (steps * k + i) * LANES))
 
 
 @inlined
@@ -285,41 +300,43 @@ def rnn_backward(
     sums = np.zeros((k * (inputs + k + 1) if weight_ih else 0) * LANES)
     for first in range(0, batch, LANES):
         count = min(LANES, batch - first)
-        carried[:] = 0
+        clear(carried, k)
         fill(mask, count)
         for start in range((length - 1) // STEPS * STEPS, -1, -STEPS):
             steps = min(STEPS, length - start)
             if real:
                 turn_marks(marks, mask, first, count, start, steps, length)
-            turn(grads, slopes, first, count, start, steps, length, k)
+            turn(grads, slopes, 0, first, count, start, steps, length, k)
             if start:
-                turn(states, hidden, first, count, start - 1, steps + 1, length, k)
+                turn(states, hidden, 0, first, count, start - 1, steps + 1, length, k)
             else:
-                hidden[: k * LANES] = 0
+                clear(hidden, k)
                 if state:
-                    turn(befores, hidden, first, count, 0, 1, 1, k)
-                turn(states, hidden[k * LANES :], first, count, 0, steps, length, k)
+                    turn(befores, hidden, 0, first, count, 0, 1, 1, k)
+                turn(states, hidden, k, first, count, 0, steps, length, k)
             if k == 4:
                 retreat(slopes, turned_state, mask, hidden, inner, carried, steps, 4)
             else:
                 retreat(slopes, turned_state, mask, hidden, inner, carried, steps, k)
             if weight_ih:
-                turn(rows, vectors, first, count, start, steps, length, inputs)
+                turn(rows, vectors, 0, first, count, start, steps, length, inputs)
                 add_up(sums, inner, vectors, hidden, steps, inputs, k)
                 if grad_x:
                     for step in range(steps):
                         for j in range(inputs):
                             total = product(turned_input, j, k, inner, step * k * LANES)
                             put_lanes(below, (step * inputs + j) * LANES, total)
-                    turn_back(below, floats_at(grad_x, 0), first, count, start, steps, length, inputs)
+                    turn_back(below, 0, floats_at(grad_x, 0), first, count, start, steps, length, inputs)
             else:
-                turn_back(inner, floats_at(grad_x, 0), first, count, start, steps, length, k)
-        turn_back(carried, floats_at(grad_state, 0), first, count, 0, 1, 1, k)
+                turn_back(inner, 0, floats_at(grad_x, 0), first, count, start, steps, length, k)
+        turn_back(carried, 0, floats_at(grad_state, 0), first, count, 0, 1, 1, k)
     if weight_ih:
         place = 0
         for i in range(k):
             for j in range(inputs + k + 1):
-                total = sums[place : place + LANES].sum()
+                total = 0.0
+                for lane in range(LANES):
+                    total += sums[place + lane]
                 place += LANES
                 if j < inputs:
                     floats_at(grad_weight_ih, k * inputs)[i * inputs + j] = total
@@ -344,7 +361,7 @@ def retreat(slopes, turned_state, mask, hidden, inner, carried, steps, k):
         add_products(turned_state, k, k, inner, now, carried, 0)
 
 
-@inlined
+@compiled_loop
 def add_up(sums, inner, vectors, hidden, steps, inputs, k):
     """Add the products of the gates' gradients with the inputs, the states before, and 1."""
     place = 0

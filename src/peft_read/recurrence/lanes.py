@@ -122,7 +122,7 @@ def put(context, builder, kind, array, index, value):
 
 @intrinsic
 def at(typingctx, array, index, width):
-    """array[index : index + 16] of a flat float32 array, or array[index] if `width` is None."""
+    """array[index : index + 16] of a flat float32 array, or array[index] of any if `width` is None."""
     if isinstance(width, types.NoneType):
         return types.float32(
             array, types.intp, width
