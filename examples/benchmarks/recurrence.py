@@ -5,8 +5,11 @@
     python examples/benchmarks/recurrence.py --output docs/recurrence_benchmark     # and .json, .md, .png
 
 One thread of the CPU, float32. Times are processor times, medians of repetitions interleaved over the parties of one
-row, so that a busy machine slows all of them alike. The adapters are built by peft around a linear layer that costs
-nothing (it returns its input), with a gradient for the input.
+row, so that a busy machine slows all of them alike. What is measured is a block of calls, as many for every party of
+a row (forward passes and forward with backward are rows of their own) as take the fastest of them two milliseconds:
+a single call of some microseconds after other functions have emptied the caches would measure their refilling. The
+adapters are built by peft around a linear layer that costs nothing (it returns its input), with a gradient for the
+input.
 """
 
 import os
@@ -32,6 +35,7 @@ from peft_read.recurrence import build_cell, show_backends, use_backend, warm_up
 SCANS = [(4, 512, 4), (32, 75, 4), (1, 2048, 4), (32, 512, 4), (4, 512, 16), (4, 512, 64)]
 ADAPTERS = [(4, 512, 768, 4), (8, 75, 768, 4), (1, 2048, 768, 4), (4, 512, 768, 8), (4, 512, 768, 16)]
 QUICK_SCANS, QUICK_ADAPTERS = [(4, 64, 4)], [(2, 64, 64, 4)]
+SECONDS = 2e-3  # a block of calls takes at least this long
 TORCH = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 Rows = dict[str, dict[str, float]]
 
@@ -54,12 +58,12 @@ class Place(nn.Module):
         return self.fc2(x)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small shapes, few repetitions")
     parser.add_argument("--repeats", type=int, default=None, help="repetitions of every measurement")
     parser.add_argument("--output", type=Path, default=None, help="write OUTPUT.json, OUTPUT.md and OUTPUT.png")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     warnings.filterwarnings("ignore")
@@ -86,11 +90,11 @@ def time_scan(kind: str, batch: int, length: int, size: int, repeats: int) -> di
     """The recurrence alone: ours and torch's module."""
     x, gradient = torch.randn(batch, length, size), torch.randn(batch, length, size)
     ours, theirs = build_cell(kind, size), TORCH[kind](size, size, batch_first=True)
-    timed = {}
+    forward, both = {}, {}
     for name, module in (("READ", ours), ("torch", theirs)):
-        timed[f"{name} forward"] = without_gradient(lambda module=module: module(x)[0])
-        timed[f"{name} both"] = with_gradient(lambda leaf, module=module: module(leaf)[0], x, gradient)
-    return interleaved(timed, repeats)
+        forward[f"{name} forward"] = without_gradient(lambda module=module: module(x)[0])
+        both[f"{name} both"] = with_gradient(lambda leaf, module=module: module(leaf)[0], x, gradient)
+    return interleaved(forward, repeats) | interleaved(both, repeats)
 
 
 def time_adapters(batch: int, length: int, width: int, size: int, repeats: int) -> dict[str, float]:
@@ -134,15 +138,21 @@ def in_backend(name: str, function: Callable[[], object]) -> Callable[[], object
 
 
 def interleaved(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median milliseconds of every function, taken in turns."""
+    """Median milliseconds of a call of every function, in blocks of equally many calls, taken in turns."""
+    calls = 1 + int(SECONDS / min(seconds_of(function, 1) for _ in range(3) for function in functions.values()))
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for repeat in range(repeats + 2):
+    for _ in range(repeats):
         for name, function in functions.items():
-            start = time.process_time()
-            function()
-            if repeat >= 2:  # the first rounds fill the caches
-                seconds[name].append(time.process_time() - start)
+            seconds[name].append(seconds_of(function, calls))
     return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
+
+
+def seconds_of(function: Callable[[], object], calls: int) -> float:
+    """Processor time of a call, the mean of several in a row."""
+    start = time.process_time()
+    for _ in range(calls):
+        function()
+    return (time.process_time() - start) / calls
 
 
 def markdown(scans: Rows, adapters: Rows) -> str:
