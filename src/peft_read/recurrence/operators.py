@@ -38,6 +38,8 @@ def scan_fits(
         return fast.scan_fits(kind, x, state, weights, mask, keep_states) or _kernels_fit(kind, x, weights, mask)
     if kind not in GATES or x.dtype != torch.float32 or weights[1].shape[-1] > LARGEST_SCAN_WIDTH or _is_exporting():
         return False
+    if not _are_plain(x, state, mask, *weights):
+        return False
     backend = _traced_backend(x.device.type)
     if backend == "triton":
         return x.device.type == "cuda" or _interpreted()
@@ -89,13 +91,28 @@ def _kernels_fit(kind: str, x: torch.Tensor, weights: fast.Weights, mask: torch.
         and _runs_kernels(x)
         and weights[1].shape[-1] <= LARGEST_SCAN_WIDTH
         and x.shape[0] <= LARGEST_GRID
-        and all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in (x, *weights))
+        and _are_plain(x, *weights)
         and all(tensor.dtype == torch.float32 and tensor.device == x.device for tensor in (x, *weights))
         and (mask is None or (mask.shape == x.shape[:2] and mask.dtype == torch.bool and mask.device == x.device))
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch.autograd.forward_ad._current_level < 0
-        and not torch.jit.is_tracing()
+        and not _is_observed()
+    )
+
+
+def _are_plain(*tensors: torch.Tensor | None) -> bool:
+    """Whether none is of a subclass, such as DTensor, which an operator or kernel would not know."""
+    for tensor in tensors:
+        if tensor is not None and type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            return False
+    return True
+
+
+def _is_observed() -> bool:
+    """Whether something else than eager autograd is looking on; `fast.py` asks the same."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
     )
 
 
