@@ -116,8 +116,8 @@ def show_backends() -> str:
             f"{LARGEST_SCAN_WIDTH}; the whole RNN adapter in one pass: width <= {LARGEST_FUSED_WIDTH}, at most "
             f"{MOST_FUSED_THREADS} threads of torch (now {torch.get_num_threads()})",
             f"triton: {'installed' if is_installed('triton') else 'not installed (comes with torch for CUDA)'}; CUDA, "
-            f"float32, bfloat16 and float16, width <= {LARGEST_SCAN_WIDTH}; the whole RNN adapter in one launch: width "
-            "<= 16; checked in Triton's interpreter on the CPU and compiled, but run on no GPU yet",
+            f"float32, bfloat16 and float16, width <= {LARGEST_SCAN_WIDTH}; the whole RNN adapter in one launch: "
+            "width <= 16; checked in Triton's interpreter on the CPU and compiled, but run on no GPU yet",
             f"in use: on the CPU {backend()}, on CUDA {backend('cuda')} (chosen by {forced})",
         )
     )
