@@ -192,7 +192,8 @@ def measure(models: dict[str, tuple[nn.Module, Aligner | None]], batch: dict[str
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             loss = loss_of(model, aligner, batch)
-        del loss
+        loss.backward()  # or the tensors that were noted would stay
+        model.zero_grad()
         count = sum(p.numel() for p in trained)
         mebibyte = 2**20
         results[name] = {
@@ -202,12 +203,11 @@ def measure(models: dict[str, tuple[nn.Module, Aligner | None]], batch: dict[str
         }
         steps[name] = lambda model=model, aligner=aligner, optimizer=optimizer: step(model, aligner, optimizer, batch)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(repeats + 1):
-        for name in list(steps)[:: 1 if repeat % 2 else -1]:  # to and fro, so that a drift hits all alike
+    for repeat in range(repeats):
+        for name in list(steps)[:: -1 if repeat % 2 else 1]:  # to and fro, so that a drift hits all alike
             start = time.process_time()
             steps[name]()
-            if repeat:
-                seconds[name].append(time.process_time() - start)
+            seconds[name].append(time.process_time() - start)
     for name, values in seconds.items():
         results[name]["seconds"] = statistics.median(values)
         results[name]["all seconds"] = values
