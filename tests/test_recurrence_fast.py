@@ -289,6 +289,27 @@ def test_weights_can_be_resized_afterwards():
         parameter.untyped_storage().resize_(0)
 
 
+def test_freed_weights_are_an_error_not_a_crash():
+    cell = a_cell("rnn", 4)
+    cell.weight_hh.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"shape \(4, 4\), has no memory"):
+        cell(torch.randn(1, 5, 4))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_views_that_negate_are_read_as_they_are(kind):
+    cell = a_cell(kind, 4)
+    x, gradient = (torch.randn(2, 5, 4, dtype=torch.complex64).conj().imag for _ in range(2))
+    assert x.is_neg() and gradient.is_neg()
+    found = []
+    for name in ("numba", "torch"):
+        with use_backend(name):
+            outputs, _ = cell(x)
+            found.append((outputs, *torch.autograd.grad(outputs, list(cell.parameters()), gradient)))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
 def test_a_backend_is_chosen_by_block_by_call_and_by_variable(monkeypatch):
     with use_backend("torch"):
         assert backends.backend() == "torch"

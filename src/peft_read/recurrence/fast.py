@@ -94,13 +94,25 @@ def loops(name: str) -> Any:
 
 
 def addresses(tensors: Sequence[torch.Tensor | None]) -> tuple[list[torch.Tensor | None], list[int]]:
-    """Contiguous versions of tensors, which must be kept as long as their addresses, and these; 0 for None."""
-    kept, found = [], []
+    """Contiguous versions of tensors, which must be kept as long as their addresses, and these; 0 for None.
+
+    Raises:
+        RuntimeError: if a tensor has no memory.
+    """
+    kept: list[torch.Tensor | None] = []
+    found = []
     for tensor in tensors:
+        address = 0
         if tensor is not None:
             tensor = tensor.contiguous()
+            address = tensor.data_ptr()
+            if address == 0:
+                raise RuntimeError(
+                    f"A tensor of the recurrence, of shape {tuple(tensor.shape)}, has no memory: its storage was "
+                    "freed, as FSDP does with weights that are not gathered. Call the module through its wrapper."
+                )
         kept.append(tensor)
-        found.append(0 if tensor is None else tensor.data_ptr())
+        found.append(address)
     return kept, found
 
 
@@ -183,8 +195,8 @@ class _Scan(torch.autograd.Function):
             found = _scan_in_torch(ctx.kind, ctx.reference, *arguments)
             found = [one for one, grad in zip(found, (grad_outputs, grad_memories), strict=False) if grad is not None]
             return None, None, *_gradients(found, grads, arguments, needs)
-        if grad_outputs is None:
-            grad_outputs = torch.zeros_like(outputs)
+        grad_outputs = torch.zeros_like(outputs) if grad_outputs is None else grad_outputs.resolve_neg()
+        grad_memories = None if grad_memories is None else grad_memories.resolve_neg()
         if ctx.kind == "rnn":
             return None, None, *_rnn_gradients(grad_outputs, arguments, outputs, needs)
         return (

@@ -150,7 +150,8 @@ class _Adapter(torch.autograd.Function):
         x, state, mask, down, _, weight_ih, weight_hh, _, _, up, _ = arguments
         batch, length, d = x.shape
         width = len(down)
-        grad = x.new_zeros(x.shape) if grad is None else grad
+        grad = x.new_zeros(x.shape) if grad is None else grad.resolve_neg()
+        grad_hidden = None if grad_hidden is None else grad_hidden.resolve_neg()
         grad_x = x.new_empty(x.shape) if needs[0] else None
         grad_state, grad_down_bias, grad_bias = x.new_empty(batch, width), x.new_empty(width), x.new_empty(width)
         grad_down = x.new_empty(width, d) if needs[3] else None
