@@ -14,7 +14,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import _C, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from .backends import LARGEST_FUSED_WIDTH, LARGEST_SCAN_WIDTH, backend
@@ -73,10 +74,10 @@ def _are_plain(tensors: Sequence[torch.Tensor | None]) -> bool:
             return False
     # None of these has a public door; each is checked by a test.
     return (
-        not torch._C._are_functorch_transforms_active()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch.autograd.forward_ad._current_level < 0
-        and not torch._C._get_tracing_state()
+        not _C._are_functorch_transforms_active()
+        and _C._len_torch_dispatch_stack() == 0
+        and forward_ad._current_level < 0
+        and not _C._get_tracing_state()
     )
 
 
