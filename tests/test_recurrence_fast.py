@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("numba", reason="numba is not installed")
 
-from peft_read.recurrence import RNN, backends, build_cell, fast, one_pass, show_backends, use_backend, warm_up
+from peft_read.recurrence import RNN, backends, build_cell, fast, one_pass, show_backends, trial, use_backend, warm_up
 from peft_read.recurrence.naive import naive_recurrence
 
 KINDS = ("rnn", "gru", "lstm")
@@ -319,9 +319,12 @@ def test_a_backend_is_chosen_by_block_by_call_and_by_variable(monkeypatch):
     with pytest.raises(ValueError, match=r"'cuda'.*'auto', 'torch', 'numba'"):
         use_backend("cuda")
     monkeypatch.setattr(backends, "_forced", None)
+    monkeypatch.setattr(backends, "_started_with", None)
     monkeypatch.setenv(backends.VARIABLE, "torch")
     assert backends.backend() == "torch" and backends.VARIABLE in show_backends()
     monkeypatch.setenv(backends.VARIABLE, "nmuba")
+    assert backends.backend() == "torch", "the variable is read once"
+    monkeypatch.setattr(backends, "_started_with", None)
     with pytest.raises(ValueError, match="nmuba"):
         backends.backend()
     monkeypatch.setattr(backends, "is_installed", lambda package: False)
@@ -332,6 +335,7 @@ def test_a_backend_is_chosen_by_block_by_call_and_by_variable(monkeypatch):
 def test_the_automatic_choice_does_not_change_in_a_process(monkeypatch):
     monkeypatch.setattr(backends, "_forced", None)
     monkeypatch.delenv(backends.VARIABLE, raising=False)
+    monkeypatch.setattr(backends, "_started_with", None)
     monkeypatch.setattr(backends, "_automatic", None)
     monkeypatch.setattr(backends, "_is_compiled", lambda: False)
     assert backends.backend() == "torch"
@@ -339,6 +343,16 @@ def test_the_automatic_choice_does_not_change_in_a_process(monkeypatch):
     assert backends.backend() == "torch"
     monkeypatch.setattr(backends, "_automatic", None)
     assert backends.backend() == "numba"
+
+
+def test_the_kernels_are_chosen_where_they_pass_their_trial(monkeypatch):
+    monkeypatch.setattr(backends, "_forced", "auto")
+    monkeypatch.setattr(backends, "is_installed", lambda package: True)
+    assert backends.backend("cuda") == "torch" or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for works, name in ((True, "triton"), (False, "torch")):
+        monkeypatch.setattr(trial, "kernels_work", lambda works=works: works)
+        assert backends.backend("cuda") == name
 
 
 def test_warming_up_settles_the_choice_of_later_processes():

@@ -185,6 +185,37 @@ big = an_adapter(16, 2048)
 assert not adapter_fits(torch.randn(1, 2, 2048), None, big[0], big[1], nn.Identity(), big[2])
 """
 
+TRIAL = """
+import warnings
+from peft_read.recurrence import trial, triton_adapter, triton_scan
+
+before = torch.get_rng_state()
+assert trial.kernels_work("cpu")
+assert torch.equal(before, torch.get_rng_state())
+
+def spoiled(function, which):
+    def run(*arguments):
+        results = list(function(*arguments))
+        results[which] = results[which] * 1.1
+        return tuple(results)
+    return run
+
+for module, name, which, message in (
+    (triton_scan, "scan_forward", 0, "the scan of the RNN is wrong"),
+    (triton_scan, "scan_backward", 2, "the scan of the RNN is wrong"),
+    (triton_adapter, "adapter_forward", 0, "the pass over the whole adapter is wrong"),
+    (triton_adapter, "adapter_gradients", 3, "the pass over the whole adapter is wrong"),
+    (triton_scan, "scan_forward", 9, "IndexError"),
+):
+    function = getattr(module, name)
+    setattr(module, name, spoiled(function, which))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert not trial.kernels_work.__wrapped__("cpu")
+    assert message in str(caught[-1].message), caught[-1].message
+    setattr(module, name, function)
+"""
+
 COMPILATION = """
 import triton
 from triton.backends.compiler import GPUTarget
@@ -219,7 +250,7 @@ def run(script, **environment):
 
 
 def test_the_kernels_agree_with_the_plain_loops_and_with_torch():
-    run(SCANS + ADAPTER, TRITON_INTERPRET="1")
+    run(SCANS + ADAPTER + TRIAL, TRITON_INTERPRET="1")
 
 
 def test_the_kernels_compile_for_a_gpu_and_load_ahead(tmp_path):

@@ -37,7 +37,7 @@ def adapter_fits(
     modules.
     """
     if not torch.compiler.is_compiling():
-        if _runs_kernels(output):
+        if not (output.is_cuda and _is_observed()) and _runs_kernels(output):
             return not _is_observed() and _kernel_takes(output, mask, down, cell, dropout, up)
         return one_pass.adapter_fits(output, mask, down, cell, dropout, up)
     backend = _traced_backend(output.device.type)

@@ -23,6 +23,7 @@ MOST_FUSED_THREADS = 4  # the one pass over the tokens is a single thread's; mor
 
 _forced: str | None = None  # by `use_backend`
 _automatic: str | None = None  # decided once a process, at the first call
+_started_with: str | None = None  # the environment's choice, read at the first call
 
 
 class use_backend:
@@ -40,7 +41,8 @@ class use_backend:
         name: "torch", always the torch path; "numba", the compiled loops wherever they can take the case, compiled at
             the first use if need be; "triton", the kernels wherever they can take the case, on CUDA (and, to test
             them, on the CPU if the environment has TRITON_INTERPRET=1); "auto", on CUDA the kernels if triton is
-            installed, on the CPU the compiled loops if `warm_up` has been run on this machine.
+            installed and they pass a trial on this GPU, on the CPU the compiled loops if `warm_up` has been run on
+            this machine.
 
     Raises:
         ValueError: for another name.
@@ -66,15 +68,17 @@ class use_backend:
 def backend(device: str = "cpu") -> str:
     """The implementation in use for tensors on a type of device: "torch", "numba" or "triton".
 
-    What "auto" means on the CPU is decided at the first call and does not change while the process lives, because the
-    two differ in rounding: a run that was resumed must repeat the one that was not.
+    What "auto" means is decided at the first call and does not change while the process lives, because the two differ
+    in rounding: a run that was resumed must repeat the one that was not. On CUDA the kernels are tried out first.
     """
-    global _automatic
-    name = _forced or _from_environment()
+    global _automatic, _started_with
+    if _started_with is None:
+        _started_with = _from_environment()
+    name = _forced or _started_with
     if name != "auto":
         return name
     if device == "cuda":
-        return "triton" if is_installed("triton") else "torch"
+        return "triton" if _kernels_work() else "torch"
     if _automatic is None:
         _automatic = "numba" if _is_compiled() else "torch"
     return _automatic
@@ -146,6 +150,15 @@ def _check(name: str) -> None:
         raise ImportError(
             'The backend "triton" is not installed (it comes with torch for CUDA); "torch" needs nothing.'
         )
+
+
+def _kernels_work() -> bool:
+    """Whether there are kernels, a GPU, and the right answers."""
+    if not is_installed("triton") or not torch.cuda.is_available():
+        return False
+    from .trial import kernels_work
+
+    return kernels_work()
 
 
 @cache

@@ -1,9 +1,9 @@
 """The compiled scans as differentiable functions of tensors, and the cases that they can take.
 
-Whatever does not fit goes to the torch path: other devices and dtypes, tensor subclasses, torch.compile, functorch's
-transforms, forward-mode derivatives, tracing. Second derivatives are taken through the torch path too. A narrow scan
-runs for some microseconds, so what happens around it is kept short: loops instead of generators, and no array is made
-of a tensor.
+Whatever does not fit goes elsewhere: CUDA and torch.compile to `operators.py`, other dtypes, tensor subclasses,
+functorch's transforms, forward-mode derivatives, tracing and second derivatives to the torch path. A narrow scan runs
+for some microseconds, so what happens around it is kept short: loops instead of generators, and no array is made of a
+tensor.
 """
 
 from __future__ import annotations

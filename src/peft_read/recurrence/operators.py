@@ -88,6 +88,7 @@ def _kernels_fit(kind: str, x: torch.Tensor, weights: fast.Weights, mask: torch.
     """Whether the Triton kernels should run a cell in eager mode."""
     return (
         kind in GATES
+        and not (x.is_cuda and _is_observed())  # first: choosing the kernels may start a trial of them
         and _runs_kernels(x)
         and weights[1].shape[-1] <= LARGEST_SCAN_WIDTH
         and x.shape[0] <= LARGEST_GRID
