@@ -125,19 +125,7 @@ def compiled_scan(
     mask: torch.Tensor | None,
     reference: Reference,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run a cell in compiled loops.
-
-    Args:
-        kind: "rnn", "gru" or "lstm".
-        x: (B, T, I).
-        state: (B, S); zero if absent.
-        weights: `weight_ih`, `weight_hh`, and with biases `bias_ih`, `bias_hh`.
-        mask: (B, T) or None.
-        reference: the same in torch, for second derivatives.
-
-    Returns:
-        The outputs (B, T, k) and, of the LSTM, the memories c_t (B, T, k); of the others the outputs again.
-    """
+    """Run a cell on the CPU, in eager mode; arguments and results are those of `operators.compiled_scan`."""
     weight_ih, weight_hh, bias_ih, bias_hh = weights if len(weights) == 4 else (*weights, None, None)
     arguments: Any = (x, state, mask, weight_ih, weight_hh, bias_ih, bias_hh)
     if torch.is_grad_enabled():

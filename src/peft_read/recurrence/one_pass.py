@@ -92,20 +92,7 @@ def adapter_in_one_pass(
     state: torch.Tensor | None,
     mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """O + GELU(RNN(O W_down)) W_up, and the states after each token.
-
-    Args:
-        output: O, (B, T, d).
-        down: W_down.
-        cell: the RNN.
-        up: W_up.
-        state: the state before the first token, (B, k), an earlier output of the recurrence, so that all of it is in
-            [-1, 1]; zero if absent.
-        mask: (B, T), True = a real token; every token is real if absent.
-
-    Returns:
-        (B, T, d) and (B, T, k).
-    """
+    """On the CPU, in eager mode: arguments and results are those of `adapter_operator.adapter_in_one_pass`."""
     arguments = (output, None if state is None else state.float(), mask, *_weights(down, cell, up))
     if torch.is_grad_enabled():
         for tensor in arguments:
