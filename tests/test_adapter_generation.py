@@ -6,10 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import transformers
+from peft import get_peft_model
 from tiny_models import DECODERS, FAMILIES, adapted, build, padded_batch, read_layers
-from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+from transformers import DynamicCache, EncoderDecoderCache, RwkvConfig, RwkvForCausalLM, StaticCache
 
+from peft_read import READConfig
 from peft_read.adapter import cache as cache_room
+from peft_read.adapter.cache import given_cache, returned_cache
 from peft_read.adapter.scope import Scope
 
 TOLERANCE = 1e-5
@@ -300,16 +304,69 @@ def test_nothing_is_left_behind_by_a_pass_or_by_an_exception():
     assert current_scope() is None
 
 
-@pytest.mark.parametrize("name", ["mems", "cache_params", "layer_past"])
-def test_other_kinds_of_cache_are_refused(name):
-    model = adapted("llama")
-    stack = model.get_base_model().model
+@pytest.mark.parametrize("name", ["mems", "state", "past_buckets_states", "block_table"])
+def test_other_states_of_decoding_are_refused(name):
+    stack = adapted("llama").get_base_model().model
     with pytest.raises(
         NotImplementedError, match=f"incremental decoding with `{name}`; generate with use_cache=False"
     ):
         stack(input_ids=torch.ones(1, 3, dtype=torch.long), **{name: object()})
-    with pytest.raises(NotImplementedError, match="passed a tuple as its cache"):
-        stack(input_ids=torch.ones(1, 3, dtype=torch.long), past_key_values=((1, 2),))
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "cache_params", "layer_past"])
+def test_caches_that_are_no_cache_are_refused_under_every_name(name):
+    stack = adapted("llama").get_base_model().model
+    with pytest.raises(NotImplementedError, match=f"passed a tuple as `{name}`; generate with use_cache=False"):
+        stack(input_ids=torch.ones(1, 3, dtype=torch.long), **{name: ((1, 2),)})
+
+
+def test_a_cache_is_known_by_what_it_is_and_not_by_its_name():
+    for name in ("cache", "past_key_values", "cache_params"):
+        cache = DynamicCache()
+        assert given_cache({name: cache, "input_ids": None}) is cache
+        assert returned_cache({name: cache}) is cache
+        assert returned_cache((torch.zeros(1), cache)) is cache
+    assert given_cache({"cache": None}) is None and returned_cache(torch.zeros(1)) is None
+
+
+def tiny_mamba(kind):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "initializer_range": 0.3}
+    heads = {"num_heads": 8, "head_dim": 8, "n_groups": 1} if kind == "Mamba2" else {}
+    config = getattr(transformers, f"{kind}Config")(**sizes, **heads, pad_token_id=0)
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["Mamba", "Mamba2", "FalconMamba"])
+def test_a_cache_of_state_space_layers_carries_the_recurrence(kind):
+    base = tiny_mamba(kind)
+    ids = torch.randint(2, 60, (2, 6))
+    begun = base(input_ids=ids, use_cache=True)
+    model = get_peft_model(base, READConfig(r=4, target_modules=["out_proj"], init_weights=False)).eval()
+    for parameter in (p for n, p in model.named_parameters() if "readapter_" in n):
+        torch.nn.init.uniform_(parameter, -0.5, 0.5)
+    settings = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    cached = model.generate(input_ids=ids, **settings)
+    full = model(input_ids=cached.sequences, use_cache=False).logits[:, 5:-1]
+    torch.testing.assert_close(torch.stack(cached.logits, dim=1), full, rtol=0, atol=2e-5)
+    beams = [
+        model.generate(input_ids=ids, max_new_tokens=5, num_beams=3, use_cache=use_cache)
+        for use_cache in (True, False)
+    ]
+    assert torch.equal(*beams)
+    name = next(name for name in ("cache", "cache_params") if name in begun)
+    with pytest.raises(RuntimeError, match="was begun without READ"):
+        model(input_ids=ids[:, :1], **{name: begun[name]})
+
+
+def test_rwkv_decodes_without_its_state_only():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 60, "hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2}
+    base = RwkvForCausalLM(RwkvConfig(**sizes, context_length=32)).eval()
+    model = get_peft_model(base, READConfig(r=4, target_modules=["feed_forward.value"], init_weights=False)).eval()
+    with pytest.raises(NotImplementedError, match="incremental decoding with `state`"):
+        model.generate(input_ids=torch.arange(3, 9)[None], max_new_tokens=4)
+    assert model.generate(input_ids=torch.arange(3, 9)[None], max_new_tokens=4, use_cache=False).shape == (1, 10)
 
 
 def test_blocks_that_share_their_weights_have_states_of_their_own():

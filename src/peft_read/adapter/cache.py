@@ -10,16 +10,31 @@ The states of all tokens are kept, not only the last: rolling back is then a sli
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-__all__ = ["States", "cache_length", "commit_states", "saved_states", "self_attention_cache"]
+__all__ = [
+    "CACHE_NAMES",
+    "States",
+    "cache_length",
+    "commit_states",
+    "given_cache",
+    "has_grown",
+    "returned_cache",
+    "saved_states",
+]
 
 ATTRIBUTE = "readapter_states"
+
+# What models call the cache that they are given and return. transformers 5.24 renamed `past_key_values` and
+# `cache_params` to `cache`; which kind of cache it is, the object tells and not its name.
+CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "cache_params", "layer_past")
+# Other states of incremental decoding: XLNet's and Transformer-XL's, Reformer's, RWKV's, paged attention's.
+OTHER_STATES = ("mems", "past_buckets_states", "state", "block_table")
 
 
 @dataclass
@@ -39,12 +54,41 @@ class States:
         return States(function(self.trajectory), None if self.rows is None else function(self.rows))
 
 
-def self_attention_cache(cache: Any) -> Cache | None:
-    """The part of a cache that grows with the tokens of the stack itself.
+def given_cache(given: Mapping[str, Any]) -> Cache | None:
+    """The cache among the arguments of a stack: the part of it that grows with the tokens of the stack itself.
+
+    Args:
+        given: the arguments by name.
 
     Raises:
-        NotImplementedError: for caches that are no `transformers.Cache` (tuples of older models).
+        NotImplementedError: for states of incremental decoding that are no `transformers.Cache`.
     """
+    for name in OTHER_STATES:
+        if given.get(name) is not None:
+            raise NotImplementedError(
+                f"READ cannot carry its recurrent states through incremental decoding with `{name}`; generate with "
+                "use_cache=False."
+            )
+    caches = [_self_attention_cache(name, given.get(name)) for name in CACHE_NAMES]
+    return next((cache for cache in caches if cache is not None), None)  # an empty cache is false
+
+
+def returned_cache(output: Any) -> Cache | None:
+    """The cache that a stack made itself and returned, if any.
+
+    Args:
+        output: what the stack returned: a ModelOutput, a tuple, or a tensor.
+    """
+    if isinstance(output, Mapping):
+        named = [(name, output[name]) for name in CACHE_NAMES if name in output]
+    elif isinstance(output, tuple):
+        named = [("output", item) for item in output if isinstance(item, Cache)]
+    else:
+        named = []
+    return next((_self_attention_cache(name, cache) for name, cache in named), None)
+
+
+def _self_attention_cache(name: str, cache: Any) -> Cache | None:
     if cache is None:
         return None
     if isinstance(cache, EncoderDecoderCache):
@@ -53,13 +97,40 @@ def self_attention_cache(cache: Any) -> Cache | None:
         return cache
     raise NotImplementedError(
         f"READ keeps its recurrent states on a transformers.Cache, but this model passed a {type(cache).__name__} as "
-        "its cache; generate with use_cache=False."
+        f"`{name}`; generate with use_cache=False."
     )
 
 
 def cache_length(cache: Cache) -> int:
-    """How many tokens the cache holds."""
-    return int(cache.get_seq_length())
+    """How many tokens the cache holds.
+
+    A cache of state-space layers alone keeps no count; there it is the number of tokens that READ has seen.
+
+    Raises:
+        RuntimeError: if such a cache was begun without READ.
+    """
+    if any(hasattr(layer, "get_seq_length") for layer in cache.layers) or not cache.layers:
+        return int(cache.get_seq_length())
+    states = saved_states(cache)
+    if not states and any(_holds_a_state(layer) for layer in cache.layers):
+        raise RuntimeError(
+            f"READ cannot tell how many tokens a {type(cache).__name__} of state-space layers holds, since it was "
+            "begun without READ. Recompute the prompt with the adapter active, or use use_cache=False."
+        )
+    return max((entry.trajectory.shape[1] for entry in states.values()), default=0)
+
+
+def has_grown(cache: Cache, past: int, length: int) -> bool:
+    """Whether a forward pass over `length` tokens has written them to a cache that held `past` before."""
+    if any(hasattr(layer, "get_seq_length") for layer in cache.layers):
+        return int(cache.get_seq_length()) == past + length
+    return any(_holds_a_state(layer) for layer in cache.layers)
+
+
+def _holds_a_state(layer: Any) -> bool:
+    """Whether a state-space layer of a cache has seen any token."""
+    seen = getattr(layer, "has_previous_state", False)
+    return any(seen.values()) if isinstance(seen, dict) else bool(seen)
 
 
 def saved_states(cache: Cache) -> dict[Hashable, States]:
@@ -81,8 +152,8 @@ def commit_states(cache: Cache, pending: dict[Hashable, States], past: int) -> N
     """
     states = saved_states(cache)
     if not states:
-        layer = next(layer for layer in cache.layers if hasattr(layer, "get_seq_length"))
-        states = _attach(layer)
+        counting = [layer for layer in cache.layers if hasattr(layer, "get_seq_length")]
+        states = _attach((counting or cache.layers)[0])
     for key, new in pending.items():
         old = states.get(key)
         if past and old is not None:
@@ -154,8 +225,12 @@ def _batch_select_indices(self: Any, indices: torch.Tensor) -> None:
 
 def _crop(self: Any, tokens_to_remove: int) -> None:
     _base_of(self).crop(self, tokens_to_remove)
-    length = int(self.get_seq_length())
-    _update(self, lambda states: States(states.trajectory[:, :length], states.rows))
+    if hasattr(self, "get_seq_length"):
+        length = int(self.get_seq_length())
+        _update(self, lambda states: States(states.trajectory[:, :length], states.rows))
+    else:  # a state-space layer, which takes minus the number of tokens
+        removed = abs(int(tokens_to_remove))
+        _update(self, lambda states: States(states.trajectory[:, : states.trajectory.shape[1] - removed], states.rows))
 
 
 def _reset(self: Any) -> None:

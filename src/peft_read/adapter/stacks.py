@@ -10,14 +10,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .cache import cache_length, commit_states, self_attention_cache
+from .cache import cache_length, commit_states, given_cache, has_grown, returned_cache
 from .masks import as_mask, kept_by_padding_mask, packed_segments, segments_of_lengths
 from .scope import Scope, current_scope, enter_scope, leave_scope, run_in_scope
 
 __all__ = ["find_stack", "install_scope", "is_causal", "keep_slow_path", "remove_scopes"]
 
-CACHES = ("past_key_values", "past_key_value")
-OTHER_CACHES = ("layer_past", "cache_params", "mems", "past_buckets_states", "cache", "block_table")
 MASKS = {"attention_mask", "src_key_padding_mask", "segment_ids"}
 RAW_INPUTS = ("input_features", "input_values", "pixel_values")
 
@@ -44,15 +42,7 @@ class _Opening:
             given: its arguments by name.
         """
         batch, length, device = self._shape(given)
-        for name in OTHER_CACHES:
-            if given.get(name) is not None:
-                raise NotImplementedError(
-                    f"READ cannot carry its recurrent states through incremental decoding with `{name}`; generate "
-                    "with use_cache=False."
-                )
-        cache = None
-        for name in CACHES:
-            cache = cache or self_attention_cache(given.get(name))
+        cache = given_cache(given)
         if cache is not None and not self.is_stack:
             raise NotImplementedError(
                 f"READ cannot tell how many tokens the cache held before {type(module).__name__}, because the stack "
@@ -133,17 +123,9 @@ class _Closing:
         leave_scope(scope)
         if output is None or not scope.pending:  # None: the forward raised, and so does whoever called it
             return
-        cache = scope.cache if scope.cache is not None else _cache_in(output)
-        if cache is not None and cache_length(cache) == scope.past + (scope.length or 0):
+        cache = scope.cache if scope.cache is not None else returned_cache(output)
+        if cache is not None and has_grown(cache, scope.past, scope.length or 0):
             commit_states(cache, scope.pending, scope.past)
-
-
-def _cache_in(output: Any) -> Cache | None:
-    """The cache that a stack made itself and returned."""
-    found = getattr(output, "past_key_values", None)
-    if found is None and isinstance(output, tuple):
-        found = next((item for item in output if isinstance(item, Cache)), None)
-    return self_attention_cache(found)
 
 
 class _ScopedCheckpoint:

@@ -15,6 +15,7 @@ from transformers.models.t5.modeling_t5 import T5Stack
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from ..generation_cache import cache_argument
 from ..sequence_loss import sequence_cross_entropy
 from ..vision_guidance import VISUAL_MODULES, VisionGuidance
 from ..vision_guided_generation import VisionGuidedGeneration
@@ -177,13 +178,14 @@ class VGT5ForConditionalGeneration(VisionGuidedGeneration, T5ForConditionalGener
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
         encoder_outputs: Any = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: Tensor | None = None,
         decoder_inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         video_features: Tensor | None = None,
         video_mask: Tensor | None = None,
+        past_key_values: Any = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Seq2SeqLMOutput:
@@ -195,13 +197,14 @@ class VGT5ForConditionalGeneration(VisionGuidedGeneration, T5ForConditionalGener
             decoder_input_ids: (B, T); by default the labels, shifted.
             decoder_attention_mask: (B, T).
             encoder_outputs: what the encoder returned for the same inputs.
-            past_key_values: the cache of generation.
+            cache: the cache of generation.
             inputs_embeds: (B, S, d) in place of `input_ids`.
             decoder_inputs_embeds: (B, T, d) in place of `decoder_input_ids`.
             labels: (B, T), -100 = no label.
             use_cache: whether to return a cache.
             video_features: the frames (B, F, visual_feature_dim).
             video_mask: (B, F), non-zero = real.
+            past_key_values: the name of `cache` before transformers 5.24.
             num_items_in_batch: see `sequence_cross_entropy`.
             **kwargs: `output_hidden_states`, `output_attentions`, ...
 
@@ -228,10 +231,10 @@ class VGT5ForConditionalGeneration(VisionGuidedGeneration, T5ForConditionalGener
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
             encoder_outputs=encoder_outputs,
-            past_key_values=past_key_values,
             decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
             return_dict=True,
+            **cache_argument(cache, past_key_values),
             **kwargs,
         )
         if labels is None:
