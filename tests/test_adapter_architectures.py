@@ -72,15 +72,6 @@ def test_layers_of_attention_and_of_states_in_one_cache():
     generates_alike(model, input_ids=ids, attention_mask=torch.ones_like(ids))
 
 
-def test_a_cache_that_is_none_of_transformers_kind_is_refused():
-    config = t.MambaConfig(**TOKENS, hidden_size=32, num_hidden_layers=2, state_size=4)
-    model = with_read(t.MambaForCausalLM(config), target_modules=["out_proj"])
-    ids = torch.randint(6, 60, (2, 9))
-    with pytest.raises(NotImplementedError, match="`cache_params`; generate with use_cache=False"):
-        model.generate(input_ids=ids, max_new_tokens=3)
-    assert model.generate(input_ids=ids, max_new_tokens=3, use_cache=False).shape[0] == 2
-
-
 @pytest.mark.parametrize("family", ["clip", "siglip", "vit"])
 def test_images_are_sequences_of_patches(family):
     vision = {**BLOCKS, **IMAGES}

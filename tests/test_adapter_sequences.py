@@ -89,12 +89,12 @@ def test_the_adapter_alone_is_untouched_by_padding(family, pattern):
 
 def test_ignoring_the_mask_is_seen(monkeypatch):
     """The control: without the mask, left padding changes the real tokens."""
-    from peft_read.adapter import stacks
+    from peft_read.adapter import hooks
 
     model = adapted("llama")
     ids, mask = padded_batch("llama")
     expected = alone(model, "llama", ids, mask, 1)
-    monkeypatch.setattr(stacks, "as_mask", lambda *_, **__: None)
+    monkeypatch.setattr(hooks, "as_mask", lambda *_, **__: None)
     padded = run(model, "llama", ids, mask, positions_of(mask))
     assert (padded[1, mask[1].bool()] - expected).abs().max() > 1e-3
 
@@ -116,8 +116,14 @@ def test_masks_are_read_in_all_their_forms():
     assert as_mask(two[:, 2:], 2, 2, past=5) is None
     with pytest.raises(ValueError, match="width 4 fits neither the 6 new tokens nor the 6 tokens so far"):
         as_mask(two, 2, 6)
-    with pytest.raises(ValueError, match="2 or 4 dimensions"):
-        as_mask(torch.ones(2, 1, 4), 2, 4)
+    assert torch.equal(as_mask(four[:, 0], 2, 4), expected)  # (B, T, T): a token's own entry
+    assert torch.equal(as_mask(additive[:, 0], 2, 4), expected)
+    assert torch.equal(as_mask((1 - two.float()) * -1e9, 2, 4), expected)  # additive, one entry per token
+    assert torch.equal(as_mask(four.float(), 2, 4), expected)  # 0 and 1 for each pair of tokens
+    with pytest.raises(ValueError, match="2 to 4 dimensions"):
+        as_mask(torch.ones(2, 1, 1, 1, 4), 2, 4)
+    with pytest.raises(ValueError, match="masks of 2 sequences here, got \\(64, 4, 4\\)"):
+        as_mask(torch.ones(64, 4, 4), 2, 4)
     with pytest.raises(NotImplementedError, match="READ cannot read the padding from a BlockMask"):
         as_mask(type("BlockMask", (), {})(), 2, 4)
 
@@ -234,9 +240,9 @@ def test_sequence_scope_tells_what_a_model_does_not():
     expected = model(x, attention_mask=mask, segment_ids=segments)
     with sequence_scope(mask=mask, segment_ids=segments):
         torch.testing.assert_close(model(x), expected)
-    with sequence_scope(mask=mask):  # what the model is told itself comes first, the rest from the scope
+    with sequence_scope(mask=mask):  # the scope comes first, the rest from what the model is told itself
         torch.testing.assert_close(model(x, segment_ids=segments), expected)
-        torch.testing.assert_close(model(x, attention_mask=1 - mask), model(x, attention_mask=1 - mask))
+        torch.testing.assert_close(model(x, segment_ids=segments, attention_mask=1 - mask), expected)
 
     plain = get_peft_model(
         nn.Sequential(nn.Linear(6, 6)).double(), READConfig(target_modules=["0"], init_weights=False)
@@ -332,6 +338,7 @@ def test_the_fast_path_would_be_taken_without_the_hook():
         right = model(x)
         for layer in base.layers:
             layer._forward_pre_hooks.clear()
+            layer._forward_hooks.clear()
         wrong = model(x)
     assert (right - wrong).abs().max() > 1e-2
 
@@ -439,8 +446,10 @@ def test_outputs_that_fit_no_sequence_are_refused():
         def forward(self, inputs_embeds, attention_mask=None):
             return self.layers[0](inputs_embeds[:, ::2])
 
-    model = get_peft_model(Pooled(), READConfig(target_modules=["fc2"]))
-    with pytest.raises(ValueError, match=r"READ layer 'layers.0.fc2' puts out a tensor of shape \(2, 3, 6\), but its"):
-        model(torch.randn(2, 6, 6))
+    model = get_peft_model(Pooled(), READConfig(target_modules=["fc2"], init_weights=False))
+    x = torch.randn(2, 6, 6)
+    torch.testing.assert_close(model(x)[1:], model(x[1:]))  # every other token, sequences of their own
+    with pytest.raises(ValueError, match=r"READ layer 'layers.0.fc2' sees 2 rows of 3 tokens, some of them padding"):
+        model(x, attention_mask=torch.tensor([[1] * 6, [1] * 4 + [0] * 2]))
     model = build("llama")
     assert run(get_peft_model(model, READConfig()), "llama", torch.ones(1, 3, dtype=torch.long), None).shape[1] == 3

@@ -80,7 +80,7 @@ def returned_cache(output: Any) -> Cache | None:
         output: what the stack returned: a ModelOutput, a tuple, or a tensor.
     """
     if isinstance(output, Mapping):
-        named = [(name, output[name]) for name in CACHE_NAMES if name in output]
+        named = [(name, value) for name, value in output.items() if name in CACHE_NAMES]
     elif isinstance(output, tuple):
         named = [("output", item) for item in output if isinstance(item, Cache)]
     else:

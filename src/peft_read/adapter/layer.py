@@ -14,7 +14,7 @@ from ..recurrence import Identity, adapter_fits, adapter_in_one_pass, build_cell
 from .config import READConfig
 from .mixed import mixed_rows
 from .scope import Scope, current_scope
-from .sequences import Notice, Sequences, as_sequences
+from .sequences import Notice, Sequences, as_sequences, padding_of
 
 __all__ = ["Linear", "READLayer", "output_width"]
 
@@ -44,6 +44,7 @@ class READLayer(BaseTunerLayer):
         base_layer: the module whose output O is adapted.
         path: where the layer stands in the model; its states on a cache are filed under this name.
         batch_first: whether the module sees (B, T, d) rather than (T, B, d).
+        chunked: whether its block calls it with pieces of the sequences (`chunk_size_feed_forward`).
         notice: says something once for all layers of a model.
     """
 
@@ -56,6 +57,7 @@ class READLayer(BaseTunerLayer):
         *,
         path: str = "",
         batch_first: bool = True,
+        chunked: bool = False,
         notice: Notice | None = None,
         **kwargs: Any,
     ) -> None:
@@ -71,6 +73,7 @@ class READLayer(BaseTunerLayer):
         self.kwargs = kwargs
         self.path = path
         self.batch_first = batch_first
+        self.chunked = chunked
         self.notice = notice or Notice()
         self.cast_input_dtype_enabled = True  # peft.helpers.disable_input_dtype_casting switches it
         self._had_scope = False
@@ -148,7 +151,7 @@ class Linear(nn.Module, READLayer):
         r: its width k.
         cell: the name of its recurrence.
         config: the rest of its settings.
-        **kwargs: `path`, `batch_first` and `notice` of `READLayer`.
+        **kwargs: `path`, `batch_first`, `chunked` and `notice` of `READLayer`.
     """
 
     def __init__(
@@ -173,6 +176,8 @@ class Linear(nn.Module, READLayer):
         if mixed is None and len(active) == 1:
             adapted = self._in_one_pass(active[0], sequences)
             if adapted is not None:
+                if sequences.mask is not None:
+                    adapted = torch.where(sequences.mask[..., None], adapted, sequences.tensor)
                 return sequences.restore(adapted)
         delta = None
         for adapter in active:
@@ -180,13 +185,26 @@ class Linear(nn.Module, READLayer):
             one = self._delta(adapter, sequences, rows)
             delta = one if delta is None else delta + one
         assert delta is not None
+        if sequences.mask is not None:
+            # Nothing is added to padding: W_up's bias there would be carried into the text by the convolutions and
+            # state-space layers of hybrid models.
+            delta = torch.where(sequences.mask[..., None], delta, 0)
         return result + sequences.restore(delta).to(result.dtype)
 
     def _sequences(self, result: torch.Tensor, x: torch.Tensor, active: list[str], mixed: bool) -> Sequences:
         """The sequences in the base layer's output, which only a recurrence or a mixed batch asks for."""
         if not mixed and all(isinstance(self.readapter_cell[adapter], Identity) for adapter in active):
-            return Sequences(result, lambda delta: delta)
-        return as_sequences(result, x, self._scope(), path=self.path, batch_first=self.batch_first, notice=self.notice)
+            real = padding_of(result, self._scope(), batch_first=self.batch_first)
+            return Sequences(result, lambda delta: delta, real)
+        return as_sequences(
+            result,
+            x,
+            self._scope(),
+            path=self.path,
+            batch_first=self.batch_first,
+            notice=self.notice,
+            chunked=self.chunked,
+        )
 
     def _scope(self) -> Scope | None:
         """The scope of the running stack.

@@ -7,7 +7,11 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-__all__ = ["as_mask", "kept_by_padding_mask", "packed_segments", "segments_of_lengths"]
+__all__ = ["as_mask", "block_diagonal_segments", "kept_by_padding_mask", "packed_segments", "segments_of_lengths"]
+
+
+# What models add to a score so that it counts for nothing: -1e4 in some, the smallest number of the type in most.
+FORBIDDING = -1e3
 
 
 def as_mask(
@@ -21,8 +25,9 @@ def as_mask(
     """The real tokens among the new ones of each sequence, from the attention mask of a stack.
 
     Args:
-        attention_mask: (B, T) or (B, past + T) or wider, non-zero = real; (B, 1, T or 1, columns), bool or additive,
-            of which a token's own entry tells whether it is real; or a dict of such masks with "full_attention".
+        attention_mask: (B, T) or (B, past + T) or wider, non-zero = real, or additive with 0 = real; (B, 1, T or 1,
+            columns) or (B, T, columns), bool, 0 and 1, or additive, of which a token's own entry tells whether it is
+            real; or a dict of such masks with "full_attention".
         batch: B.
         length: T, the number of new tokens.
         past: how many tokens came before.
@@ -45,15 +50,35 @@ def as_mask(
             f"READ cannot read the padding from a {type(attention_mask).__name__}; pass a 2-D attention mask, or use "
             "attn_implementation='sdpa' or 'eager'."
         )
-    if attention_mask.dim() == 2:
-        mask = _columns(attention_mask, length, past) != 0
-    elif attention_mask.dim() == 4:
-        mask = _own_entries(attention_mask, length, past, cache)
+    if attention_mask.dim() not in (2, 3, 4):
+        raise ValueError(f"READ reads attention masks of 2 to 4 dimensions, got {tuple(attention_mask.shape)}.")
+    if attention_mask.shape[0] not in (1, batch):
+        raise ValueError(
+            f"READ reads attention masks of {batch} sequences here, got {tuple(attention_mask.shape)}, which says "
+            "nothing about each of them."
+        )
+    allowed = _allowed(attention_mask)
+    if allowed.dim() == 2:
+        mask = _columns(allowed, length, past)
     else:
-        raise ValueError(f"READ reads attention masks of 2 or 4 dimensions, got {tuple(attention_mask.shape)}.")
+        mask = _own_entries(allowed if allowed.dim() == 4 else allowed[:, None], length, past, cache)
     if mask.shape[0] != batch:
         mask = mask.expand(batch, length)
     return _none_if_all_real(mask)
+
+
+def _allowed(mask: torch.Tensor) -> torch.Tensor:
+    """A mask as bool, True = may be attended to, from bool, from 0 and 1, and from 0 and large negative numbers.
+
+    An additive mask has no positive entry; one of zeros alone forbids nothing if it has a row for every token, as
+    attention is given it, and is all padding if it has one entry per token, as a tokenizer writes it.
+    """
+    if mask.dtype == torch.bool:
+        return mask
+    if not mask.is_floating_point():
+        return mask != 0
+    additive = (mask <= 0).all() if mask.dim() > 2 else (mask < 0).any()
+    return torch.where(additive, mask > FORBIDDING, mask > 0)
 
 
 def _columns(mask: torch.Tensor, length: int, past: int) -> torch.Tensor:
@@ -81,8 +106,7 @@ def _own_entries(mask: torch.Tensor, length: int, past: int, cache: Cache | None
         offset = mask.shape[-1] - length  # a window that keeps only the latest columns
     columns = torch.arange(length, device=mask.device) + offset
     rows = torch.zeros_like(columns) if mask.shape[1] == 1 else torch.arange(length, device=mask.device)
-    own = mask[:, rows, columns]  # (B, T)
-    return own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
+    return mask[:, rows, columns]  # (B, T)
 
 
 def _first_full_layer(cache: Cache) -> int:
@@ -102,6 +126,30 @@ def _none_if_all_real(mask: torch.Tensor) -> torch.Tensor | None:
     if torch.compiler.is_compiling() or mask.is_cuda:
         return mask
     return None if bool(mask.all()) else mask
+
+
+def block_diagonal_segments(attention_mask: Any, batch: int | None, length: int | None) -> torch.Tensor | None:
+    """The sequences that are packed into each row, told by a mask under which two neighbours cannot see each other.
+
+    Args:
+        attention_mask: (B or 1, 1, T, T), bool, 0 and 1, or additive; anything else tells nothing.
+        batch: B.
+        length: T.
+
+    Returns:
+        (B, T) ids that count the sequences of a row; None if each row is one sequence.
+    """
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 4 or batch is None or length is None:
+        return None
+    if attention_mask.shape[-2:] != (length, length) or length < 2 or torch.compiler.is_compiling():
+        return None
+    allowed = _allowed(attention_mask[:, 0])  # (B, T, T)
+    real = allowed.diagonal(dim1=1, dim2=2)
+    neighbours = allowed.diagonal(offset=-1, dim1=1, dim2=2) | allowed.diagonal(offset=1, dim1=1, dim2=2)
+    breaks = real[:, 1:] & real[:, :-1] & ~neighbours
+    if not breaks.is_cuda and not bool(breaks.any()):
+        return None
+    return torch.nn.functional.pad(breaks, (1, 0)).cumsum(-1).expand(batch, length)
 
 
 def packed_segments(position_ids: Any, batch: int | None, length: int | None) -> torch.Tensor | None:

@@ -12,11 +12,12 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from .config import READConfig
+from .hooks import install_scopes, keep_slow_path, remove_scopes
 from .layer import CANNOT_MERGE, Linear, READLayer
 from .mixed import copies_in_generate, mixed_batch
 from .registration import PREFIX
 from .sequences import Notice
-from .stacks import install_scope, is_causal, keep_slow_path, remove_scopes
+from .stacks import blocks_around, is_batch_first, is_causal
 
 __all__ = ["TARGET_MODULES", "READModel"]
 
@@ -111,12 +112,6 @@ def _base_parameters(model: nn.Module) -> int:
 EXPERTS = re.compile(r"(^|\.)(local_)?experts(\.|$)")
 
 
-def _batch_first_of(parent: nn.Module, configured: bool) -> bool:
-    """The layout of a module: what its block's attention says, where torch's own attention stands beside it."""
-    attention = getattr(parent, "self_attn", None)
-    return attention.batch_first if isinstance(attention, nn.MultiheadAttention) else configured
-
-
 class READModel(BaseTuner):
     """A model with READ on the modules that its configuration names.
 
@@ -169,11 +164,13 @@ class READModel(BaseTuner):
         if isinstance(target, READLayer):
             target.update_layer(adapter_name, **settings)
             return
+        blocks = blocks_around(self.model, current_key)
         layer = Linear(
             target,
             adapter_name,
             path=current_key,
-            batch_first=_batch_first_of(parent, peft_config.batch_first),
+            batch_first=peft_config.batch_first and is_batch_first(parent if not blocks else blocks[0]),
+            chunked=any(getattr(block, "chunk_size_feed_forward", 0) for block in blocks),
             notice=self._notice,
             **settings,
         )
@@ -191,8 +188,7 @@ class READModel(BaseTuner):
         for name, module in list(model.named_modules()):
             if not isinstance(module, READLayer):
                 continue
-            if module.is_recurrent:
-                install_scope(model, name)
+            install_scopes(model, name)
             parent = model.get_submodule(name.rpartition(".")[0])
             if isinstance(parent, nn.TransformerEncoderLayer):
                 keep_slow_path(parent)

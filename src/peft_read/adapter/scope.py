@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -18,11 +19,26 @@ from transformers.cache_utils import Cache
 from ..recurrence import Segments
 from .cache import States, saved_states
 
-__all__ = ["Scope", "current_scope", "enter_scope", "leave_scope", "run_in_scope", "sequence_scope"]
+__all__ = ["Scope", "Tower", "current_scope", "enter_scope", "leave_scope", "run_in_scope", "sequence_scope"]
 
 _CURRENT: ContextVar[Scope | None] = ContextVar("peft_read_scope", default=None)
 # torch.compile cannot trace a ContextVar. While it traces, scopes are kept on this plain list instead.
 _TRACED: list[Scope] = []
+
+
+@dataclass(frozen=True)
+class Tower:
+    """What an encoder of images, video or sound was given.
+
+    Args:
+        rows: how many images, videos or clips the batch holds; None if unknown.
+        lengths: (n,), how many tokens each of them has where they stand one after the other; None if unknown.
+        frames: (B, F): the rows are the F frames of B videos; None if they are not, or it is unknown.
+    """
+
+    rows: int | None = None
+    lengths: torch.Tensor | None = None
+    frames: tuple[int, int] | None = None
 
 
 class Scope:
@@ -39,7 +55,10 @@ class Scope:
         source: the sequence that the stack's cross-attention reads, (B, S, d), if any.
         source_mask: (B, S), True = a real token.
         explicit: whether the user opened it.
-        owner: the stack whose hooks opened it.
+        owner: the module whose hooks opened it.
+        outer: the scope around it.
+        tower: what the model around the stack was given, if that is no text.
+        unclear: why the sequences in the rows cannot be told, if they cannot.
     """
 
     def __init__(
@@ -56,6 +75,9 @@ class Scope:
         source_mask: torch.Tensor | None = None,
         explicit: bool = False,
         owner: nn.Module | None = None,
+        outer: Scope | None = None,
+        tower: Tower | None = None,
+        unclear: str | None = None,
     ) -> None:
         self.batch = batch
         self.length = length
@@ -68,10 +90,42 @@ class Scope:
         self.source_mask = source_mask
         self.explicit = explicit
         self.owner = owner
+        self.outer = outer
+        self.tower = tower
+        self.unclear = unclear
         self.pending: dict[Hashable, States] = {}
         self.calls: dict[str, int] = {}
+        self.written = length  # how many tokens the pass writes to the cache
+        self.opened_by: object = None  # the hook that opened it
         self.token: Token | None = None
         self._segments: Segments | None = None
+
+    def around(self) -> Iterator[Scope]:
+        """The scope itself and those around it, from the inside out."""
+        scope: Scope | None = self
+        while scope is not None:
+            yield scope
+            scope = scope.outer
+
+    def within(self, batch: int, length: int, owner: nn.Module) -> Scope:
+        """The scope of a block in the same pass whose rows have another length, as where a model puts tokens first.
+
+        It shares the cache, the states and the count of calls with the scope of its stack.
+
+        Args:
+            batch: B.
+            length: T, the tokens of each row of the block.
+            owner: the block.
+        """
+        inner = Scope(batch=batch, length=length, owner=owner, outer=self, tower=self.tower, source=self.source)
+        inner.source_mask = self.source_mask
+        if batch == self.batch and self.keeps_states:
+            inner.cache, inner.past, inner.keeps_states = self.cache, self.past, True
+            inner.pending, inner.calls = self.pending, self.calls
+            for scope in self.around():
+                if scope.pending is self.pending:
+                    scope.written = length
+        return inner
 
     @property
     def segments(self) -> Segments | None:
@@ -195,8 +249,8 @@ def run_in_scope(scope: Scope | None) -> Iterator[None]:
 def sequence_scope(mask: torch.Tensor | None = None, segment_ids: torch.Tensor | None = None) -> Iterator[None]:
     """Tell READ which tokens are real and which belong together, for models whose own arguments do not say so.
 
-    Stacks inside that are told by their arguments keep to these; what they are not told is taken from here, if the
-    shapes agree.
+    What is given here wins over what a stack's own arguments say, wherever the shapes agree: for modules that put out
+    (B, T, d), or (B · T, d).
 
     Args:
         mask: (B, T), any dtype, non-zero = a real token.
@@ -219,5 +273,7 @@ def sequence_scope(mask: torch.Tensor | None = None, segment_ids: torch.Tensor |
         raise ValueError(f"mask and segment_ids must have one shape (B, T), got {sorted(shapes)}.")
     batch, length = given[0].shape
     real = None if mask is None else mask.bool()
-    with run_in_scope(Scope(batch=batch, length=length, mask=real, segment_ids=segment_ids, explicit=True)):
+    outer = current_scope()
+    scope = Scope(batch=batch, length=length, mask=real, segment_ids=segment_ids, explicit=True, outer=outer)
+    with run_in_scope(scope):
         yield

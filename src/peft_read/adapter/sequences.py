@@ -10,7 +10,7 @@ import torch
 
 from .scope import Scope
 
-__all__ = ["Notice", "Sequences", "as_sequences"]
+__all__ = ["Notice", "Sequences", "as_sequences", "padding_of"]
 
 
 class Notice:
@@ -58,52 +58,126 @@ def as_sequences(
     path: str,
     batch_first: bool,
     notice: Notice,
+    chunked: bool = False,
 ) -> Sequences:
     """Find the sequences in a module's output.
 
     Args:
-        output: (B, T, d), (B · T, d) inside a known stack, (T, B, d) with `batch_first=False`, or (N, d): N vectors
-            that follow no other.
+        output: (B, T, d); (B, H, W, d), whose rows of pixels follow each other; (B · T, d) inside a known stack;
+            (T, B, d) with `batch_first=False`; (B, T', d), sequences of their own; or (N, d), N vectors that follow no
+            other.
         layer_input: the module's input, by which cross-attention's other sequence is recognised.
-        scope: the stack's, if any.
+        scope: that of the block or the stack, if any.
         path: the module's path, for messages.
         batch_first: the layout of a 3-D output.
         notice: where to say, once, that vectors are taken for sequences of one token.
+        chunked: whether the block calls its feed-forward part with pieces of the sequences.
 
     Raises:
-        ValueError: if the output is not made of the sequences of the scope.
+        ValueError: if nothing tells which rows of the output follow each other.
     """
-    shape = output.shape
+    seen = None if scope is None else (scope.batch, scope.length)
+    for around in () if scope is None else scope.around():
+        # One of the same shape has joined the scope of the stack already.
+        if around.explicit and (around is scope or (around.batch, around.length) != seen):
+            found = _in_scope(output, around, path, batch_first)
+            if found is not None:
+                return found
+    while scope is not None and scope.batch is None and scope.outer is not None:
+        scope = scope.outer
     if scope is None or scope.batch is None or scope.length is None:
-        return _without_scope(output, batch_first, notice)
-    batch, length = scope.batch, scope.length
-
+        return _of_frames(_without_scope(output, batch_first, notice), scope)
     if scope.is_source(layer_input):
         assert scope.source is not None
-        source = scope.source.shape[:2]
+        shape, source = output.shape, scope.source.shape[:2]
         return Sequences(output.reshape(*source, shape[-1]), lambda delta: delta.reshape(shape), scope.source_mask)
-    if output.dim() == 2 and shape[0] == batch * length:
-        tensor, restore = output.unflatten(0, (batch, length)), lambda delta: delta.reshape(shape)
-        if not batch_first:
-            tensor, restore = (
-                output.unflatten(0, (length, batch)).transpose(0, 1),
-                lambda delta: delta.transpose(0, 1).reshape(shape),
+    found = _in_scope(output, scope, path, batch_first)
+    if found is not None:
+        if scope.unclear is not None:
+            raise ValueError(
+                f"READ layer {path!r} sees {scope.batch} rows of {scope.length} tokens, {scope.unclear}. Describe "
+                "them with `sequence_scope(mask=..., segment_ids=...)`, or use cell='none' here (cell_pattern)."
             )
-    elif output.dim() == 3 and not batch_first:
-        tensor, restore = output.transpose(0, 1), lambda delta: delta.transpose(0, 1)
-    elif output.dim() == 2 and shape[0] == batch and not _in_a_block(path):
-        # A pooled vector for each sequence, outside the blocks: it follows nothing.
+        return _of_frames(found, scope)
+    if output.dim() == 2 and not scope.explicit and (output.shape[0] == scope.batch or not _in_a_block(path)):
+        # Pooled vectors, or the rows of a projector, which follow nothing.
         return Sequences(output[:, None], lambda delta: delta[:, 0])
-    else:
-        tensor, restore = output, lambda delta: delta
-    if tensor.dim() != 3 or tensor.shape[:2] != (batch, length):
+    why = _why_not_its_own(output, scope, chunked)
+    if why:
         raise ValueError(
-            f"READ layer {path!r} puts out a tensor of shape {tuple(shape)}, but its stack is working on {batch} "
-            f"sequences of {length} tokens, so READ cannot tell which rows follow each other. Target the module that "
-            "sees (batch, tokens, d), and of a mixture of experts its block, not the experts; use batch_first=False "
-            "for (tokens, batch, d); or describe the sequences with `sequence_scope(mask=...)`."
+            f"READ layer {path!r} puts out a tensor of shape {tuple(output.shape)}, but {why}, so READ cannot tell "
+            "which rows follow each other. Target the module that sees (batch, tokens, d), and of a mixture of "
+            "experts its block, not the experts; use batch_first=False for (tokens, batch, d); or describe the "
+            "sequences with `sequence_scope(mask=...)`."
         )
+    return _of_frames(_without_scope(output, batch_first, notice), scope)
+
+
+def _why_not_its_own(output: torch.Tensor, scope: Scope, chunked: bool) -> str | None:
+    """Why the rows of an output cannot be taken for sequences apart from those of the scope; None if they can."""
+    shape, batch, length = tuple(output.shape), scope.batch or 0, scope.length or 0
+    stack = f"its stack is working on {batch} sequences of {length} tokens"
+    if chunked:
+        return "its block calls it with pieces of the sequences (`chunk_size_feed_forward`; set it to 0)"
+    if output.dim() < 3 or scope.explicit or (shape[:2] == (length, batch) and length != batch):
+        return stack
+    if shape[0] == 1 and batch > 1 and scope.tower is not None:
+        return stack
+    if shape[0] == batch and scope.mask is not None and scope.tower is None:
+        return f"{stack}, some of them padded, and nothing tells which of these rows are padding"
+    return None
+
+
+def _in_scope(output: torch.Tensor, scope: Scope, path: str, batch_first: bool) -> Sequences | None:
+    """The sequences of a scope in a module's output; None if the output is made of others."""
+    shape, (batch, length) = output.shape, (scope.batch, scope.length)
+    if batch is None or length is None or output.dim() < 2 or shape[:-1].numel() != batch * length:
+        return None
+    if output.dim() == 3 and not batch_first and (length, batch) == shape[:2]:
+        tensor, restore = output.transpose(0, 1), lambda delta: delta.transpose(0, 1)
+    elif output.dim() == 2 and not batch_first:
+        tensor = output.unflatten(0, (length, batch)).transpose(0, 1)
+        restore = lambda delta: delta.transpose(0, 1).reshape(shape)  # noqa: E731
+    elif output.dim() == 2 or (shape[0] == batch and (batch_first or output.dim() > 3)):
+        tensor, restore = output.reshape(batch, length, shape[-1]), lambda delta: delta.reshape(shape)
+    else:
+        return None
     return Sequences(tensor, restore, scope.mask, scope, scope.call_index(path))
+
+
+def _of_frames(sequences: Sequences, scope: Scope | None) -> Sequences:
+    """The frames of each video in one sequence, where an encoder of images was given them as rows of the batch."""
+    tower = None if scope is None else scope.tower
+    rows, length = sequences.tensor.shape[:2]
+    if tower is None or tower.frames is None or tower.frames[0] * tower.frames[1] != rows:
+        return sequences
+    videos, frames = tower.frames
+    if sequences.mask is not None or (sequences.scope is not None and sequences.scope.segment_ids is not None):
+        return sequences
+    return Sequences(
+        sequences.tensor.reshape(videos, frames * length, sequences.tensor.shape[-1]),
+        lambda delta: sequences.restore(delta.reshape(rows, length, delta.shape[-1])),
+    )
+
+
+def padding_of(output: torch.Tensor, scope: Scope | None, *, batch_first: bool) -> torch.Tensor | None:
+    """Which rows of a module's output are real, in the shape of the output without its last dimension.
+
+    Args:
+        output: (..., d).
+        scope: that of the block or the stack, if any.
+        batch_first: the layout of a 3-D output.
+
+    Returns:
+        True = real; None if all are, or if nothing is known of these rows.
+    """
+    for around in () if scope is None else scope.around():
+        found = None if around.mask is None else _in_scope(output, around, "", batch_first)
+        if found is not None:
+            real = around.mask
+            assert real is not None
+            return found.restore(real[..., None].expand(*real.shape, output.shape[-1]))[..., 0]
+    return None
 
 
 def _without_scope(output: torch.Tensor, batch_first: bool, notice: Notice) -> Sequences:
@@ -118,7 +192,7 @@ def _without_scope(output: torch.Tensor, batch_first: bool, notice: Notice) -> S
         return Sequences(output.unsqueeze(-2).reshape(-1, 1, shape[-1]), lambda delta: delta.reshape(shape))
     if output.dim() == 3 and not batch_first:
         return Sequences(output.transpose(0, 1), lambda delta: delta.transpose(0, 1))
-    return Sequences(output.flatten(0, -3), lambda delta: delta.reshape(shape))
+    return Sequences(output.flatten(1, -2), lambda delta: delta.reshape(shape))
 
 
 def _in_a_block(path: str) -> bool:

@@ -1,0 +1,411 @@
+"""Hooks that read what the modules around READ's layers are told, and open the scope that the layers look into."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+from .cache import cache_length, commit_states, given_cache, has_grown, returned_cache
+from .masks import as_mask, block_diagonal_segments, kept_by_padding_mask, packed_segments, segments_of_lengths
+from .scope import Scope, Tower, current_scope, enter_scope, leave_scope, run_in_scope
+from .stacks import RAW_INPUTS, blocks_around, find_stack, is_batch_first, parameters_of, tower_around, videos_around
+
+__all__ = ["install_scopes", "keep_slow_path", "remove_scopes"]
+
+CUMULATIVE_LENGTHS = ("cu_seq_lens_q", "cu_seqlens")
+MERGED = (
+    "in which several images, videos or clips of the batch may stand one after the other, and nothing tells where "
+    "each begins: the recurrence would run from one into the next"
+)
+PADDED_SOMEWHERE = "some of them padding, as its stack is told, and nothing tells which"
+# The settings of models that pad their sequences to a multiple of a window, at the end.
+PADDED_TO_A_MULTIPLE = ("attention_window", "block_size", "local_radius")
+
+
+class _Opening:
+    """Forward pre-hook: read the arguments of a module and open a scope.
+
+    Args:
+        names: the names of the forward's parameters, in order.
+    """
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given = dict(zip(self.names, args, strict=False))
+        given.update(kwargs)
+        scope = self.scope_of(module, given, current_scope())
+        if scope is not None:
+            scope.opened_by = self
+            enter_scope(scope)
+
+    def scope_of(self, module: nn.Module, given: dict[str, Any], outer: Scope | None) -> Scope | None:
+        """The scope that a module's arguments describe; None if they add nothing to the one around it."""
+        raise NotImplementedError
+
+
+class _VideosOpening(_Opening):
+    """Of a model that is given videos (B, F, C, H, W), which it hands to an encoder of images frame by frame."""
+
+    def scope_of(self, module: nn.Module, given: dict[str, Any], outer: Scope | None) -> Scope | None:
+        """See the class."""
+        _checkpoint_in_scope(module)
+        videos = given.get("pixel_values_videos")
+        if not isinstance(videos, torch.Tensor) or videos.dim() != 5:
+            return None
+        frames = (videos.shape[0], videos.shape[1])
+        return Scope(owner=module, outer=outer, tower=Tower(frames=frames))
+
+
+class _TowerOpening(_Opening):
+    """Of an encoder of images, video or sound: how many of them it is given, and how many tokens each has."""
+
+    def scope_of(self, module: nn.Module, given: dict[str, Any], outer: Scope | None) -> Scope | None:
+        """See the class."""
+        _checkpoint_in_scope(module)
+        raw = next((given[name] for name in (*RAW_INPUTS, self.names[0]) if name in given), None)
+        grid = given.get("grid_thw")
+        if isinstance(grid, torch.Tensor):  # (n, 3): frames, rows and columns of patches, one visual after the other
+            tower = Tower(rows=len(grid), lengths=grid.prod(-1))
+        elif isinstance(raw, torch.Tensor):
+            frames = outer.tower.frames if outer is not None and outer.tower is not None else None
+            matches = frames is not None and raw.dim() == 4 and frames[0] * frames[1] == raw.shape[0]
+            tower = Tower(rows=raw.shape[0], frames=frames if matches else None)
+        else:
+            tower = Tower(rows=len(raw) if isinstance(raw, (list, tuple)) else None)
+        return Scope(owner=module, outer=outer, tower=tower)
+
+
+class _StackOpening(_Opening):
+    """Of a stack of blocks.
+
+    Args:
+        names: the names of the forward's parameters, in order.
+        batch_first: whether the stack takes (B, T, d).
+        embeds: whether it takes token ids or their embeddings.
+    """
+
+    def __init__(self, names: list[str], *, batch_first: bool, embeds: bool) -> None:
+        super().__init__(names)
+        self.batch_first = batch_first
+        self.embeds = embeds
+
+    def scope_of(self, module: nn.Module, given: dict[str, Any], outer: Scope | None) -> Scope:
+        """The scope that a stack's arguments describe.
+
+        Args:
+            module: the stack.
+            given: its arguments by name.
+            outer: the scope around it.
+        """
+        _checkpoint_in_scope(module)
+        batch, length, device = self._shape(given)
+        cache = given_cache(given)
+        if cache is not None and not self.embeds:
+            raise NotImplementedError(
+                f"READ cannot tell how many tokens the cache held before {type(module).__name__}, because the stack "
+                "around it takes no `inputs_embeds`; generate with use_cache=False."
+            )
+        past = cache_length(cache) if cache is not None else 0
+        if given.get("segment_ids") is not None and past:
+            raise NotImplementedError("READ does not continue a KV cache when `segment_ids` are given.")
+        told = _told_by_user(outer, batch, length)
+        mask = told.mask if told is not None else None
+        segment_ids = told.segment_ids if told is not None else None
+        if mask is None:
+            mask = self._mask(given, batch, length, past, cache, device)
+        if segment_ids is None:
+            segment_ids = _segments(given, batch, length, past)
+        use_cache = given.get("use_cache")
+        if use_cache is None and "use_cache" in self.names and not module.training:
+            use_cache = getattr(getattr(module, "config", None), "use_cache", False)
+        source = given.get("encoder_hidden_states")
+        source_mask = None
+        if isinstance(source, torch.Tensor) and source.dim() == 3:
+            source_mask = _mask_or_none(given.get("encoder_attention_mask"), source.shape[0], source.shape[1])
+        else:
+            source = None
+        tower = outer.tower if outer is not None and "input_ids" not in self.names else None
+        if segment_ids is None and batch == 1 and length is not None:
+            segment_ids = _segments_of_tower(tower, length)
+        return Scope(
+            batch=batch,
+            length=length,
+            mask=mask,
+            segment_ids=segment_ids,
+            cache=cache,
+            past=past,
+            keeps_states=cache is not None or bool(use_cache),
+            source=source,
+            source_mask=source_mask,
+            owner=module,
+            outer=outer,
+            tower=tower,
+            unclear=MERGED if segment_ids is None and _may_be_merged(tower, batch, length) else None,
+        )
+
+    def _shape(self, given: dict[str, Any]) -> tuple[int | None, int | None, torch.device | None]:
+        """(B, T) and the device, as far as the arguments tell."""
+        for name in ("inputs_embeds", "input_ids", self.names[0] if self.names else "input_ids"):
+            tensor = given.get(name)
+            if not isinstance(tensor, torch.Tensor) or tensor.is_nested:
+                continue
+            if not tensor.is_floating_point():
+                return tensor.numel() // max(tensor.shape[-1], 1), tensor.shape[-1], tensor.device
+            if tensor.dim() == 3:
+                batch, length = tensor.shape[:2] if self.batch_first else (tensor.shape[1], tensor.shape[0])
+                return batch, length, tensor.device
+        return None, None, None
+
+    def _mask(
+        self,
+        given: dict[str, Any],
+        batch: int | None,
+        length: int | None,
+        past: int,
+        cache: Cache | None,
+        device: torch.device | None,
+    ) -> torch.Tensor | None:
+        padding = given.get("src_key_padding_mask")
+        if isinstance(padding, torch.Tensor):
+            return kept_by_padding_mask(padding)
+        attention_mask = given.get("attention_mask")
+        wider = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 and cache is None
+        if wider and length is not None and attention_mask is not None and attention_mask.shape[1] > length:
+            return None  # the model adds tokens of its own, and tells its blocks about them
+        if not self.embeds:  # a stack of images, whose mask may be one of windows
+            mask = _mask_or_none(given.get("attention_mask"), batch, length)
+        else:
+            mask = as_mask(given.get("attention_mask"), batch, length, past=past, cache=cache)
+        return mask if mask is None or device is None else mask.to(device)
+
+
+class _BlockOpening(_Opening):
+    """Of one block: a scope of its own where its rows are not those that its stack was given.
+
+    Args:
+        names: the names of the forward's parameters, in order.
+        batch_first: whether the block takes (B, T, d).
+    """
+
+    def __init__(self, names: list[str], *, batch_first: bool) -> None:
+        super().__init__(names)
+        self.batch_first = batch_first
+
+    def scope_of(self, module: nn.Module, given: dict[str, Any], outer: Scope | None) -> Scope | None:
+        """See the class."""
+        states = given.get("hidden_states", given.get(self.names[0]))
+        if not isinstance(states, torch.Tensor) or states.is_nested or not states.is_floating_point():
+            return None
+        around = (0, 0) if outer is None else (outer.batch or 0, outer.length or 0)
+        if states.dim() == 3:
+            batch, length = states.shape[:2] if self.batch_first else (states.shape[1], states.shape[0])
+            if (batch, length) == around or (length, batch) == around:
+                return None
+        elif states.dim() == 2:
+            if around[0] * around[1] == states.shape[0]:
+                return None
+            batch, length = 1, states.shape[0]
+        else:
+            return None
+        tower = None if outer is None else outer.tower
+        segment_ids = _segments(given, batch, length, 0)
+        if batch == 1:
+            lengths = _segments_of_tower(tower, length)
+            segment_ids = lengths if lengths is not None else segment_ids
+        if states.dim() == 2 and segment_ids is None:
+            return None  # vectors that follow no other, as far as anything tells
+        scope = Scope(outer=None) if outer is None else outer
+        scope = scope.within(batch, length, module)
+        scope.outer = outer
+        told = _told_by_user(outer, batch, length)
+        if told is not None and told.segment_ids is not None:
+            segment_ids = told.segment_ids
+        scope.segment_ids = segment_ids
+        scope.mask = _mask_or_none(given.get("attention_mask"), batch, length, past=scope.past)
+        if told is not None and told.mask is not None:
+            scope.mask = told.mask
+        elif outer is not None and outer.mask is not None and batch == outer.batch and "attention_mask" not in given:
+            scope.mask = _widened(outer, length)
+        if segment_ids is None and _may_be_merged(tower, batch, length):
+            scope.unclear = MERGED
+        elif scope.mask is None and outer is not None and outer.mask is not None and batch == outer.batch:
+            scope.unclear = None if "attention_mask" in given and states.dim() == 3 else PADDED_SOMEWHERE
+        return scope
+
+
+def _told_by_user(outer: Scope | None, batch: int | None, length: int | None) -> Scope | None:
+    """The scope that the user opened around a stack, if it describes the stack's sequences."""
+    if outer is None:
+        return None
+    return next((s for s in outer.around() if s.explicit and (s.batch, s.length) == (batch, length)), None)
+
+
+def _segments(given: dict[str, Any], batch: int | None, length: int | None, past: int) -> torch.Tensor | None:
+    """The sequences that are packed into each row, by what a module is told about them."""
+    if given.get("segment_ids") is not None:
+        return given["segment_ids"]
+    for name in CUMULATIVE_LENGTHS:
+        cumulative = given.get(name)
+        if isinstance(cumulative, torch.Tensor) and cumulative.dim() == 1 and length is not None:
+            return segments_of_lengths(cumulative, batch, length)
+    if past:
+        return None
+    attention_mask = given.get("attention_mask")
+    if attention_mask is None:
+        return packed_segments(given.get("position_ids"), batch, length)
+    return block_diagonal_segments(attention_mask, batch, length)
+
+
+def _segments_of_tower(tower: Tower | None, length: int) -> torch.Tensor | None:
+    """(1, T) ids of the images and videos that stand one after the other; a video's frames are one sequence."""
+    if tower is None or tower.lengths is None or torch.compiler.is_compiling():
+        return None
+    ends = tower.lengths.cumsum(0)
+    if int(ends[-1]) != length:
+        return None
+    positions = torch.arange(length, device=ends.device)
+    return torch.searchsorted(ends, positions, right=True)[None]
+
+
+def _may_be_merged(tower: Tower | None, batch: int | None, length: int | None) -> bool:
+    """Whether one row may hold several of the images, videos or clips that a tower was given."""
+    several = tower is not None and tower.rows is not None and tower.rows > 1
+    return several and batch == 1 and length is not None and length > 1
+
+
+def _mask_or_none(attention_mask: Any, batch: int | None, length: int | None, past: int = 0) -> torch.Tensor | None:
+    """`as_mask` of a mask that may be one of windows, of other tokens, or of a kind that tells no padding."""
+    try:
+        return as_mask(attention_mask, batch, length, past=past)
+    except (NotImplementedError, ValueError, IndexError):
+        return None
+
+
+def _widened(outer: Scope, length: int) -> torch.Tensor | None:
+    """The mask of a stack for blocks that see more tokens than it was given, where it adds padding at the end."""
+    config = getattr(outer.owner, "config", None)
+    missing = length - (outer.length or 0)
+    if outer.mask is None or missing <= 0 or not any(hasattr(config, name) for name in PADDED_TO_A_MULTIPLE):
+        return None
+    return torch.nn.functional.pad(outer.mask, (0, missing))
+
+
+class _Closing:
+    """Forward hook: close the scope that was opened, and give the states of a stack's new tokens to the cache.
+
+    Args:
+        opening: the hook that opened it.
+    """
+
+    def __init__(self, opening: _Opening) -> None:
+        self.opening = opening
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        scope = current_scope()
+        if scope is None or scope.opened_by is not self.opening:  # nothing was opened, or the pre-hook raised
+            return
+        leave_scope(scope)
+        if output is None or not scope.pending:  # None: the forward raised, and so does whoever called it
+            return
+        if not isinstance(self.opening, _StackOpening):
+            return  # the states go to the cache when the stack has finished
+        cache = scope.cache if scope.cache is not None else returned_cache(output)
+        if cache is not None and has_grown(cache, scope.past, scope.written or 0):
+            commit_states(cache, scope.pending, scope.past)
+
+
+class _ScopedCheckpoint:
+    """A checkpointing function that recomputes a block in the scope in which it was first computed."""
+
+    def __init__(self, checkpoint: Any) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        scope = current_scope()
+
+        def scoped(*inner: Any, **named: Any) -> Any:
+            with run_in_scope(scope):
+                return function(*inner, **named)
+
+        return self.checkpoint(scoped, *args, **kwargs)
+
+
+def _checkpoint_in_scope(stack: nn.Module) -> None:
+    """Wrap the checkpointing functions below a stack; backward runs them when the stack's scope is long closed."""
+    if not stack.training or torch.compiler.is_compiling():
+        return
+    for module in stack.modules():
+        for name in ("_gradient_checkpointing_func", "checkpoint_fn"):  # transformers; torch's CheckpointWrapper
+            function = module.__dict__.get(name)
+            if function is not None and not isinstance(function, _ScopedCheckpoint):
+                module.__dict__[name] = _ScopedCheckpoint(function)
+
+
+def install_scopes(model: nn.Module, path: str) -> None:
+    """Put hooks on the modules around a layer that know its sequences, where they are not there yet.
+
+    Args:
+        model: the model that the path starts at.
+        path: the layer's path.
+    """
+    videos, tower = videos_around(model, path), tower_around(model, path)
+    if tower is not None:
+        if videos is not None and videos is not tower:
+            _hook(videos, _VideosOpening(parameters_of(videos)))
+        _hook(tower, _TowerOpening(parameters_of(tower)))
+    found = find_stack(model, path)
+    if found is not None:
+        _, stack, embeds = found
+        _hook(stack, _StackOpening(parameters_of(stack), batch_first=is_batch_first(stack), embeds=embeds))
+    for block in blocks_around(model, path):
+        names = parameters_of(block)
+        if names and (found is None or block is not found[1]):
+            _hook(block, _BlockOpening(names, batch_first=is_batch_first(block)))
+
+
+def _hook(module: nn.Module, opening: _Opening) -> None:
+    if any(type(hook) is type(opening) for hook in module._forward_pre_hooks.values()):
+        return
+    module.register_forward_pre_hook(opening, with_kwargs=True)
+    # What was opened last is closed first, also where one module has several hooks.
+    module.register_forward_hook(_Closing(opening), with_kwargs=True, always_call=True, prepend=True)
+
+
+class _SlowPath:
+    """A forward pre-hook that does nothing, which is enough."""
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        return None
+
+
+def keep_slow_path(layer: nn.TransformerEncoderLayer) -> None:
+    """Keep a layer of torch's own Transformer from its fast path.
+
+    In evaluation it hands the weights of `linear1` and `linear2` to one fused kernel, past the module that READ has
+    put in their place. A layer with a forward pre-hook does not do that.
+    """
+    if not any(isinstance(hook, _SlowPath) for hook in layer._forward_pre_hooks.values()):
+        layer.register_forward_pre_hook(_SlowPath())
+
+
+def remove_scopes(model: nn.Module) -> None:
+    """Take all hooks of this file off a model.
+
+    They are found by looking, not by stored handles: a copied or unpickled model has hooks but no handles to them.
+    """
+    for module in model.modules():
+        for hooks, kind in ((module._forward_pre_hooks, (_Opening, _SlowPath)), (module._forward_hooks, _Closing)):
+            for number in [number for number, hook in hooks.items() if isinstance(hook, kind)]:
+                del hooks[number]
+                for flags in ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs"):
+                    getattr(module, flags).pop(number, None)
+                module._forward_hooks_always_called.pop(number, None)
+        for name in ("_gradient_checkpointing_func", "checkpoint_fn"):
+            function = module.__dict__.get(name)
+            if isinstance(function, _ScopedCheckpoint):
+                module.__dict__[name] = function.checkpoint
