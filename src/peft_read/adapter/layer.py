@@ -8,33 +8,20 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
 from ..recurrence import Identity, adapter_fits, adapter_in_one_pass, build_cell
 from .config import READConfig
 from .mixed import mixed_rows
 from .scope import Scope, current_scope
 from .sequences import Notice, Sequences, as_sequences, padding_of
+from .targets import in_and_out
 
-__all__ = ["Linear", "READLayer", "output_width"]
+__all__ = ["Linear", "READLayer"]
 
 CANNOT_MERGE = (
     "READ cannot be merged into the base weights: GELU and the recurrence over tokens are not linear, so no weight "
     "matrix computes O + GELU(RNN(O W_down)) W_up. Keep the adapter beside the model, or drop it with `unload()`."
 )
-
-
-def output_width(module: nn.Module) -> int | None:
-    """The width d of a linear-like module's output, quantised ones included; None if it is no linear layer."""
-    if isinstance(module, nn.Linear):
-        return module.out_features
-    if isinstance(module, Conv1D):
-        return module.nf
-    for name in ("out_features", "outfeatures", "output_size"):
-        width = getattr(module, name, None)
-        if isinstance(width, int):
-            return width
-    return None
 
 
 class READLayer(BaseTunerLayer):
@@ -46,6 +33,7 @@ class READLayer(BaseTunerLayer):
         batch_first: whether the module sees (B, T, d) rather than (T, B, d).
         chunked: whether its block calls it with pieces of the sequences (`chunk_size_feed_forward`).
         notice: says something once for all layers of a model.
+        width: the width d of the output of a module that does not tell it, such as a mixture of experts.
     """
 
     adapter_layer_names: tuple[str, ...] = ("readapter_down", "readapter_cell", "readapter_up")
@@ -59,6 +47,7 @@ class READLayer(BaseTunerLayer):
         batch_first: bool = True,
         chunked: bool = False,
         notice: Notice | None = None,
+        width: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.base_layer = base_layer
@@ -76,17 +65,19 @@ class READLayer(BaseTunerLayer):
         self.chunked = chunked
         self.notice = notice or Notice()
         self.cast_input_dtype_enabled = True  # peft.helpers.disable_input_dtype_casting switches it
+        self.longest = 0  # tokens in the longest sequence seen in training; 0 if the layer was never called
         self._had_scope = False
 
         base = self.get_base_layer()
-        width = output_width(base)
-        if width is None:
+        widths = in_and_out(base)
+        if widths is None and width is not None and list(base.children()):
+            widths = (width, width)
+        if widths is None:
             raise ValueError(
                 f"Target module {base} is not supported: READ needs a module with one output tensor (..., d) of known "
-                "width, such as torch.nn.Linear or transformers' Conv1D."
+                "width, such as torch.nn.Linear or transformers' Conv1D, or the feed-forward part of a block."
             )
-        self.in_features = getattr(base, "in_features", width)
-        self.out_features = width
+        self.in_features, self.out_features = widths
 
     @property
     def is_recurrent(self) -> bool:
@@ -151,7 +142,7 @@ class Linear(nn.Module, READLayer):
         r: its width k.
         cell: the name of its recurrence.
         config: the rest of its settings.
-        **kwargs: `path`, `batch_first`, `chunked` and `notice` of `READLayer`.
+        **kwargs: `path`, `batch_first`, `chunked`, `notice` and `width` of `READLayer`.
     """
 
     def __init__(
@@ -162,17 +153,27 @@ class Linear(nn.Module, READLayer):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r=r, cell=cell, config=config)
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The base layer's output and, for every active adapter, GELU(RNN(O W_down)) W_up of that output."""
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The base layer's output and, for every active adapter, GELU(RNN(O W_down)) W_up of that output.
+
+        Of a tuple, such as a mixture of experts may return with the scores of its router, the first entry is adapted.
+        """
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return result
+        if isinstance(result, tuple):
+            return (self._adapted(result[0], x), *result[1:])
+        return self._adapted(result, x)
+
+    def _adapted(self, result: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         mixed = mixed_rows()
         active = self.active_adapters if mixed is None else mixed.adapters
         active = [adapter for adapter in active if adapter in self.readapter_down]
         if not active:
             return result
         sequences = self._sequences(result, x, active, mixed is not None)
+        if self.training and not torch.compiler.is_compiling():
+            self.longest = max(self.longest, sequences.longest)
         if mixed is None and len(active) == 1:
             adapted = self._in_one_pass(active[0], sequences)
             if adapted is not None:

@@ -17,78 +17,14 @@ from .layer import CANNOT_MERGE, Linear, READLayer
 from .mixed import copies_in_generate, mixed_batch
 from .registration import PREFIX
 from .sequences import Notice
-from .stacks import blocks_around, is_batch_first, is_causal
+from .stacks import EXPERTS, blocks_around, is_batch_first, is_causal
+from .targets import PARTS, block_width, default_targets, in_and_out, sets_in
+from .untrained import forget_gradients, watch_gradients
 
 __all__ = ["TARGET_MODULES", "READModel"]
 
-# The last linear layer of each feed-forward block, so that O is what the paper adapts: the block's output before
-# dropout and the residual.
-TARGET_MODULES: dict[str, list[str]] = {
-    # the backbones of this project
-    "moment_detr": ["linear2"],
-    "umt": ["ffn.mapping.3", "ffn1.mapping.3", "ffn2.mapping.3"],
-    "vg_bart": ["fc2"],
-    "vg_t5": ["wo"],
-    # encoder-decoders
-    "bart": ["fc2"],
-    "blenderbot": ["fc2"],
-    "blenderbot-small": ["fc2"],
-    "m2m_100": ["fc2"],
-    "marian": ["fc2"],
-    "mbart": ["fc2"],
-    "mt5": ["wo"],
-    "pegasus": ["fc2"],
-    "speech_to_text": ["fc2"],
-    "t5": ["wo"],
-    "umt5": ["wo"],
-    "whisper": ["fc2"],
-    # decoders
-    "biogpt": ["fc2"],
-    "bloom": ["dense_4h_to_h"],
-    "cohere": ["down_proj"],
-    "falcon": ["dense_4h_to_h"],
-    "gemma": ["down_proj"],
-    "gemma2": ["down_proj"],
-    "gemma3_text": ["down_proj"],
-    "glm": ["down_proj"],
-    "gpt2": ["mlp.c_proj"],
-    "gpt_bigcode": ["mlp.c_proj"],
-    "gpt_neo": ["mlp.c_proj"],
-    "gpt_neox": ["dense_4h_to_h"],
-    "gptj": ["fc_out"],
-    "granite": ["down_proj"],
-    "llama": ["down_proj"],
-    "mistral": ["down_proj"],
-    "olmo": ["down_proj"],
-    "olmo2": ["down_proj"],
-    "opt": ["fc2"],
-    "phi": ["fc2"],
-    "phi3": ["down_proj"],
-    "qwen2": ["down_proj"],
-    "qwen3": ["down_proj"],
-    "smollm3": ["down_proj"],
-    "stablelm": ["down_proj"],
-    "starcoder2": ["c_proj"],
-    # encoders
-    "bert": ["output.dense"],
-    "clip": ["fc2"],
-    "deberta": ["output.dense"],
-    "deberta-v2": ["output.dense"],
-    "distilbert": ["lin2"],
-    "electra": ["output.dense"],
-    "modernbert": ["mlp.Wo"],
-    "roberta": ["output.dense"],
-    "siglip": ["fc2"],
-    "vit": ["mlp.fc2"],
-    "wav2vec2": ["output_dense"],
-    "xlm-roberta": ["output.dense"],
-}
-
-# In these families the attention's output projection, or the pooling head, ends with the target's name too.
-EXCLUDED_MODULES: dict[str, list[str]] = {
-    family: ["attention.output.dense"]
-    for family in ("bert", "deberta", "deberta-v2", "electra", "roberta", "xlm-roberta")
-} | {"siglip": ["head.mlp.fc2"]}
+# Blocks that their structure does not show, in the backbones of this project.
+TARGET_MODULES: dict[str, list[str]] = {"umt": ["ffn.mapping.3", "ffn1.mapping.3", "ffn2.mapping.3"]}
 
 # Moment-DETR's decoder sees queries, which are a set: there is no order for a recurrence to run along.
 CELL_PATTERNS: dict[str, dict[str, str]] = {"moment_detr": {r"decoder\.layers\.\d+\.linear2": "none"}}
@@ -102,14 +38,19 @@ def _matching(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
     return default
 
 
+def _in_layers(config: READConfig) -> set[str]:
+    """The targets of a configuration without those that are paths of layers it does not transform."""
+    indices, patterns = config.layers_to_transform, config.layers_pattern or r"[^.]+"
+    chosen = {indices} if isinstance(indices, int) else set(indices or ())
+    names = "|".join([patterns] if isinstance(patterns, str) else patterns)
+    found = {name: re.search(rf"(?:^|\.)(?:{names})\.(\d+)(?:\.|$)", name) for name in config.target_modules or ()}
+    return {name for name, layer in found.items() if layer is None or int(layer[1]) in chosen}
+
+
 def _base_parameters(model: nn.Module) -> int:
     """How many parameters a model has without its adapters and the copies that are trained as a whole."""
     added = (f".{PREFIX}", ".modules_to_save.", ".trainable_tokens_")
     return sum(p.numel() for name, p in model.named_parameters() if not any(part in f".{name}" for part in added))
-
-
-# The tokens that a router sends to an expert are no sequence. Shared experts see all tokens, and are none of these.
-EXPERTS = re.compile(r"(^|\.)(local_)?experts(\.|$)")
 
 
 class READModel(BaseTuner):
@@ -130,10 +71,20 @@ class READModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         family = model_config.get("model_type")
-        if peft_config.target_modules is None and peft_config.exclude_modules is None and family in EXCLUDED_MODULES:
-            peft_config.exclude_modules = set(EXCLUDED_MODULES[family])  # type: ignore[assignment]
-        if peft_config.cell_pattern is None and family in CELL_PATTERNS:
-            peft_config.cell_pattern = dict(CELL_PATTERNS[family])
+        part = peft_config.target_modules
+        if part is None and family in TARGET_MODULES:
+            peft_config.target_modules = set(TARGET_MODULES[family])  # type: ignore[assignment]
+        elif part is None or part in PARTS:
+            as_list = peft_config.layers_to_transform is not None
+            peft_config.target_modules = default_targets(self._injected, part, as_list=as_list)
+            if as_list:  # peft takes a name that is a whole path at its word, whatever the layer
+                peft_config.target_modules = _in_layers(peft_config)
+        if peft_config.cell_pattern is None:
+            sets = sets_in(self._injected)
+            if family in CELL_PATTERNS:
+                peft_config.cell_pattern = dict(CELL_PATTERNS[family])
+            elif sets is not None and peft_config.cell != "none":
+                peft_config.cell_pattern = {sets: "none"}
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _create_and_replace(  # type: ignore[override]
@@ -172,6 +123,7 @@ class READModel(BaseTuner):
             batch_first=peft_config.batch_first and is_batch_first(parent if not blocks else blocks[0]),
             chunked=any(getattr(block, "chunk_size_feed_forward", 0) for block in blocks),
             notice=self._notice,
+            width=block_width(self.model, current_key) if in_and_out(target) is None else None,
             **settings,
         )
         if adapter_name not in self.active_adapters:
@@ -180,6 +132,7 @@ class READModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put the adapter's layers into the model, then hooks on the stacks around them."""
+        self.__dict__["_injected"] = model  # not a submodule; peft hands the next method its configuration alone
         if "_notice" not in self.__dict__:  # the first adapter is injected from within BaseTuner.__init__
             self._notice = Notice()
         # Not a field: the card tells it, the configuration on disk does not.
@@ -193,9 +146,12 @@ class READModel(BaseTuner):
             if isinstance(parent, nn.TransformerEncoderLayer):
                 keep_slow_path(parent)
 
+        watch_gradients(model)
+
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[func-returns-value]
         remove_scopes(model)
+        forget_gradients(model)
         return model
 
     @contextmanager

@@ -45,6 +45,12 @@ class Sequences:
     call: int = 0
 
     @property
+    def longest(self) -> int:
+        """The number of tokens in the longest sequence, padding included."""
+        segments = None if self.scope is None else self.scope.segments
+        return self.tensor.shape[-2] if segments is None else segments.longest
+
+    @property
     def keeps_states(self) -> bool:
         """Whether the states of the tokens may be wanted later, on a cache."""
         return self.scope is not None and self.scope.keeps_states

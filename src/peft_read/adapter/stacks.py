@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -18,6 +19,8 @@ __all__ = [
 ]
 
 MASKS = {"attention_mask", "src_key_padding_mask", "segment_ids"}
+# The tokens that a router sends to an expert are no sequence. Shared experts see all tokens, and are none of these.
+EXPERTS = re.compile(r"(^|\.)(local_)?experts(\.|$)")
 RAW_INPUTS = ("input_features", "input_values", "pixel_values", "pixel_values_videos", "pixel_values_images")
 
 

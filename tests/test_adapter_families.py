@@ -1,0 +1,318 @@
+"""READ on the model families of today: default targets, packed images, videos, hybrids, idle parameters."""
+
+import warnings
+
+import pytest
+import torch
+import transformers as t
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from peft_read import READConfig
+from peft_read.adapter.targets import default_targets, feed_forward_endings
+
+BLOCKS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT = {**BLOCKS, "num_key_value_heads": 2, "vocab_size": 60, "pad_token_id": 0, "initializer_range": 0.2}
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+ViT = {**BLOCKS, "image_size": 32, "patch_size": 8, "initializer_range": 0.2}
+
+
+def filled(model, **settings):
+    """A model with READ whose weights are all random, so that every part of it can be seen."""
+    model = get_peft_model(model, READConfig(init_weights=False, **settings)).eval()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "readapter_" in name:
+                parameter.copy_(torch.rand(parameter.shape, generator=generator) - 0.5)
+    return model
+
+
+def llava(vision="clip_vision_model"):
+    torch.manual_seed(0)
+    text = t.AutoConfig.for_model("llama", **TEXT)
+    vision = t.AutoConfig.for_model(vision, **ViT)
+    config = t.LlavaConfig(vision_config=vision, text_config=text, image_token_index=5)
+    return t.LlavaForConditionalGeneration(config).eval()
+
+
+def mistral3():
+    torch.manual_seed(0)
+    vision = t.PixtralVisionConfig(**ViT, head_dim=8)
+    text = t.MistralConfig(**TEXT, head_dim=8)
+    config = t.Mistral3Config(vision_config=vision, text_config=text, image_token_index=5, spatial_merge_size=2)
+    return t.Mistral3ForConditionalGeneration(config).eval()
+
+
+def qwen2_vl():
+    torch.manual_seed(0)
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    text = {**TEXT, "rope_parameters": rope}
+    tokens = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7}
+    config = t.Qwen2VLConfig(text_config=text, vision_config={**vision, "temporal_patch_size": 2}, **tokens)
+    return t.Qwen2VLForConditionalGeneration(config).eval()
+
+
+def names(model, part=None):
+    config = READConfig(target_modules=part)
+    return sorted(get_peft_model(model, config).base_model.targeted_module_names)
+
+
+def causal(kind, **settings):
+    torch.manual_seed(0)
+    return t.AutoModelForCausalLM.from_config(t.AutoConfig.for_model(kind, **{**TEXT, **settings})).eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "expected"),
+    [
+        ("olmo3", {}, ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]),
+        ("glm4", {"head_dim": 8}, ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]),
+        ("gpt_neox", {}, ["gpt_neox.layers.0.mlp.dense_4h_to_h", "gpt_neox.layers.1.mlp.dense_4h_to_h"]),
+        ("qwen3_moe", {**EXPERTS, "head_dim": 8}, ["model.layers.0.mlp", "model.layers.1.mlp"]),
+        ("mixtral", EXPERTS, ["model.layers.0.mlp", "model.layers.1.mlp"]),
+        ("gpt_oss", {**EXPERTS, "head_dim": 8}, ["model.layers.0.mlp", "model.layers.1.mlp"]),
+    ],
+)
+def test_the_last_module_of_each_feed_forward_block_is_found(kind, settings, expected):
+    model = causal(kind, **settings)
+    assert names(model) == expected
+    assert {ending.width for ending in feed_forward_endings(model)} == {32}
+
+
+def test_a_mixture_of_experts_is_adapted_as_a_whole_and_survives_saving(tmp_path):
+    ids = torch.randint(2, 60, (2, 7))
+    base = causal("qwen3_moe", **EXPERTS, head_dim=8)
+    before = base(ids).logits
+    assert torch.equal(get_peft_model(causal("qwen3_moe", **EXPERTS, head_dim=8), READConfig())(ids).logits, before)
+    model = filled(base)
+    after = model(ids).logits
+    assert (after - before).abs().max() > 1e-2
+    alone = torch.cat([model(row[None]).logits for row in ids])
+    torch.testing.assert_close(after, alone, rtol=0, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(causal("qwen3_moe", **EXPERTS, head_dim=8), tmp_path).eval()
+    torch.testing.assert_close(loaded(ids).logits, after, rtol=0, atol=1e-5)
+    settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    cached = loaded.generate(input_ids=ids, **settings)
+    assert torch.equal(cached, loaded.generate(input_ids=ids, **settings, use_cache=False))
+
+
+def test_the_language_model_is_adapted_unless_another_part_is_asked_for():
+    text = [f"model.language_model.layers.{i}.mlp.down_proj" for i in range(2)]
+    images = [f"model.vision_tower.encoder.layers.{i}.mlp.fc2" for i in range(2)]
+    assert names(llava()) == names(llava(), "language") == text
+    assert names(llava(), "vision") == images
+    assert names(llava(), "all") == sorted(text + images)
+    with pytest.raises(ValueError, match=r"no feed-forward blocks in a part 'audio', only in 'language', 'vision'"):
+        names(llava(), "audio")
+
+
+def test_an_unused_pooling_head_is_not_among_the_defaults():
+    vision = get_peft_model(t.SiglipVisionModel(t.SiglipVisionConfig(**ViT)), READConfig()).base_model
+    assert sorted(name.split("layers.")[-1] for name in vision.targeted_module_names) == ["0.mlp.fc2", "1.mlp.fc2"]
+
+
+def test_names_are_as_short_as_they_can_be_and_lists_where_layers_are_chosen():
+    bert = t.BertModel(t.BertConfig(**BLOCKS, vocab_size=20))
+    assert default_targets(causal("llama")) == {"down_proj"}
+    paths = {f"encoder.layer.{i}.output.dense" for i in range(2)}
+    assert default_targets(bert, as_list=True) == paths
+    model = get_peft_model(bert, READConfig(layers_to_transform=[1], layers_pattern="layer"))
+    assert model.base_model.targeted_module_names == ["encoder.layer.1.output.dense"]
+
+
+def test_without_feed_forward_blocks_the_linear_layers_are_named():
+    config = t.MambaConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1, state_size=4)
+    with pytest.raises(
+        ValueError, match=r"Please specify `target_modules`.*'mamba'.*'backbone.layers.\*.mixer.out_proj'"
+    ):
+        get_peft_model(t.MambaForCausalLM(config), READConfig())
+
+
+def pictures(count=2, seed=1):
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def joined(images, placeholders):
+    ids = torch.randint(10, 60, (2, placeholders + 4), generator=torch.Generator().manual_seed(2))
+    ids[:, 2 : 2 + placeholders] = 5
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": images}
+
+
+@pytest.mark.parametrize("targets", ["vision", "all-linear"])
+def test_images_that_a_tower_packs_into_one_row_stay_apart(targets):
+    model = filled(mistral3(), target_modules=targets)
+    sizes = {"image_sizes": torch.tensor([[32, 32]] * 2)}
+    one, other = pictures(), pictures()
+    other[0] = pictures(seed=7)[0]
+    with torch.no_grad():
+        first, second = (model(**joined(images, 4), **sizes).logits for images in (one, other))
+        alone = joined(one, 4)
+        alone = model(**{k: v[1:] for k, v in alone.items()}, image_sizes=sizes["image_sizes"][1:]).logits
+    assert (first[0] - second[0]).abs().max() > 1e-3  # the image has an effect
+    assert torch.equal(first[1], second[1])
+    torch.testing.assert_close(first[1:], alone, rtol=0, atol=1e-5)
+
+
+def test_packed_images_without_a_mark_between_them_are_refused():
+    class Tower(t.PreTrainedModel):
+        """Packs the images of a batch and says nothing about it."""
+
+        config_class = t.ViTConfig
+        main_input_name = "pixel_values"
+
+        def __init__(self, config):
+            super().__init__(config)
+            block = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8))
+            self.layers = nn.ModuleList([block])
+
+        def forward(self, pixel_values):
+            packed = pixel_values.flatten(0, 1)[None]
+            for layer in self.layers:
+                packed = layer(packed)
+            return packed
+
+    model = get_peft_model(Tower(t.ViTConfig()), READConfig(target_modules=["layers.0.1"])).eval()
+    model(pixel_values=torch.randn(1, 5, 8))
+    with pytest.raises(ValueError, match="may stand one after the other, and nothing tells where"):
+        model(pixel_values=torch.randn(2, 5, 8))
+
+
+def qwen_inputs(grid, seed=3):
+    """Patches, and a text with a placeholder for each merged patch of the videos."""
+    patches = torch.randn(int(grid.prod(-1).sum()), 3 * 2 * 16, generator=torch.Generator().manual_seed(seed))
+    return patches, grid
+
+
+def test_the_frames_of_a_video_are_one_sequence_and_videos_are_apart():
+    model = filled(qwen2_vl(), target_modules="vision")
+    tower = model.get_base_model().model.visual
+    grid = torch.tensor([[2, 4, 4], [3, 2, 4]])  # two videos: 2 frames of 16 patches, 3 frames of 8
+    patches, _ = qwen_inputs(grid)
+    with torch.no_grad():
+        whole = tower(patches, grid).last_hidden_state
+        parts = [tower(p, g[None]).last_hidden_state for p, g in zip(patches.split([32, 24]), grid, strict=True)]
+        torch.testing.assert_close(whole, torch.cat(parts), rtol=0, atol=1e-5)
+        with model.disable_adapter():
+            base = tower(patches, grid).last_hidden_state
+        changed = patches.clone()
+        changed[0] += 1.0  # a patch of the first frame of the first video
+        effect = (tower(changed, grid).last_hidden_state - whole).abs().amax(-1)
+        with model.disable_adapter():
+            base_effect = (tower(changed, grid).last_hidden_state - base).abs().amax(-1)
+    assert base_effect[16:].max() == 0  # attention stays in the frame
+    assert effect[16:32].min() > 0 and effect[32:].max() == 0  # the recurrence runs on to the next frame, no further
+
+
+def test_frames_given_as_a_video_to_an_image_tower_are_one_sequence():
+    torch.manual_seed(0)
+    vision, text = t.CLIPVisionConfig(**ViT), t.LlamaConfig(**TEXT)
+    tokens = {"image_token_index": 5, "video_token_index": 6, "spatial_pool_stride": 2}
+    config = t.LlavaNextVideoConfig(vision_config=vision, text_config=text, **tokens)
+    model = filled(t.LlavaNextVideoForConditionalGeneration(config).eval(), target_modules="vision")
+    inner = model.get_base_model().model
+    seen = []
+    inner.vision_tower.encoder.layers[0].mlp.fc2.register_forward_hook(lambda m, a, out: seen.append(out))
+    videos = torch.randn(2, 3, 3, 32, 32, generator=torch.Generator().manual_seed(4))  # (B, F, C, H, W)
+    changed = videos.clone()
+    changed[0, 0] += 1.0
+    ids = torch.randint(10, 60, (2, 18), generator=torch.Generator().manual_seed(2))
+    ids[:, 2:14] = 6
+    with torch.no_grad():
+        for v in (videos, changed):
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values_videos=v)
+    effect = (seen[0] - seen[1]).abs().amax((1, 2)).view(2, 3)  # (B, F)
+    assert (effect[0, :2] > 0).all() and (effect[1] == 0).all()  # the effect fades over 16 patches a frame
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_nothing_is_added_at_padding_so_hybrids_carry_nothing_on(use_bias):
+    sizes = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8}
+    sizes |= {"linear_value_head_dim": 8, "head_dim": 8, "shared_expert_intermediate_size": 32, **EXPERTS}
+    base = causal("qwen3_next", **sizes, num_hidden_layers=4, initializer_range=0.1)
+    model = filled(base, target_modules="all-linear", use_bias=use_bias)
+    ids = torch.randint(10, 60, (1, 7), generator=torch.Generator().manual_seed(1))
+    padded = torch.cat((torch.zeros(1, 3, dtype=torch.long), ids), dim=1)
+    mask = (torch.arange(10)[None] >= 3).long()
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        result = model(input_ids=padded, attention_mask=mask).logits[:, 3:]
+    torch.testing.assert_close(result, expected, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("cell", ["rnn", "none"])
+def test_the_output_at_padding_is_the_base_layers(cell):
+    model = filled(causal("llama"), cell=cell)
+    layer = model.get_base_model().model.layers[0].mlp.down_proj
+    seen = []
+    layer.register_forward_hook(lambda m, a, out: seen.append((m.base_layer(a[0]), out)))
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
+    model(input_ids=torch.randint(2, 60, (2, 5)), attention_mask=mask)
+    (base, adapted), real = seen[0], mask.bool()
+    assert torch.equal(base[~real], adapted[~real]) and (base[real] != adapted[real]).any()
+
+
+def test_feature_maps_are_read_image_by_image():
+    layer = get_peft_model(nn.Sequential(nn.Linear(6, 6)), READConfig(target_modules=["0"], init_weights=False))
+    maps = torch.randn(2, 3, 4, 6)
+    torch.testing.assert_close(layer(maps), layer(maps.flatten(1, 2)).view_as(maps))
+
+
+def steps(model, count, **inputs):
+    """Train a few steps; the warnings about parameters without gradient."""
+    model.train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(count):
+            output = model(**inputs)
+            (output.logits if "logits" in output else output.last_hidden_state).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return [str(w.message) for w in caught if "got no gradient" in str(w.message)]
+
+
+def test_a_layer_that_is_never_called_is_named_once():
+    config = t.MambaConfig(vocab_size=20, hidden_size=16, num_hidden_layers=2, state_size=4)
+    model = get_peft_model(t.MambaForCausalLM(config), READConfig(target_modules=["dt_proj", "out_proj"]))
+    (message,) = steps(model, 5, input_ids=torch.randint(2, 20, (2, 5)))
+    assert "Never called: 'backbone.layers.*.mixer.dt_proj'" in message and "out_proj" not in message
+
+
+def test_a_layer_that_does_not_reach_the_loss_is_named():
+    model = get_peft_model(llava(), READConfig(target_modules="vision"))  # it reads the last but one layer
+    (message,) = steps(model, 4, **joined(pictures(), 16))
+    assert "Without a way to the loss: 'model.vision_tower.encoder.layers.1.mlp.fc2'" in message
+
+
+def test_a_recurrence_before_a_class_token_is_named():
+    torch.manual_seed(0)
+    model = get_peft_model(t.ViTForImageClassification(t.ViTConfig(**ViT)), READConfig())
+    (message,) = steps(model, 5, pixel_values=pictures())
+    assert "The recurrence (weight_hh) of 'vit.layers.1.mlp.fc2': only the first token" in message
+
+
+def test_a_recurrence_over_single_tokens_is_named():
+    torch.manual_seed(0)
+
+    class Rows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return t.modeling_outputs.BaseModelOutput(self.linear(x))
+
+    model = get_peft_model(Rows(), READConfig(target_modules=["linear"]))
+    (message,) = steps(model, 4, x=torch.randn(5, 6))
+    assert "The recurrence (weight_hh) of 'linear': every sequence that it saw had one token" in message
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_model_that_trains_whole_is_not_warned_about(reentrant):
+    model = get_peft_model(causal("llama"), READConfig())
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert steps(model, 5, input_ids=torch.randint(2, 60, (2, 6))) == []
