@@ -22,11 +22,12 @@ from peft_read.adapter.layer import READLayer
 from .configurations import FEED_FORWARDS, WIDTH, WORDS
 from .families import DROPPED, GENERATES, Case, arguments_of, copied, tensors_of
 
-__all__ = ["CHECKS", "SETTINGS", "check_family", "feed_forward_targets"]
+__all__ = ["CHECKS", "SETTINGS", "check_family", "faults", "feed_forward_targets"]
 
 TOLERANCE = 2e-4  # of the largest output; float32 rounding through two layers stays two orders below
 SETTINGS = ("default", "suffix", "all-linear")
 IN_A_BLOCK = re.compile(r"\.\d+\..*[a-z]")
+USUAL_NAME = re.compile(r"(mlp|ffn|feed_forward)\.(down_proj|fc2|linear_fc2|linear2|lin2|w2|dense_4h_to_h|c_proj|wo)$")
 EXPERTS = re.compile(r"(^|\.)(local_)?experts(\.|$)")
 
 
@@ -45,11 +46,13 @@ def linear_names(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def feed_forward_targets(model: nn.Module) -> list[str]:
-    """The last linear layer of each feed-forward block, told by its widths, by full name; experts left out."""
+    """The last linear layer of each feed-forward block, told by its widths or name, by full name; experts left out."""
     return [
         name
         for name, widths in linear_names(model).items()
-        if widths[0] in FEED_FORWARDS and widths[1] == WIDTH and IN_A_BLOCK.search(name) and not EXPERTS.search(name)
+        if IN_A_BLOCK.search(name)
+        and not EXPERTS.search(name)
+        and ((widths[0] in FEED_FORWARDS and widths[1] == WIDTH) or USUAL_NAME.search(name))
     ]
 
 
@@ -243,6 +246,34 @@ def dead_parameters(model: nn.Module, case: Case) -> list[str]:
     return [name.removeprefix("base_model.model.").replace(".default", "") for name in dead]
 
 
+def read_at_starts_only(model: nn.Module, case: Case) -> set[str]:
+    """The layers of which the loss reads no more than the first token of each sequence (a class token, mostly)."""
+    read: dict[str, bool] = {}
+    hooks = []
+
+    def watch(name: str) -> Callable:
+        def hook(layer: nn.Module, args: tuple, output: torch.Tensor) -> None:
+            def backward(grad: torch.Tensor) -> None:
+                tokens = (grad != 0).any(-1)
+                later = tokens.reshape(-1, tokens.shape[-1])[:, 1:] if tokens.dim() > 1 else tokens[1:]
+                read[name] = read.get(name, False) or bool(later.any())
+
+            if output.requires_grad:
+                output.register_hook(backward)
+
+        return hook
+
+    for name, module in _inner(model).named_modules():
+        if isinstance(module, READLayer):
+            hooks.append(module.register_forward_hook(watch(name)))
+    try:
+        _backward(model, case)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name for name, later in read.items() if not later}
+
+
 def checkpointed(model: nn.Module, case: Case) -> float | None:
     """How far gradients with checkpointing are from those without."""
     inner = _inner(model)
@@ -359,7 +390,11 @@ class _Trial:
     def lora(self) -> dict:
         """LoRA at the same places."""
         if self._lora is None:
-            self._lora = attempt(adapted, self.case.model, "lora", self.targets)
+            targets = self.targets
+            if targets is None and "value" in self.read:  # READ's own default, not LoRA's
+                layers = _inner(self.read["value"]).named_modules()
+                targets = [name for name, module in layers if isinstance(module, READLayer)]
+            self._lora = attempt(adapted, self.case.model, "lora", targets)
             if "value" in self._lora:
                 fill(self._lora["value"])
         return self._lora
@@ -443,6 +478,8 @@ def _identity(trial: _Trial) -> dict[str, Any]:
     ours = attempt(_effect, trial.read["value"], trial.case)
     if ours.get("value") == 0.0:
         return {"verdict": "exact", "read": ours}
+    if ours.get("value", 1.0) <= 2e-6:
+        return {"verdict": "rounding", "read": ours}
     lora = attempt(adapted, trial.case.model, "lora", trial.targets)
     beside = attempt(_effect, lora["value"], trial.case) if "value" in lora else lora
     return {"verdict": "stopped in forward" if "error" in ours else "differs", "read": ours, "lora": beside}
@@ -455,7 +492,19 @@ def _gradients(trial: _Trial) -> dict[str, Any]:
     if not ours["value"]:
         return {"verdict": "exact", "read": {"value": 0}}
     beside = trial.beside(dead_parameters)
-    return {"verdict": "differs", "read": _named(ours), "lora": _named(beside)}
+    unused = {name.partition(".lora_")[0] for name in beside.get("value", [])}
+    first = read_at_starts_only(trial.read["value"], trial.case)
+    reasons, left = set(), []
+    for name in ours["value"]:
+        layer, _, parameter = name.partition(".readapter_")
+        if layer in unused:
+            reasons.add("the model does not use the layer")
+        elif layer in first and parameter == "cell.weight_hh":
+            reasons.add("the model reads the first token only")
+        else:
+            left.append(name)
+    found = {"read": _named(ours), "lora": _named(beside), "reasons": sorted(reasons)}
+    return found | {"verdict": "differs" if left else "explained", "left": sorted({numberless(n) for n in left})}
 
 
 def _named(dead: dict) -> dict:
@@ -473,3 +522,14 @@ def _order_verdict(order: dict) -> str:
         if ".N" in name and (layer["sequences"] >= rows or layer["sequences"] < 2):
             return "differs"
     return "exact"
+
+
+# Verdicts that are no fault of READ's: equal, nothing to compare, the bare model no better, or said aloud.
+FAULTLESS = ("exact", "rounding", "explained", "not measured", "base too", "refused")
+
+
+def faults(setting: dict[str, Any]) -> dict[str, Any]:
+    """The checks of one setting that READ fails, with what was measured."""
+    if setting["state"] == "stopped in forward":
+        return {"forward": setting["message"]}
+    return {name: check for name, check in setting.get("checks", {}).items() if check["verdict"] not in FAULTLESS}

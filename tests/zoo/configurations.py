@@ -49,9 +49,11 @@ SIZES: list[tuple[str, int]] = [
     (r"sliding_window|window|block_size|chunk_size|chunk_len", 64),
     (r"max_.*(position|length|seq)|n_positions|n_ctx|max_seq|positions|context_length", 256),
     (r"mel_bins|num_mel|feature_size|n_mels", 16),
-    (r"queries|num_query|latents|num_image_tokens|num_slots", 8),
+    (r"queries|num_query|latents|latent_query|num_image_tokens|num_slots", 8),
 ]  # fmt: skip
-CHOSEN_LAYERS = re.compile(r"indexes|indices|layer_ids?$|_idxs?$|fullatt|layer_idx|select_layer|feature_layer|global_attn")
+CHOSEN_LAYERS = re.compile(
+    r"indexes|indices|layer_ids?$|_idxs?$|fullatt|layer_idx|select_layer|feature_layer|global_attn"
+)
 ZEROED = re.compile(r"dropout|drop_path|layerdrop|drop_rate|_pdrop|jitter|router_z|mask_.*prob|drop_prob")
 SPREAD = re.compile(r"initializer_range|init_std|initializer_std")
 
@@ -61,7 +63,8 @@ def tiny_config(model_type: str, overrides: dict[str, Any] | None = None) -> Pre
 
     Args:
         model_type: the family.
-        overrides: values by name, "text_config.head_dim" for those of an inner configuration, set after shrinking.
+        overrides: values by name, "text_config.head_dim" for those of an inner configuration, set after shrinking;
+            a function gives the value of one that is itself a configuration.
     """
     return _shrink(CONFIG_MAPPING[model_type](), overrides or {})
 
@@ -80,7 +83,7 @@ def _shrink(config: PreTrainedConfig, overrides: dict[str, Any]) -> PreTrainedCo
         elif name not in ("transformers_version", "id2label", "label2id", "torch_dtype", "dtype", "model_type",
                           "architectures"):  # fmt: skip
             tiny[name] = _small(name, value, kept, values)
-    tiny.update(own)
+    tiny.update({name: value() if callable(value) else value for name, value in own.items()})
     for name in ("rope_parameters", "rope_scaling"):
         if isinstance(tiny.get(name), dict):
             tiny[name] = _plain_rope(tiny[name], tiny, _mentions_sections(config))
@@ -178,8 +181,14 @@ def _mentions_sections(config: PreTrainedConfig) -> bool:
 
 def _plain_rope(rope: dict[str, Any], values: dict[str, Any], sections: bool) -> dict[str, Any]:
     """Rotary embeddings without stretching, with sections that fit the small heads."""
-    if rope and all(isinstance(value, dict) for value in rope.values()):
-        return {kind: _plain_rope(value, values, sections) for kind, value in rope.items()}
+    if not rope:
+        return rope
+    if any(isinstance(value, dict) for value in rope.values()):
+        return {
+            kind: _plain_rope(value, values, sections) if isinstance(value, dict) else value
+            for kind, value in rope.items()
+            if kind not in ("rope_type", "rope_theta", "mrope_section")
+        }
     plain = {name: value for name, value in rope.items() if name in ("rope_theta", "partial_rotary_factor")}
     plain |= {"rope_type": "default"}
     plain.setdefault("rope_theta", 10000.0)

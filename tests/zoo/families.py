@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,12 @@ GENERATES = {"image-text-to-text", "seq2seq", "speech-seq2seq", "causal"}
 LENGTH = 9  # words of a text
 DROPPED = 3  # of them, in the shorter example of a padded batch
 
+
+def inner(name: str, **overrides: Any) -> Callable[[], dict[str, Any]]:
+    """A tiny inner configuration where a family's default has none."""
+    return lambda: tiny_config(name, overrides).to_dict()
+
+
 # What the shrinker cannot know: values by name for the families that need some.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "whisper": {"max_source_positions": 20},
@@ -46,7 +52,66 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "attn_layer_indices": [1]},
     "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64},
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "layer_types": ["mamba", "attention"]},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "attention_layers": None},
+    "gpt_neo": {
+        "attention_types": [[["global", "local"], 1]],
+        "num_layers": 2,
+        "attention_layers": ["global", "local"],
+    },
+    "aria": {"projector_patch_to_query_dict": {16: 4}},
+    "blip-2": {"image_token_index": 5},
+    "chameleon": {
+        "vq_config.num_embeddings": 10,
+        "vocabulary_map": {"<image>": 5, **{f"IMGIMG{letter}Z": 20 + i for i, letter in enumerate("ABCDEFGHIJ")}},
+    },
+    "cvt": {"embed_dim": [16, 32, 32], "num_heads": [2, 2, 2], "depth": [1, 1, 2]},
+    "diffusion_gemma": {
+        "text_config.num_experts": 4,
+        "text_config.top_k_experts": 2,
+        "text_config.moe_intermediate_size": 48,
+    },
+    "dots1": {
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 48,
+    },
+    "esm": {"vocab_size": 100, "pad_token_id": 0, "mask_token_id": 3, "position_embedding_type": "rotary"},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0],
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "gemma4": {"vision_config": inner("gemma4_vision")},
+    "gemma4_unified": {"vision_config": inner("gemma4_unified_vision")},
+    "granite_speech5_ctc": {"encoder_config.context_size": 16},
+    "instructblip": {"image_token_index": 5},
+    "instructblipvideo": {"video_token_index": 6},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "kosmos-2": {"latent_query_num": 4},
+    "kosmos-2.5": {"vision_config.patch_embed_hidden_size": 192, "latent_query_num": 4},
+    "llama4": {"vision_config.intermediate_size": 128},
+    "mllama": {"vision_config.vision_output_dim": 64},
+    "mistral4": {"text_config.qk_rope_head_dim": 4},
+    "hunyuan_vl": {"text_config.head_dim": 8},
+    "glm5_next": {"text_config.index_topk": 16},
+    "pix2struct": {"vision_config.patch_embed_hidden_size": 192},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 8, "audio_start_token_id": 12},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 8, "audio_start_token_id": 12},
+    "led": {"attention_window": [4, 4]},
+    "longformer": {"attention_window": [4, 4]},
+    "llava_next": {"image_grid_pinpoints": [[32, 32]]},
+    "llava_next_video": {"image_grid_pinpoints": [[32, 32]]},
+    "llava_onevision": {"image_grid_pinpoints": [[32, 32]]},
+    "granite4_vision": {"image_grid_pinpoints": [[32, 32]]},
+    "zamba": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+    },
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "bit": {"num_groups": 4},
     "donut-swin": {"num_heads": [2, 2, 4, 4]},
@@ -134,7 +199,7 @@ def build_model(family: Family) -> nn.Module:
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = 0
-        if model.generation_config.decoder_start_token_id is None:
+        if getattr(model.generation_config, "decoder_start_token_id", 1) is None:
             model.generation_config.decoder_start_token_id = 1
         model.generation_config.forced_eos_token_id = None
     return model.float().eval()
@@ -172,7 +237,9 @@ SKIPPED_OUTPUTS = re.compile(r"loss|cache|past|hidden_states$|attentions|mems|lo
 
 def tensors_of(output: Any, *, examples: int = 2) -> dict[str, torch.Tensor]:
     """The tensors of an output whose first dimension holds the examples one after the other."""
-    items = output.items() if isinstance(output, dict) else enumerate(output if isinstance(output, tuple) else [output])
+    items = (
+        output.items() if isinstance(output, dict) else enumerate(output if isinstance(output, tuple) else [output])
+    )
     return {
         str(name): value
         for name, value in items
@@ -232,6 +299,9 @@ def _with_text(media: dict[str, Any], names: list[str], placeholders: int, lengt
     if "qformer_input_ids" in names:
         inputs["qformer_input_ids"] = _words(5, seed=6)
         inputs["qformer_attention_mask"] = torch.ones_like(inputs["qformer_input_ids"])
+    if "protein_input_ids" in names:
+        inputs["protein_input_ids"] = torch.randint(4, 20, (2, 7), generator=torch.Generator().manual_seed(7))
+        inputs["protein_attention_mask"] = torch.ones(2, 7, dtype=torch.long)
     if "bbox" in names:
         inputs["bbox"] = torch.randint(0, 20, (2, length + placeholders, 4)).sort(-1).values
     return _with_decoder(inputs, names)
@@ -304,6 +374,13 @@ def _media(names: list[str], model: nn.Module) -> Iterator[dict[str, Any]]:
                    "aspect_ratio_ids": torch.ones(2, 1, dtype=torch.long),
                    "aspect_ratio_mask": torch.ones(2, 1, tiles, dtype=torch.long),
                    "cross_attention_mask": torch.ones(2, LENGTH, 1, tiles, dtype=torch.long)}  # fmt: skip
+        if "high_res_pixel_values" in has:
+            yield {
+                "pixel_values": _noise(2, channels, size, size),
+                "high_res_pixel_values": _noise(2, channels, 32, 32),
+            }
+        if "image_patches" in has:
+            yield {"pixel_values": _noise(2, 16, 3 * patch * patch)}
         if "image_sizes" in has:
             pixels = torch.tensor([[size, size]] * 2)
             yield {"pixel_values": _noise(2, 2, channels, size, size), "image_sizes": pixels}
@@ -334,12 +411,21 @@ def _media(names: list[str], model: nn.Module) -> Iterator[dict[str, Any]]:
     if "flattened_patches" in has:
         places = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij"), -1).reshape(1, 16, 2) + 1
         for side in (patch, 16):
-            yield {"flattened_patches": torch.cat((places.repeat(2, 1, 1).float(), _noise(2, 16, 3 * side * side)), -1)}
+            yield {
+                "flattened_patches": torch.cat((places.repeat(2, 1, 1).float(), _noise(2, 16, 3 * side * side)), -1)
+            }
     mels = _side(known.get("num_mel_bins", known.get("feature_size", known.get("feature_projection_input_dim"))), 16)
     steps = _side(known.get("max_source_positions"), 20)
     if "input_features" in has:
         masks = {name for name in ("input_features_mask", "feature_attention_mask") if name in has}
-        for shape in ((2, mels, 2 * steps), (2, 40, mels), (2, mels, 64), (2, 128, 128), (2, 128, mels), (2, mels, 400)):
+        for shape in (
+            (2, mels, 2 * steps),
+            (2, 40, mels),
+            (2, mels, 64),
+            (2, 128, 128),
+            (2, 128, mels),
+            (2, mels, 400),
+        ):
             length = shape[-1] if shape[1] == mels else shape[1]
             extra = {name: torch.ones(2, length, dtype=torch.long) for name in masks}
             if masks:
