@@ -168,8 +168,13 @@ def padding(side: str) -> Callable[[nn.Module, Case], float | None]:
         if "input_ids" not in inputs or "attention_mask" not in inputs:
             return None
         length = inputs["input_ids"].shape[1]
-        per_token = [name for name, value in inputs.items() if isinstance(value, torch.Tensor) and name not in
-                     ("decoder_input_ids", "pixel_values") and value.dim() >= 2 and value.shape[:2] == (2, length)]  # fmt: skip
+        per_token = [
+            name
+            for name, value in inputs.items()
+            if isinstance(value, torch.Tensor)
+            and name not in ("decoder_input_ids", "pixel_values")
+            and value.shape[:2] == (2, length)
+        ]
         pad = getattr(model.config, "pad_token_id", None)
         if pad is None and hasattr(model.config, "get_text_config"):
             pad = getattr(model.config.get_text_config(), "pad_token_id", None)
