@@ -19,8 +19,8 @@ TEXT_AND_SOUND = [
     "gpt_oss", "gptj", "granite", "granitemoehybrid", "hubert", "jamba", "led", "lfm2", "longt5", "m2m_100", "mamba",
     "mamba2", "marian", "mbart", "minimax", "ministral", "mistral", "mixtral", "modernbert", "mpt", "mt5",
     "nemotron_h", "olmo3", "opt", "pegasus", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next",
-    "recurrent_gemma", "roberta", "smollm3", "speech_to_text", "stablelm", "starcoder2", "switch_transformers", "t5gemma", "umt5",
-    "wav2vec2", "whisper", "xglm", "zamba2",
+    "recurrent_gemma", "roberta", "smollm3", "speech_to_text", "stablelm", "starcoder2", "switch_transformers", "t5gemma",
+    "umt5", "wav2vec2", "whisper", "xglm", "zamba2",
 ]  # fmt: skip
 
 

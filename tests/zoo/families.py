@@ -79,6 +79,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "esm": {"vocab_size": 100, "pad_token_id": 0, "mask_token_id": 3, "position_embedding_type": "rotary"},
     "gemma3n_text": {
+        "intermediate_size": 48,
         "num_hidden_layers": 4,
         "num_kv_shared_layers": 2,
         "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0],
@@ -100,6 +101,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "pix2struct": {"vision_config.patch_embed_hidden_size": 192},
     "qwen2_5_omni_thinker": {"vision_start_token_id": 8, "audio_start_token_id": 12},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 8, "audio_start_token_id": 12},
+    "speech_to_text": {"input_feat_per_channel": 16},
     "led": {"attention_window": [4, 4]},
     "longformer": {"attention_window": [4, 4]},
     "llava_next": {"image_grid_pinpoints": [[32, 32]]},
@@ -231,8 +233,10 @@ def copied(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) else value
 
 
-SKIPPED_OUTPUTS = re.compile(r"loss|cache|past|hidden_states$|attentions|mems|logits_per|states$|similarity|rope_deltas"
-                             r"|text_model_output|vision_model_output|_output$|logit_scale|router")  # fmt: skip
+SKIPPED_OUTPUTS = re.compile(
+    r"loss|cache|past|hidden_states$|attentions|mems|logits_per|states$|similarity|rope_deltas"
+    r"|text_model_output|vision_model_output|_output$|logit_scale|router"
+)
 
 
 def tensors_of(output: Any, *, examples: int = 2) -> dict[str, torch.Tensor]:
@@ -439,8 +443,9 @@ def _media(names: list[str], model: nn.Module) -> Iterator[dict[str, Any]]:
 def _placeholders(model: nn.Module, media: dict[str, Any]) -> Iterator[tuple[int, int]]:
     """The token that stands for an image (or video, or sound) and how many of them a text needs."""
     config = model.config
-    kind = next((kind for kind, key in (("video", "pixel_values_videos"), ("image", "pixel_values"),
-                                        ("audio", "input_features"), ("audio", "input_values")) if key in media), None)  # fmt: skip
+    kinds = {"pixel_values_videos": "video", "pixel_values": "image", "input_features": "audio",
+             "input_values": "audio"}  # fmt: skip
+    kind = next((kinds[name] for name in kinds if name in media), None)
     marker = None
     for name in (f"{kind}_token_id", f"{kind}_token_index", f"{kind}_token", "image_token_id", "image_token_index"):
         marker = getattr(config, name, None) if marker is None else marker

@@ -114,16 +114,16 @@ def page(found: dict[str, Any]) -> str:
     lines = [
         "# Model families",
         "",
-        f"Every family that transformers {transformers.__version__} can build from a configuration, as a tiny model with "
-        "random weights and a random READ that is not the identity. *exact*: identity at the start, a gradient for "
-        "every parameter, a recurrence over the tokens of each example and no other, left and right padding without "
-        "effect, cached generation equal to one full pass, saving and loading, and gradients under checkpointing, each "
-        "as far as the family has it and as exactly as the bare model holds it.",
+        f"Every family that transformers {transformers.__version__} can build from a configuration, as a tiny model "
+        "with random weights and a random READ that is not the identity. *exact*: identity at the start, a gradient "
+        "for every parameter, a recurrence over the tokens of each example and no other, left and right padding "
+        "without effect, cached generation equal to one full pass, saving and loading, and gradients under "
+        "checkpointing, each as far as the family has it and as exactly as the bare model holds it.",
         "",
         "    python -m tests.zoo.sweep --output families.json --markdown docs/model_families.md",
         "",
-        f"{len(tried)} families of {len(found)} were tried. The three columns are `target_modules` absent, the last linear "
-        'layer of each feed-forward block named, and `"all-linear"`.',
+        f"{len(tried)} families of {len(found)} were tried. The three columns are `target_modules` absent, the last "
+        'linear layer of each feed-forward block named, and `"all-linear"`.',
         "",
         "| family | model | default | feed-forward | all-linear |",
         "|---|---|---|---|---|",
