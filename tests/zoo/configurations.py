@@ -85,7 +85,7 @@ def _shrink(config: PreTrainedConfig, overrides: dict[str, Any]) -> PreTrainedCo
             tiny[name] = _small(name, value, kept, values)
     tiny.update({name: value() if callable(value) else value for name, value in own.items()})
     for name in ("rope_parameters", "rope_scaling"):
-        if isinstance(tiny.get(name), dict):
+        if isinstance(tiny.get(name), dict) and name not in own:
             tiny[name] = _plain_rope(tiny[name], tiny, _mentions_sections(config))
     return type(config)(**tiny)
 

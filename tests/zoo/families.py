@@ -40,14 +40,19 @@ def inner(name: str, **overrides: Any) -> Callable[[], dict[str, Any]]:
     return lambda: tiny_config(name, overrides).to_dict()
 
 
+SMALL_WINDOWS = {"depths": [2, 2], "num_heads": [2, 2], "window_size": 4, "patch_size": 4}
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+BY_KIND = {"full_attention": PLAIN_ROPE, "sliding_attention": PLAIN_ROPE}
+
 # What the shrinker cannot know: values by name for the families that need some.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "whisper": {"max_source_positions": 20},
-    "reformer": {"is_decoder": True},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "recurrent_gemma": {"num_hidden_layers": 3},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
     "ministral": {"head_dim": 8},
-    "nemotron": {"head_dim": 8},
+    "nemotron": {"head_dim": 8, "num_key_value_heads": 4},
     "mamba2": {"num_heads": 4, "head_dim": 16},
     "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "attn_layer_indices": [1]},
     "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64},
@@ -77,6 +82,22 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "topk_group": 1,
         "moe_intermediate_size": 48,
     },
+    "emu3": {
+        "vq_config.codebook_size": 10,
+        "vocabulary_map": {
+            "<image>": 5,
+            "<|extra_200|>": 19,
+            **{f"<|visual token {i:06d}|>": 20 + i for i in range(10)},
+        },
+    },
+    "deepseek_ocr2": {
+        "text_config.num_experts_per_tok": 2,
+        "text_config.n_group": 1,
+        "text_config.topk_group": 1,
+        "text_config.mlp_layer_types": ["dense", "sparse"],
+    },
+    "xmod": {"default_language": "en_XX"},
+    "granite4_vision": {"image_grid_pinpoints": [[32, 32]], "deepstack_layer_map": [[-1, 0]]},
     "esm": {"vocab_size": 100, "pad_token_id": 0, "mask_token_id": 3, "position_embedding_type": "rotary"},
     "gemma3n_text": {
         "intermediate_size": 48,
@@ -102,12 +123,24 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen2_5_omni_thinker": {"vision_start_token_id": 8, "audio_start_token_id": 12},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 8, "audio_start_token_id": 12},
     "speech_to_text": {"input_feat_per_channel": 16},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2},
+    "ministral3": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "llama_4_scaling_beta": 0.1,
+            "original_max_position_embeddings": 256,
+        }
+    },
+    "cohere_compass_text": {"rope_parameters": BY_KIND},
+    "cohere_compass": {"text_config.rope_parameters": BY_KIND},
+    "longcat_flash": {"head_dim": 8, "qk_head_dim": 16},
     "led": {"attention_window": [4, 4]},
     "longformer": {"attention_window": [4, 4]},
     "llava_next": {"image_grid_pinpoints": [[32, 32]]},
     "llava_next_video": {"image_grid_pinpoints": [[32, 32]]},
     "llava_onevision": {"image_grid_pinpoints": [[32, 32]]},
-    "granite4_vision": {"image_grid_pinpoints": [[32, 32]]},
     "zamba": {
         "attention_hidden_size": 64,
         "attention_head_dim": 16,
@@ -116,9 +149,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "bit": {"num_groups": 4},
-    "donut-swin": {"num_heads": [2, 2, 4, 4]},
-    "swinv2": {"num_heads": [2, 2, 4, 4]},
-    "swin": {"num_heads": [2, 2, 4, 4]},
+    "donut-swin": SMALL_WINDOWS,
+    "swinv2": SMALL_WINDOWS,
+    "swin": SMALL_WINDOWS,
     "wav2vec2-bert": {"vocab_size": 60},
     "wav2vec2-conformer": {"vocab_size": 60},
 }
