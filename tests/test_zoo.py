@@ -30,8 +30,8 @@ def check(name):
     except KeyError as error:
         pytest.skip(str(error))
     found = check_family(build_case(family))["settings"]
-    wrong = {setting: faults(result) for setting, result in found.items()}
-    assert not {setting: faulty for setting, faulty in wrong.items() if faulty}
+    wrong = [f"{setting}: {what}" for setting, result in found.items() for what in faults(result).items()]
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("name", QUICK)

@@ -296,7 +296,7 @@ def checkpointed(model: nn.Module, case: Case) -> float | None:
     missing = [name for name in plain if again[name] is None]
     if missing:
         raise ValueError(f"no gradient with checkpointing: {missing[0]} and {len(missing) - 1} others")
-    # Some gradients are zero but for rounding (a bias on attention's keys), hence a floor in proportion to the largest.
+    # Some gradients are zero but for rounding (a bias on attention's keys), hence a floor by the largest.
     largest, worst = max(float(grad.abs().max()) for grad in plain.values()), 0.0
     for name, grad in plain.items():
         scale = max(float(grad.abs().max()), 1e-4 * largest, 1e-6)
