@@ -28,6 +28,7 @@ TOLERANCE = 2e-4  # of the largest output; float32 rounding through two layers s
 SETTINGS = ("default", "suffix", "all-linear")
 IN_A_BLOCK = re.compile(r"\.\d+\..*[a-z]")
 USUAL_NAME = re.compile(r"(mlp|ffn|feed_forward)\.(down_proj|fc2|linear_fc2|linear2|lin2|w2|dense_4h_to_h|c_proj|wo)$")
+BETWEEN_STACKS = re.compile(r"merger|projector|connector|aligner")  # they carry images over to a text
 EXPERTS = re.compile(r"(^|\.)(local_)?experts(\.|$)")
 
 
@@ -51,6 +52,7 @@ def feed_forward_targets(model: nn.Module) -> list[str]:
         name
         for name, widths in linear_names(model).items()
         if IN_A_BLOCK.search(name)
+        and not BETWEEN_STACKS.search(name)
         and not EXPERTS.search(name)
         and ((widths[0] in FEED_FORWARDS and widths[1] == WIDTH) or USUAL_NAME.search(name))
     ]
