@@ -111,7 +111,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "granite_speech5_ctc": {"encoder_config.context_size": 16},
     "instructblip": {"image_token_index": 5},
     "instructblipvideo": {"video_token_index": 6},
-    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "kosmos-2": {"latent_query_num": 4},
     "kosmos-2.5": {"vision_config.patch_embed_hidden_size": 192, "latent_query_num": 4},
