@@ -19,9 +19,12 @@ def plain_number(name: str, value: Any) -> float:
         ValueError: anything else, NaN and infinity included.
     """
     value = _item(value)
-    if isinstance(value, bool | str | bytes | complex) or not hasattr(value, "__float__"):
+    if isinstance(value, bool | str | bytes | complex) or not hasattr(value, "__float__") or _is_array(value):
         raise ValueError(f"{name}={value!r} is no number")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError as error:
+        raise ValueError(f"{name} is too large for a number") from error
     if not math.isfinite(number):
         raise ValueError(f"{name}={number} is not finite")
     return number
@@ -38,7 +41,7 @@ def plain_integer(name: str, value: Any) -> int:
         ValueError: anything else.
     """
     value = _item(value)
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if isinstance(value, bool) or not hasattr(value, "__index__") or _is_array(value):
         raise ValueError(f"{name}={value!r} is no integer")
     return operator.index(value)
 
@@ -100,3 +103,7 @@ def _item(value: Any) -> Any:
     if hasattr(value, "item") and hasattr(value, "dtype") and getattr(value, "ndim", 1) == 0:
         return value.item()
     return value
+
+
+def _is_array(value: Any) -> bool:
+    return bool(getattr(value, "ndim", 0))
