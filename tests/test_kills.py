@@ -13,8 +13,6 @@ from faults import KILLED, PHASES, Faults, in_a_process
 
 from peft_read.alignment import last_whole_checkpoint
 from peft_read.data import generate_how2_mini, write_how2_mini
-from peft_read.recurrence import warm_up as compile_adapter
-from peft_read.transport import warm_up
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = "--num_train_epochs 3 --per_device_train_batch_size 8 --generation_num_beams 1 --use_cpu --disable_tqdm true"
@@ -29,14 +27,15 @@ def how2(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def scripts():
+def scripts(how2, tmp_path_factory):
     paths = [str(EXAMPLES), str(EXAMPLES / "method_comparison")]
     sys.path[:0] = paths
     import how2_summarize
     import summarization
 
-    warm_up()  # once for all the forks
-    compile_adapter()
+    # What this run imports and compiles, the forks need not.
+    folder = tmp_path_factory.mktemp("first")
+    how2_summarize.main(["--data_dir", str(how2), "--output_dir", str(folder), *SMALL, "--max_steps", "1"])
     yield how2_summarize, summarization
     for path in paths:
         sys.path.remove(path)
