@@ -29,6 +29,7 @@ from datasets import Dataset
 from grounding_data import DataArguments, Fold, GroundingData, submission
 from grounding_report import describe, draw
 from peft import LoraConfig, PeftModel, get_peft_model
+from run_folder import end_with_parent
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel, HfArgumentParser, Trainer, set_seed
@@ -386,4 +387,5 @@ def predict(script: ScriptArguments, folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     main()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 from .config import READConfig
 from .hooks import install_scopes, keep_slow_path, remove_scopes
 from .layer import CANNOT_MERGE, Linear, READLayer
+from .loaded import check_loaded_weights
 from .mixed import copies_in_generate, mixed_batch
 from .registration import PREFIX
 from .sequences import Notice
@@ -76,7 +77,10 @@ class READModel(BaseTuner):
     target_module_mapping = TARGET_MODULES
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        family = self._family = model_config.get("model_type")
+        if not isinstance(model_config, Mapping):  # a model's `config` may be anything, and peft hands it on
+            model_config = {"model_type": getattr(model_config, "model_type", None)}
+        model_config = {"model_type": None, **model_config}
+        family = self._family = model_config["model_type"]
         part = peft_config.target_modules
         if part is None and family in TARGET_MODULES:
             peft_config.target_modules = set(TARGET_MODULES[family])  # type: ignore[assignment]
@@ -152,8 +156,10 @@ class READModel(BaseTuner):
         self.__dict__["_injected"] = model  # not a submodule; peft hands the next method its configuration alone
         if "_notice" not in self.__dict__:  # the first adapter is injected from within BaseTuner.__init__
             self._notice = Notice()
-        # Not a field: the card tells it, the configuration on disk does not.
+            self._load_check = model.register_load_state_dict_pre_hook(check_loaded_weights)
+        # No fields: the card tells them, the configuration on disk does not.
         self.peft_config[adapter_name].base_parameters = _base_parameters(model)  # type: ignore[attr-defined]
+        self.peft_config[adapter_name].adapter_name = adapter_name  # type: ignore[attr-defined]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for name, module in list(model.named_modules()):
             if not isinstance(module, READLayer):
@@ -169,6 +175,7 @@ class READModel(BaseTuner):
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[func-returns-value]
         remove_scopes(model)
         forget_gradients(model)
+        self._load_check.remove()
         return model
 
     @contextmanager
