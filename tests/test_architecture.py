@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "peft_read"
-FLOOR_0 = {"recurrence", "transport", "spans", "data", "metrics"}
+FLOOR_0 = {"recurrence", "transport", "spans", "files", "data", "metrics"}
 MAY_IMPORT = {
     "recurrence": set(),
     "transport": set(),
     "spans": set(),
-    "data": {"spans"},
-    "metrics": {"spans"},
+    "files": set(),
+    "data": {"spans", "files"},
+    "metrics": {"spans", "files"},
     "adapter": FLOOR_0,
     "alignment": FLOOR_0,
     "models": FLOOR_0,
