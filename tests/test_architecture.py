@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "peft_read"
-FLOOR_0 = {"recurrence", "transport", "spans", "files", "data", "metrics"}
+FLOOR_0 = {"recurrence", "transport", "spans", "files", "values", "data", "metrics"}
 MAY_IMPORT = {
     "recurrence": set(),
     "transport": set(),
-    "spans": set(),
+    "spans": {"values"},
+    "values": set(),
     "files": set(),
-    "data": {"spans", "files"},
-    "metrics": {"spans", "files"},
+    "data": {"spans", "files", "values"},
+    "metrics": {"spans", "files", "values"},
     "adapter": FLOOR_0,
     "alignment": FLOOR_0,
     "models": FLOOR_0,
