@@ -17,6 +17,7 @@ __all__ = [
     "FeatureStore",
     "Features",
     "check_features",
+    "read_arrays",
     "read_features",
     "row_count",
     "write_feature_archive",
@@ -293,8 +294,12 @@ def _load(path: Path, *, memory_map: bool = False) -> Any:
         raise ValueError(f"{path} cannot be read as .npy or .npz: {_message(error)}") from error
 
 
-def _arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a `.npz` file."""
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a `.npz` file.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
     loaded = _load(path)
     if isinstance(loaded, np.ndarray):
         raise ValueError(f"{path} is a single array, no .npz file")
@@ -306,7 +311,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def _read_archive(path: Path) -> dict[str, np.ndarray]:
-    archive = _arrays(path)
+    archive = read_arrays(path)
     if missing := {"ids", "offsets", "features"} - set(archive):
         raise ValueError(
             f"{path} is not a feature archive: it has no arrays {sorted(missing)}, only {sorted(archive)}"

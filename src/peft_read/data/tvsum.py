@@ -117,8 +117,8 @@ def _row(record: Record) -> dict[str, Any]:
     clips, annotators = label.shape
     if clips == ANNOTATORS != annotators:
         raise ValueError(
-            f"{record.where(str(found['label']))} has {clips} rows and {annotators} columns: rows are clips, columns the "
-            f"{ANNOTATORS} annotators, is it transposed?"
+            f"{record.where(str(found['label']))} has {clips} rows and {annotators} columns: is it transposed? Rows "
+            f"are clips, columns the {ANNOTATORS} annotators"
         )
     frames = (
         None

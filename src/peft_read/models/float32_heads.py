@@ -44,6 +44,6 @@ def check_mask(name: str, mask: Tensor) -> None:
     """
     if mask.dtype != torch.bool and values_can_be_checked(mask) and not (mask >= 0).all():
         raise ValueError(
-            f"{name} holds negative numbers or NaN: a mask is 1 at real positions and 0 at padding (of an additive one, "
-            "pass mask >= 0)"
+            f"{name} holds negative numbers or NaN: a mask is 1 at real positions and 0 at padding "
+            "(of an additive one, pass mask >= 0)"
         )
