@@ -30,7 +30,7 @@ def ranked_windows(
     """Windows (start, end, score) of every video by descending score, in the numbers of the official submission.
 
     The score of a regressed span is its foreground probability; that of a classified span (`"ce"`) is the product of
-    the probabilities of its first and last clip. Every number is rounded to 4 decimals, windows are then clamped to
+    the probabilities of its first and last clip, the likeliest pair that is in order. Every number is rounded to 4 decimals, windows are then clamped to
     [0, longest_seconds] and rounded to whole clips (half to even), all in float32 as in the original. A window that
     begins behind the end is left out.
 
@@ -67,8 +67,11 @@ def ranked_windows(
     else:
         if clip_seconds is None:
             raise ValueError("span_loss_type='ce' names clips: pass clip_seconds")
-        best, clips = pred_spans.unflatten(-1, (2, -1)).softmax(-1).max(-1)  # (B, Q, 2)
-        scores, windows = best.prod(-1), clips_to_seconds(clips, clip_seconds)
+        first, last = pred_spans.unflatten(-1, (2, -1)).softmax(-1).unbind(2)  # (B, Q, bins)
+        likeliest, where = first.cummax(-1)  # of the first clips that do not lie behind a last one
+        scores, end = (likeliest * last).max(-1)
+        clips = torch.stack((where.gather(-1, end.unsqueeze(-1)).squeeze(-1), end), dim=-1)
+        windows = clips_to_seconds(clips, clip_seconds)
     results = []
     for rows, seconds in zip(torch.cat((windows, scores.unsqueeze(-1)), dim=-1).tolist(), durations, strict=True):
         limit = max(ORIGINAL_LONGEST, seconds) if longest_seconds is None else longest_seconds

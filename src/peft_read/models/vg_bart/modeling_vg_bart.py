@@ -64,8 +64,8 @@ class VGBartEncoder(VisionGuidance, BartEncoder):
             **kwargs: what transformers passes to attention, and `output_hidden_states`, `output_attentions`.
 
         Raises:
-            ValueError: not exactly one of `input_ids` and `inputs_embeds` is given, the text is longer than the position
-                table, or the video is missing or has another shape.
+            ValueError: not exactly one of `input_ids` and `inputs_embeds` is given, the text is longer than the
+                position table, or the video is missing or has another shape.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
