@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 __all__ = ["array_of", "count", "id_of", "is_given", "listed", "number", "shown", "table"]
 
+_LARGEST = 1e300  # beyond it products and sums overflow; no second, rating or rate comes near
+
 
 def shown(value: object) -> str:
     """The value as it appears in a message: on one line, and cut where it is long."""
@@ -22,7 +24,10 @@ def is_given(value: Any) -> bool:
     """Whether a field holds anything: not None, and no empty list, array or tensor."""
     if value is None:
         return False
-    return bool(value.shape[0] if getattr(value, "shape", ()) else len(value)) if hasattr(value, "__len__") else True
+    shape = getattr(value, "shape", None)
+    if shape is not None:
+        return shape == () or bool(shape[0])
+    return bool(len(value)) if hasattr(value, "__len__") else True
 
 
 def array_of(value: Any) -> NDArray:
@@ -117,9 +122,6 @@ def number(
     if not low <= scalar <= high or (above is not None and not scalar > above):
         raise ValueError(f"{where} must be a number{bounds}, not {shown(value)}")
     return float(scalar)
-
-
-_LARGEST = 1e300  # beyond it products and sums overflow; no second, rating or rate comes near
 
 
 def count(value: Any, where: str, *, low: int = 1) -> int:

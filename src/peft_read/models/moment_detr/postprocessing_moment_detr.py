@@ -30,9 +30,9 @@ def ranked_windows(
     """Windows (start, end, score) of every video by descending score, in the numbers of the official submission.
 
     The score of a regressed span is its foreground probability; that of a classified span (`"ce"`) is the product of
-    the probabilities of its first and last clip, the likeliest pair that is in order. Every number is rounded to 4 decimals, windows are then clamped to
-    [0, longest_seconds] and rounded to whole clips (half to even), all in float32 as in the original. A window that
-    begins behind the end is left out.
+    the probabilities of its first and last clip, the likeliest pair that is in order. Every number is rounded to 4
+    decimals, windows are then clamped to [0, longest_seconds] and rounded to whole clips (half to even), all in
+    float32 as in the original. A window that begins behind the end is left out.
 
     Args:
         pred_logits: (B, Q, 2).
