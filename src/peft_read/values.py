@@ -162,8 +162,9 @@ def id_of(value: Any, where: str) -> str:
 
 
 def listed(names: Sequence[object], limit: int = 5) -> str:
-    """The first few names, and dots where there are more."""
-    return ", ".join(str(name) for name in names[:limit]) + (" ..." if len(names) > limit else "")
+    """The first few names on one line, and dots where there are more."""
+    text = ", ".join(str(name) for name in names[:limit]) + (" ..." if len(names) > limit else "")
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def _bounds(low: float, high: float) -> str:
