@@ -42,7 +42,8 @@ FREE_ARGUMENTS = frozenset(
         "dataloader_prefetch_factor",
     }
 )
-TIMES = re.compile(r".*(_runtime|_per_second)")  # entries of the log that differ from run to run
+WRITTEN = ("run.json", "results.json", "report.md", "learning_curve.png", "command.json")
+TIMES = re.compile(r".*(_runtime|_per_second|_preparation_time)")  # entries of the log that differ from run to run
 
 
 class ScriptParser(HfArgumentParser):
@@ -110,6 +111,7 @@ class RunFolder:
         self.lock = lock_folder(folder)
         self.started = time.time()
         try:
+            self._remove_parts()
             then = self._earlier_run()
             present = self._present_checkpoints()
             if foreign := sorted(present - set(then["checkpoints"])):
@@ -162,6 +164,13 @@ class RunFolder:
     def release(self) -> None:
         """Lets other runs in."""
         self.lock.release()
+
+    def _remove_parts(self) -> None:
+        """What `write_whole` leaves of the run's own files when it is killed."""
+        for name in WRITTEN:
+            for part in self.folder.glob(f".{name}.*.part"):
+                if re.fullmatch(rf"\.{re.escape(name)}\.[0-9a-f]{{12}}\.part", part.name):
+                    part.unlink()
 
     def _earlier_run(self) -> dict[str, Any]:
         nothing: dict[str, Any] = {"arguments": {}, "versions": {}, "checkpoints": [], "seconds": 0.0}
@@ -262,9 +271,9 @@ class KeepCheckpoints(TrainerCallback):
 
 
 def log_without_times(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A Trainer's log without what the clock and the number of starts have in it."""
+    """A Trainer's log without what the clock and the number of starts have in it, in one order of keys."""
     entries = [entry for entry in log if "train_runtime" not in entry]
-    return [{key: value for key, value in entry.items() if not TIMES.fullmatch(key)} for entry in entries]
+    return [{key: entry[key] for key in sorted(entry) if not TIMES.fullmatch(key)} for entry in entries]
 
 
 @contextmanager

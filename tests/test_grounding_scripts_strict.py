@@ -71,7 +71,7 @@ def test_every_kind_of_bad_input_is_one_line(world, tmp_path, monkeypatch):  # n
         ({"relevant_windows": [[20, 10]]}, "bad.jsonl, line 18: 'relevant_windows'"),
         ({"saliency_scores": [[9] * 3] * 5}, "bad.jsonl, line 18: 'saliency_scores' holds 9"),
         ({"qid": None}, "bad.jsonl, line 18: 'qid'"),
-        ({"vid": "unknown_0_40"}, "1 ids have no features: unknown_0_40"),
+        ({"vid": "source8_7.0_40.0"}, "1 ids have no features: source8_7.0_40.0"),
     ]:
         bad = write_jsonl(tmp_path / "bad.jsonl", [*rows[:-1], {**rows[-1], **change}])
         ends("--num_train_samples", 14, "--num_validation_samples", 4, "--train_file", bad, says=words)
