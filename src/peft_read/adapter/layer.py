@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from ..recurrence import Identity, adapter_fits, adapter_in_one_pass, build_cell
+from ..recurrence import Identity, adapt_in_one, build_cell
 from .config import READConfig
 from .mixed import mixed_rows
 from .scope import Scope, current_scope
@@ -214,13 +214,14 @@ class Linear(nn.Module, READLayer):
         cell: Any = self.readapter_cell[adapter]
         dropout = self.readapter_dropout[adapter]
         scope = sequences.scope
-        if not adapter_fits(sequences.tensor, sequences.mask, down, cell, dropout, up):
-            return None
-        if scope is not None and scope.segments is not None:
+        if isinstance(cell, Identity) or cell.bidirectional or (scope is not None and scope.segments is not None):
             return None
         key = (self.path, adapter, sequences.call)
         before = None if scope is None else scope.state_before(key, self.path, adapter, None)
-        adapted, states = adapter_in_one_pass(sequences.tensor, down, cell, up, before, sequences.mask)
+        found = adapt_in_one(sequences.tensor, down, cell, dropout, up, state=before, mask=sequences.mask)
+        if found is None:
+            return None
+        adapted, states = found
         if scope is not None and sequences.keeps_states:
             scope.keep(key, states, None)
         return adapted
@@ -234,6 +235,9 @@ class Linear(nn.Module, READLayer):
         hidden = self._recur(adapter, hidden, sequences, rows)
         hidden = self.readapter_dropout[adapter](F.gelu(hidden))
         delta = up(self._cast_input_dtype(hidden, up.weight.dtype))
+        mask = sequences.mask if rows is None or sequences.mask is None else sequences.mask[rows]
+        if mask is not None:  # W_up's bias on padding would reach the text through convolutions and scans of the base
+            delta = torch.where(mask[..., None], delta, 0)
         if rows is None:
             return delta
         return delta.new_zeros(*sequences.tensor.shape).index_copy(0, rows, delta)
