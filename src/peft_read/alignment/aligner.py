@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..transport import warm_up
 from .loss import DISTANCES, AlignmentDistance, alignment_distance
 from .recorder import AlignedBlock, Recording, StreamPair
 from .streams import Stream, preset_streams, unwrap_model
@@ -105,9 +104,6 @@ class Aligner:
         base = unwrap_model(model)
         self.config = config
         self.model_name = type(base).__name__
-        on_cpu = all(parameter.device.type == "cpu" for parameter in base.parameters())
-        if on_cpu and config.distance == "partial_ot" and config.method == "auto":
-            warm_up()  # the same solver for every step, process and resumed run
         self.pair: StreamPair | None = None
         if config.extractor is None:
             if config.video is not None and config.language is not None:

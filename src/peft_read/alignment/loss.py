@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..transport import cosine_cost, partial_optimal_transport
+from ..transport import cosine_cost, partial_optimal_transport, real_entries
 
 __all__ = ["DISTANCES", "AlignmentDistance", "PVLALoss", "alignment_distance"]
 
@@ -21,6 +21,7 @@ class AlignmentDistance(NamedTuple):
 
     distance: Tensor  # (blocks, B), differentiable
     mass: Tensor  # (blocks, B), the transported mass; 1 for pooled distances, 0 where a side has no real token
+    converged: Tensor | None = None  # (blocks, B) bool, of transport; see TransportPlan
 
 
 def alignment_distance(
@@ -140,8 +141,8 @@ def _pair_blocks(video: object, language: object, video_mask: object, language_m
                 f"block {index}: video states {tuple(v.shape)} and language states {tuple(t.shape)} must be (B, N, d) "
                 "and (B, M, d); project one of them where the widths differ"
             )
-        blocks.append((_at_least_float32(v), _at_least_float32(t), _mask(vm, v, index), _mask(tm, t, index)))
-    return blocks
+        blocks.append((*_masked(vm, v, "video", index), *_masked(tm, t, "language", index)))
+    return [(v, t, vm, tm) for v, vm, t, tm in blocks]
 
 
 def _as_list(value: object) -> list[Tensor]:
@@ -159,18 +160,19 @@ def _masks_as_list(value: object, count: int) -> list[Tensor | None]:
     return masks
 
 
-def _mask(mask: Tensor | None, states: Tensor, index: int) -> Tensor:
+def _masked(mask: Tensor | None, states: Tensor, side: str, index: int) -> tuple[Tensor, Tensor]:
+    """The states in at least float32, and their mask as booleans."""
+    states = states if states.dtype == torch.float64 else states.float()
     if mask is None:
-        return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+        return states, torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
     if mask.shape != states.shape[:2]:
         raise ValueError(
             f"block {index}: a mask of shape {tuple(mask.shape)} does not fit states of shape {tuple(states.shape)}"
         )
-    return mask.to(states.device) != 0
-
-
-def _at_least_float32(states: Tensor) -> Tensor:
-    return states if states.dtype == torch.float64 else states.float()
+    real, wrong = real_entries(f"block {index}: the {side} mask", mask, tuple(states.shape[:2]))
+    if wrong is not None:  # nobody may look at values on a device: the distance says it, as NaN
+        states = torch.where(wrong.to(states.device)[..., None], torch.nan, states)
+    return states, real.to(states.device)
 
 
 def _transport_distance(blocks: list[Block], *, mass: float, reg: float, method: str) -> AlignmentDistance:
@@ -193,7 +195,7 @@ def _transport_distance(blocks: list[Block], *, mass: float, reg: float, method:
     moved = plan.mass.detach()
     # An example without video or without words transports nothing: its cost is 0 and stays 0.
     distance = torch.where(moved > 0, plan.cost / moved.clamp_min(torch.finfo(moved.dtype).tiny), plan.cost * 0)
-    return AlignmentDistance(distance, moved)
+    return AlignmentDistance(distance, moved, plan.converged)
 
 
 def _pooled_distance(v: Tensor, t: Tensor, vm: Tensor, tm: Tensor, *, pooling: str, metric: str) -> Tensor:
