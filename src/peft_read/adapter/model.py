@@ -25,8 +25,14 @@ from .untrained import forget_gradients, named, watch_gradients
 
 __all__ = ["TARGET_MODULES", "READModel"]
 
-# Blocks that their structure does not show, in the backbones of this project.
-TARGET_MODULES: dict[str, list[str]] = {"umt": ["ffn.mapping.3", "ffn1.mapping.3", "ffn2.mapping.3"]}
+# The backbones of this project: the paper adapts the language model's blocks, not those of the fusion beside it, and the
+# structure of UMT's blocks does not show where they end.
+TARGET_MODULES: dict[str, list[str]] = {
+    "moment_detr": ["linear2"],
+    "umt": ["ffn.mapping.3", "ffn1.mapping.3", "ffn2.mapping.3"],
+    "vg_bart": ["fc2"],
+    "vg_t5": ["wo"],
+}
 
 # Their blocks take (T, B, d).
 SEQUENCE_FIRST = {"fsmt", "xlnet"}

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from ..plain import plain_integers, plain_number
-from ..transport import warm_up
 from .loss import (
     AlignmentDistance,
     alignment_distance,
@@ -193,9 +192,6 @@ class Aligner:
             pair = StreamPair(base, video, language, self.config.blocks)
         self.remove()
         self.pair, self._model, self.model_name = pair, weakref.ref(base), type(base).__name__
-        on_cpu = all(parameter.device.type == "cpu" for parameter in base.parameters())
-        if on_cpu and self.config.distance == "partial_ot" and self.config.method == "auto":
-            warm_up()  # the same solver for every step, process and resumed run
         return True
 
     @contextmanager

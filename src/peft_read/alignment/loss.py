@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..plain import plain_number
-from ..transport import cosine_cost, partial_optimal_transport
+from ..transport import cosine_cost, partial_optimal_transport, real_entries
 from ..transport.partial import METHODS
 
-__all__ = ["DISTANCES", "AlignmentDistance", "PVLALoss", "alignment_distance", "real_tokens"]
+__all__ = ["DISTANCES", "AlignmentDistance", "PVLALoss", "alignment_distance", "mask_of"]
 
 DISTANCES = ("partial_ot", "avg_cosine", "max_cosine", "avg_l2", "max_l2")
 
@@ -23,6 +23,7 @@ class AlignmentDistance(NamedTuple):
 
     distance: Tensor  # (blocks, B), differentiable
     mass: Tensor  # (blocks, B), the transported mass; 1 for pooled distances, 0 where a side has no real token
+    converged: Tensor | None = None  # (blocks, B) bool, of transport; see TransportPlan
 
     def mean(self) -> Tensor:
         """The mean distance over blocks and examples, a scalar; 0 where no block ran."""
@@ -165,26 +166,23 @@ def checked_method(method: Any) -> str:
     return str(method)
 
 
-def real_tokens(mask: Any, where: str) -> Tensor:
-    """A mask in which non-zero means real, as a boolean tensor.
+def mask_of(mask: Any, where: str) -> Tensor:
+    """A mask in which non-zero means real, as a tensor.
 
     Args:
         mask: a tensor of any dtype, or an array.
         where: whose mask it is, for the message.
 
     Raises:
-        ValueError: no tensor, or negative or NaN entries.
+        ValueError: no tensor, or complex numbers.
     """
     try:
         tensor = torch.as_tensor(mask)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{where}: a mask must be a tensor, got {type(mask).__name__}") from error
-    if tensor.is_complex() or (tensor.is_floating_point() and not bool((tensor >= 0).all())):
-        raise ValueError(
-            f"{where}: the mask has negative, NaN or complex entries; it must be non-zero on real tokens and 0 on "
-            "padding, not a mask to be added to attention scores"
-        )
-    return tensor != 0
+    if tensor.is_complex():
+        raise ValueError(f"{where} has complex entries; it must be non-zero on real tokens and 0 on padding")
+    return tensor
 
 
 Block = tuple[Tensor, Tensor, Tensor, Tensor]  # video (B, N, d), language (B, M, d), their boolean masks
@@ -213,8 +211,8 @@ def _pair_blocks(video: object, language: object, video_mask: object, language_m
                 f"block {index}: video states {tuple(v.shape)} and language states {tuple(t.shape)} hold no token at "
                 "all; an example without video or text is one whose mask is 0"
             )
-        blocks.append((_at_least_float32(v), _at_least_float32(t), _mask(vm, v, index), _mask(tm, t, index)))
-    return blocks
+        blocks.append((*_masked(vm, v, "video", index), *_masked(tm, t, "language", index)))
+    return [(v, t, vm, tm) for v, vm, t, tm in blocks]
 
 
 def _as_list(value: object, name: str) -> list[Tensor]:
@@ -233,26 +231,30 @@ def _masks_as_list(value: object, count: int) -> list[Tensor | None]:
     return list(value)
 
 
-def _mask(mask: Any, states: Tensor, index: int) -> Tensor:
+def _masked(mask: Any, states: Tensor, side: str, index: int) -> tuple[Tensor, Tensor]:
+    """The states in at least float32, and their mask as booleans."""
+    states = states if states.dtype == torch.float64 else states.float()
     if mask is None:
-        return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
-    real = real_tokens(mask, f"block {index}")
-    if real.shape != states.shape[:2]:
+        return states, torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+    where = f"block {index}: the {side} mask"
+    mask = mask_of(mask, where)
+    if mask.shape != states.shape[:2]:
         raise ValueError(
-            f"block {index}: a mask of shape {tuple(real.shape)} does not fit states of shape {tuple(states.shape)}"
+            f"block {index}: a mask of shape {tuple(mask.shape)} does not fit states of shape {tuple(states.shape)}"
         )
-    return real.to(states.device)
+    real, wrong = real_entries(where, mask, tuple(states.shape[:2]))
+    if wrong is not None:  # nobody may look at values on a device: the distance says it, as NaN
+        states = torch.where(wrong.to(states.device)[..., None], torch.nan, states)
+    return states, real.to(states.device)
 
 
 def _check_finite(block: Block, index: int) -> None:
     v, t, vm, tm = block
+    if v.device.type != "cpu":  # nobody may look at values on a device: the distance is NaN and the trainer says so
+        return
     for name, states, mask in (("video", v, vm), ("language", t, tm)):
         if not bool((states.isfinite().all(-1) | ~mask).all()):
             raise ValueError(f"block {index}: a real token of the {name} states is NaN or infinite")
-
-
-def _at_least_float32(states: Tensor) -> Tensor:
-    return states if states.dtype == torch.float64 else states.float()
 
 
 def _transport_distance(blocks: list[Block], *, mass: float, reg: float, method: str) -> AlignmentDistance:
@@ -275,7 +277,7 @@ def _transport_distance(blocks: list[Block], *, mass: float, reg: float, method:
     moved = plan.mass.detach()
     # An example without video or without words transports nothing: its cost is 0 and stays 0.
     distance = torch.where(moved > 0, plan.cost / moved.clamp_min(torch.finfo(moved.dtype).tiny), plan.cost * 0)
-    return AlignmentDistance(distance, moved)
+    return AlignmentDistance(distance, moved, plan.converged)
 
 
 def _pooled_distance(v: Tensor, t: Tensor, vm: Tensor, tm: Tensor, *, pooling: str, metric: str) -> Tensor:

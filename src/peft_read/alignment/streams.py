@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..plain import plain_flag, plain_integer, plain_names
-from .loss import real_tokens
+from ..transport import real_entries
+from .loss import mask_of
 
 __all__ = ["PRESETS", "Stream", "preset_streams", "unwrap_model"]
 
@@ -136,12 +138,16 @@ class Stream:
         if mask is None:
             return states, None
         source = self.mask if isinstance(self.mask, str) else "the mask function"
-        real = real_tokens(mask, f"module {name!r}, mask {source!r}")
+        where = f"module {name!r}, mask {source!r}"
+        real = mask_of(mask, where)
         if real.shape != states.shape[:2]:
             raise ValueError(
                 f"module {name!r}: mask {source!r} has shape {tuple(real.shape)}, the states that it should describe "
                 f"have {tuple(states.shape)}; set Stream.tokens to the part of the sequence that the mask covers"
             )
+        real, wrong = real_entries(where, real, tuple(states.shape[:2]))
+        if wrong is not None:  # on a device, where the distance says it as NaN
+            states = torch.where(wrong.to(states.device)[..., None], torch.nan, states)
         real = real.to(states.device)
         return states, ~real if self.invert_mask else real
 

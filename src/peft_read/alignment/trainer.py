@@ -152,9 +152,11 @@ class PVLALossMixin(_Base):
         pvla = result.mean() * share
         divisor = 1 if self._trainer_takes_loss_as_scaled(num_items_in_batch) else self._accumulation_steps
         self._train_sums.add(
+            0,
             task_loss=loss.detach() / divisor,
             pvla_loss=pvla.detach() / divisor,
             pvla_mass=result.over_blocks()[1].mean() * share / divisor,
+            **_failures(result),
         )
         loss = loss + aligner.config.weight_at(self._progress) * pvla.to(loss.dtype)
         return (loss, outputs) if return_outputs else loss
@@ -211,10 +213,30 @@ class PVLALossMixin(_Base):
             names = ("task_loss", "pvla_loss", "pvla_mass")
             values = torch.tensor([self._train_sums.get(name) for name in names], device=self.args.device)
             means = self.accelerator.gather(values.unsqueeze(0)).mean(0) / steps
+            self._report_failures()
             logs.update(dict(zip(names, means.tolist(), strict=True)))
             self._train_sums = _Sums()
             self._steps_since_log = 0
         super().log(logs, *args, **kwargs)
+
+    def _report_failures(self) -> None:
+        """Say what went wrong in the alignment since the last log; on a device nobody looked before.
+
+        Raises:
+            FloatingPointError: a distance was no number; the block is named.
+        """
+        assert self._aligner is not None
+        bad = self._train_sums.values.get("bad")
+        if bad is not None and bool(bad.any()):
+            index = int(bad.nonzero()[0])
+            name = f" ({' <-> '.join(self._aligner.pair.names[index])})" if self._aligner.pair is not None else ""
+            raise FloatingPointError(
+                f"the alignment of block {index}{name} was NaN or infinite for {int(bad[index])} examples since the "
+                "last log: its states, or a mask that is to be added to scores, hold what is no number. The weights "
+                "have been trained on it: go back to an earlier checkpoint."
+            )
+        if unsolved := int(self._train_sums.get("unsolved")):
+            logger.warning("%d transport problems did not converge since the last log", unsolved)
 
     @property
     def _progress(self) -> float:
@@ -291,7 +313,11 @@ class _Sums:
         self.examples += examples
         for name, value in values.items():
             value = value.detach().float()
-            self.values[name] = self.values[name] + value if name in self.values else value
+            before = self.values.get(name)
+            if before is not None and before.shape != value.shape:  # blocks that LayerDrop left out
+                longest = max(len(before), len(value))
+                before, value = (nn.functional.pad(one, (0, longest - len(one))) for one in (before, value))
+            self.values[name] = value if before is None else before + value
 
     def get(self, name: str) -> float:
         return float(self.values[name]) if name in self.values else 0.0
@@ -300,6 +326,14 @@ class _Sums:
 def _totals(result: AlignmentDistance) -> dict[str, Tensor]:
     distance, mass = result.over_blocks()
     return {"pvla_loss": distance.sum(), "pvla_mass": mass.sum()}
+
+
+def _failures(result: AlignmentDistance) -> dict[str, Tensor]:
+    """Counts, kept on the device: (blocks,) distances that are no numbers, and problems that did not converge."""
+    counts = {"bad": (~result.distance.detach().isfinite()).sum(1)}
+    if result.converged is not None:
+        counts["unsolved"] = (~result.converged).sum()
+    return counts
 
 
 def _batch_size(batch: Mapping[str, Any]) -> int:
