@@ -25,8 +25,8 @@ from .untrained import forget_gradients, named, watch_gradients
 
 __all__ = ["TARGET_MODULES", "READModel"]
 
-# The backbones of this project: the paper adapts the language model's blocks, not those of the fusion beside it, and the
-# structure of UMT's blocks does not show where they end.
+# The backbones of this project: the paper adapts the language model's blocks, not those of the fusion beside it, and
+# the structure of UMT's blocks does not show where they end.
 TARGET_MODULES: dict[str, list[str]] = {
     "moment_detr": ["linear2"],
     "umt": ["ffn.mapping.3", "ffn1.mapping.3", "ffn2.mapping.3"],
