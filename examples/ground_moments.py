@@ -15,7 +15,8 @@ leave-one-video-out in one domain. YouTube Highlights: the test split of one dom
 from __future__ import annotations
 
 import json
-import shutil
+import math
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -26,18 +27,29 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from grounding_data import DataArguments, Fold, GroundingData, submission
+from grounding_data import DataArguments, Fold, GroundingData, check_data_arguments, submission
 from grounding_report import describe, draw
 from peft import LoraConfig, PeftModel, get_peft_model
+from run_folder import (
+    KeepCheckpoints,
+    RunFolder,
+    ScriptParser,
+    check_at_least,
+    check_numbers,
+    check_training,
+    run_arguments,
+    run_script,
+)
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModel, HfArgumentParser, Trainer, set_seed
+from transformers import AutoModel, Trainer, set_seed
 from transformers import TrainingArguments as TransformersArguments
 
 from peft_read import PVLAConfig, PVLALossMixin, READConfig
 from peft_read.alignment import last_whole_checkpoint
 from peft_read.baselines import HEADS, add_prompts, train_only
 from peft_read.data import ground_truth_records
+from peft_read.files import safe_name, write_whole
 from peft_read.metrics import evaluate_qvhighlights, tvsum_map, youtube_highlights_map
 
 PEFT_METHODS = ("read", "adapter", "lora")
@@ -100,41 +112,81 @@ class GroundingTrainer(PVLALossMixin, Trainer):
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = HfArgumentParser((ScriptArguments, TrainingArguments))
-    script, training = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else list(argv))
+    return prepare(sys.argv[1:] if argv is None else list(argv)).execute()
+
+
+def prepare(argv: list[str]) -> Grounding | Answer:
+    """Reads the arguments, the data and the backbone; what is wrong with them is said here."""
+    parser = ScriptParser((ScriptArguments, TrainingArguments))
+    script, training = parser.parse_args_into_dataclasses(argv)
     if script.predict is not None:
-        return predict(script, Path(training.output_dir))
-    started = time.time()
+        return Answer(script, Path(training.output_dir))
     check_arguments(script)
+    check_training(training)
     data = GroundingData(script)
-    folder = Path(training.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    if training.process_index == 0:
-        record_run(folder, script, training)
-    results = {}
-    for fold in data.folds:
-        # Several folds have a folder each; a fold that is done is not trained again.
-        place = folder if len(data.folds) == 1 else folder / fold.name
-        done = place / "fold.json"
-        if len(data.folds) > 1 and done.exists():
-            results[fold.name] = json.loads(done.read_text(encoding="utf-8"))
-            continue
-        results[fold.name] = Run(script, training, data, fold, place).adapt()
+    # Once before anything is written: a method that does not fit the backbone ends here.
+    apply_method(load_backbone(script, data), script)
+    if script.pvla:
+        alignment(script)
+    return Grounding(script, training, data)
+
+
+class Grounding:
+    """One run: the folds of a dataset, adapted and measured one after another."""
+
+    def __init__(self, script: ScriptArguments, training: TrainingArguments, data: GroundingData) -> None:
+        self.script, self.training, self.data = script, training, data
+        self.folder = Path(training.output_dir)
+        # Several folds have a folder each, named after data; a fold that is done is not trained again.
+        single = len(data.folds) == 1
+        self.parts = {fold.name: "" if single else safe_name(fold.name) for fold in data.folds}
+        self.arguments = run_arguments(script, training)
+        self.run = None
         if training.process_index == 0:
-            done.write_text(json.dumps(results[fold.name], indent=2) + "\n", encoding="utf-8")
-    result = combine(script.dataset, results)
-    result |= {
-        "seconds": time.time() - started,
-        "arguments": asdict(script),
-        "training": {name: getattr(training, name) for name in RUN_ARGUMENTS},
-    }
-    if training.process_index == 0:
-        (folder / "results.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        shown = {key: value for key, value in result.items() if key not in ("log", "arguments", "folds")}
-        print(json.dumps(shown, indent=2))
-        for leftover in [*folder.rglob("checkpoint-*"), *folder.rglob("fold.json")]:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    return result
+            self.run = RunFolder(self.folder, self.arguments, tuple(self.parts.values()))
+
+    def execute(self) -> dict[str, Any]:
+        started, results = time.time(), {}
+        try:
+            for fold in self.data.folds:
+                results[fold.name] = self.fold(fold)
+            result = combine(self.script.dataset, results)
+            result |= {
+                "seconds": time.time() - started,
+                "arguments": asdict(self.script),
+                "training": {name: getattr(self.training, name) for name in RUN_ARGUMENTS},
+            }
+            if self.run is not None:
+                write_json(self.folder / "results.json", result)
+                shown = {key: value for key, value in result.items() if key not in ("log", "arguments", "folds")}
+                print(json.dumps(shown, indent=2))
+                self.run.remove_checkpoints()
+                for part in filter(None, self.parts.values()):
+                    (self.folder / part / "fold.json").unlink(missing_ok=True)
+            return result
+        finally:
+            if self.run is not None:
+                self.run.release()
+
+    def fold(self, fold: Fold) -> dict[str, Any]:
+        """The result of one fold, of an earlier start with the same arguments where there is one."""
+        part = self.parts[fold.name]
+        done = self.folder / part / "fold.json"
+        if part and done.is_file():
+            then = json.loads(done.read_text(encoding="utf-8"))
+            if then.get("arguments") == self.arguments:
+                return then["result"]
+        result = Run(self.script, self.training, self.data, fold, self.folder / part).adapt(
+            KeepCheckpoints(self.run, part)
+        )
+        if part and self.run is not None:
+            write_json(done, {"arguments": self.arguments, "result": result})
+        return result
+
+
+def write_json(path: Path, content: Any) -> None:
+    with write_whole(path) as file:
+        file.write(json.dumps(content, indent=2) + "\n")
 
 
 def check_arguments(script: ScriptArguments) -> None:
@@ -146,22 +198,22 @@ def check_arguments(script: ScriptArguments) -> None:
             f"--pvla with --method {script.method}: "
             + ("nothing is trained" if script.method == "none" else "the prompts would be aligned as clips and words")
         )
-    if script.r < 1:
-        raise ValueError(f"--r {script.r} must be positive")
-
-
-def record_run(folder: Path, script: ScriptArguments, training: TrainingArguments) -> None:
-    """Checkpoints in the output folder mean an interrupted run: only the same run may go on from them."""
-    path = folder / "run.json"
-    now = {**asdict(script), **{name: getattr(training, name) for name in RUN_ARGUMENTS}}
-    if path.exists() and (any(folder.rglob("checkpoint-*")) or any(folder.rglob("fold.json"))):
-        then = json.loads(path.read_text(encoding="utf-8"))
-        if changed := sorted(name for name in now if now[name] != then.get(name)):
+    check_numbers(script)
+    check_at_least(script, {"r": 1, "prompt_length": 1, "pictures": 0, "pvla_weight": 0, "nms_threshold": 0})
+    if script.nms_threshold is not None and script.nms_threshold > 1:
+        raise ValueError(f"--nms_threshold {script.nms_threshold} must be at most 1")
+    if not re.fullmatch(r"all|-?\d+(,-?\d+)*", script.pvla_blocks):
+        raise ValueError(f"--pvla_blocks {script.pvla_blocks!r} is neither 'all' nor comma-separated indices")
+    if script.target_modules is not None:
+        try:
+            re.compile(script.target_modules)
+        except re.error as error:
             raise ValueError(
-                f"{folder} holds an interrupted run with another {', '.join(changed)}; start it with the same "
-                "arguments to go on, or choose another --output_dir"
-            )
-    path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+                f"--target_modules {script.target_modules!r} is no regular expression: {error}"
+            ) from error
+    if script.video is not None or script.predict_features:
+        raise ValueError("--video and --predict_features have no meaning without --predict")
+    check_data_arguments(script)
 
 
 def combine(dataset: str, results: dict[str, Any]) -> dict[str, Any]:
@@ -225,11 +277,11 @@ class Run:
         values = {item.name: getattr(training, item.name) for item in fields(training) if item.init}
         self.training = TrainingArguments(**{**values, **changes})
 
-    def adapt(self) -> dict[str, Any]:
+    def adapt(self, keep: KeepCheckpoints) -> dict[str, Any]:
         """Trains, selects and measures; the numbers of the report."""
         script, training, fold = self.script, self.training, self.fold
         set_seed(training.seed)
-        backbone = self.backbone()
+        backbone = load_backbone(script, self.data)
         collator = self.data.collator(backbone.config, seed=training.seed)
         self.config, self._collator = backbone.config, self.data.collator(backbone.config)  # not for training
         model = apply_method(backbone, script)
@@ -241,6 +293,7 @@ class Run:
             data_collator=collator,
             compute_metrics=self.validation_metrics if training.load_best_model_at_end else None,
             pvla_config=alignment(script) if script.pvla else None,
+            callbacks=[keep],
         )
         result: dict[str, Any] = {
             "method": script.method + (" + PVLA" if script.pvla else ""),
@@ -262,18 +315,12 @@ class Run:
         result |= self.save(trainer, records)
         return result
 
-    def backbone(self) -> nn.Module:
-        if self.script.model_name_or_path is not None:
-            return self.data.load_model(self.script.model_name_or_path)
-        return self.data.build_model()
-
     def validation_metrics(self, evaluation: Any) -> dict[str, float]:
         return self.metrics(self.records(evaluation.predictions, self.fold.validation), self.fold.validation)
 
     def records(self, outputs: Any, rows: Dataset) -> list[dict[str, Any]]:
-        listed = list(rows)
-        lengths = [int(self._collator([row])["video_mask"].sum()) for row in listed]
-        return submission(outputs, listed, lengths, self.config, self.script.nms_threshold)
+        seconds, threshold = self.data.clips.clip_seconds, self.script.nms_threshold
+        return submission(outputs, list(rows), self.config, clip_seconds=seconds, nms_threshold=threshold)
 
     def metrics(self, records: list[dict[str, Any]], rows: Dataset) -> dict[str, float]:
         """The dataset's official figures; nothing where it has no labels."""
@@ -284,8 +331,11 @@ class Run:
             return {"mAP": 100 * youtube_highlights_map(scores, list(rows["match"]))}
         if any(windows is None for windows in rows["relevant_windows"]):
             return {}
-        brief = evaluate_qvhighlights(records, ground_truth_records(rows))["brief"]
-        return {name: value for name, value in brief.items() if value == value}  # NaN: no window of that length
+        if any(ids is None for ids in rows["relevant_clip_ids"]):  # moments without ratings
+            records = [{k: v for k, v in record.items() if k != "pred_saliency_scores"} for record in records]
+        truth, seconds = ground_truth_records(rows), self.data.clips.clip_seconds
+        brief = evaluate_qvhighlights(records, truth, clip_seconds=seconds)["brief"]
+        return {name: value for name, value in brief.items() if not math.isnan(value)}  # NaN: no window of that length
 
     def measure(
         self, trainer: Trainer, rows: Dataset | None, name: str | None = None
@@ -310,7 +360,7 @@ class Run:
         if self.script.model_name_or_path is None:
             # The random backbone below the adapter; without it the adapter is worth nothing.
             set_seed(self.training.seed)
-            self.backbone().save_pretrained(self.folder / "backbone")
+            load_backbone(self.script, self.data).save_pretrained(self.folder / "backbone")
         trainer.save_model(str(self.folder / "trained"))
         if self.training.process_index != 0:
             return {}
@@ -340,6 +390,12 @@ class Run:
         return [found[name].float().cpu().numpy() for name in names if found.get(name) is not None]
 
 
+def load_backbone(script: ScriptArguments, data: GroundingData) -> nn.Module:
+    if script.model_name_or_path is not None:
+        return data.load_model(script.model_name_or_path)
+    return data.build_model()
+
+
 def load_trained(script: ScriptArguments, folder: Path) -> nn.Module:
     """The adapted model of an earlier run."""
     if script.method in PEFT_METHODS or script.method == "prompt":
@@ -354,36 +410,52 @@ def load_trained(script: ScriptArguments, folder: Path) -> nn.Module:
 
 def write_submission(path: Path, records: list[dict[str, Any]]) -> None:
     """The official format: one JSON record a line."""
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    with write_whole(path) as file:
+        file.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
 
 
-def predict(script: ScriptArguments, folder: Path) -> dict[str, Any]:
-    """Answers one query in one video with the result of an earlier run."""
-    if script.video is None:
-        raise ValueError("--predict needs --video, the id of a video with features")
-    path = folder / "results.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: --output_dir must name the folder of a finished run")
-    then = ScriptArguments(**json.loads(path.read_text(encoding="utf-8"))["arguments"])
-    then.text_cache = None
-    then.features = script.predict_features or then.features
-    row = {"qid": 0, "query": script.predict, "vid": script.video}
-    data = GroundingData(then, extra_rows=[row], folds=False)
-    model = load_trained(then, folder)
-    run_config = (model.get_base_model() if isinstance(model, PeftModel) else model).config
-    batch = data.collator(run_config)([row])
-    length = int(batch["video_mask"].sum())
-    row["duration"] = 2.0 * length
-    with torch.no_grad():
-        found = model(**batch)
-    names = ("pred_logits", "pred_spans", "saliency_scores")
-    names = names if run_config.model_type == "moment_detr" else ("saliency_scores", "boundaries")
-    outputs = [found[name].numpy() for name in names if found.get(name) is not None]
-    [record] = submission(outputs, [row], [length], run_config, then.nms_threshold)
-    print(describe(record))
-    draw(folder / "prediction.png", [row], [record])
-    return record
+class Answer:
+    """One query in one video, answered with the result of an earlier run.
+
+    Args:
+        script: with `predict`, `video` and perhaps `predict_features`.
+        folder: of the finished run.
+    """
+
+    def __init__(self, script: ScriptArguments, folder: Path) -> None:
+        if script.video is None or not script.video.strip() or not str(script.predict).strip():
+            raise ValueError("--predict needs --video, the id of a video with features, and a query that is not blank")
+        path = folder / "results.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist: --output_dir must name the folder of a finished run")
+        try:
+            self.then = ScriptArguments(**json.loads(path.read_text(encoding="utf-8"))["arguments"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no result of this script: {error!r}") from error
+        if self.then.text_features is not None:
+            raise ValueError("--predict needs an encoder for the query; the run had --text_features")
+        self.then.text_cache = None
+        self.then.features = script.predict_features or self.then.features
+        self.folder = folder
+        self.row = {"qid": 0, "query": script.predict, "vid": script.video}
+        self.data = GroundingData(self.then, extra_rows=[self.row], folds=False)
+        self.model = load_trained(self.then, folder)
+
+    @torch.no_grad()
+    def execute(self) -> dict[str, Any]:
+        config = (self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model).config
+        batch = self.data.collator(config)([self.row])
+        seconds = self.data.clips.clip_seconds
+        row = {**self.row, "duration": seconds * int(batch["video_mask"].sum())}
+        found = self.model(**batch)
+        names = ("pred_logits", "pred_spans", "saliency_scores", "boundaries", "video_mask")
+        outputs = [found[name].numpy() for name in names if found.get(name) is not None]
+        threshold = self.then.nms_threshold
+        [record] = submission(outputs, [row], config, clip_seconds=seconds, nms_threshold=threshold)
+        print(describe(record, seconds))
+        draw(self.folder / "prediction.png", [row], [record])
+        return record
 
 
 if __name__ == "__main__":
-    main()
+    run_script("ground_moments.py", prepare)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-import os
+import logging
 from collections import ChainMap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from run_folder import check_at_least, check_numbers
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 
 from peft_read.data import (
     ClipFeatures,
@@ -33,6 +35,7 @@ from peft_read.data import (
     ranked_pairs,
     write_feature_archive,
 )
+from peft_read.data.features import read_arrays
 from peft_read.models import (
     MomentDetrConfig,
     MomentDetrForTemporalGrounding,
@@ -41,6 +44,8 @@ from peft_read.models import (
 )
 from peft_read.models.moment_detr import highlight_scores, ranked_windows
 from peft_read.spans import temporal_nms
+
+logger = logging.getLogger(__name__)
 
 DATASETS = ("qvhighlights", "tvsum", "youtube_highlights")
 MAX_WINDOWS = 10
@@ -65,7 +70,10 @@ class DataArguments:
     text_features: str | None = field(default=None, metadata={"help": "instead of the encoder: folder of qid<id>.npz"})
     similarity: bool = field(default=True, metadata={"help": "the query-similarity channel; --no_similarity"})
     endpoints: bool = field(default=True, metadata={"help": "the temporal endpoints; --no_endpoints"})
-    max_clips: int | None = field(default=None, metadata={"help": "default: 75 of QVHighlights, all of the others"})
+    max_clips: int | None = field(
+        default=None, metadata={"help": "clips kept of a video, from its start; default: all"}
+    )
+    clip_seconds: float = field(default=2.0, metadata={"help": "length of a clip, of the features and annotations"})
     max_tokens: int = 32
     num_train_samples: int | None = field(
         default=None, metadata={"help": "draws training and validation from one file"}
@@ -110,15 +118,16 @@ class GroundingData:
         self.text = self._text(rows)
         # A model that is given no query cannot be given the similarity to one.
         similar = 0 if arguments.similarity and self.text is not None else None
-        default_clips = 75 if arguments.dataset == "qvhighlights" else None
-        options = {"endpoints": arguments.endpoints, "max_clips": arguments.max_clips or default_clips}
+        options: dict[str, Any] = {"endpoints": arguments.endpoints, "max_clips": arguments.max_clips}
+        options["clip_seconds"] = arguments.clip_seconds
         self.clips = ClipFeatures(self.kinds, similarity=similar, **options)
         self.audio = None
         if arguments.audio_features:
             self.audio = ClipFeatures([self._store(p) for p in arguments.audio_features], **options)
-        self.video_width = self.clips.check(rows)
-        self.audio_width = None if self.audio is None else self.audio.check(rows)
-        self.text_width = None if self.text is None else self.text.check(rows)
+        widths = UMTCollator(self.clips, audio=self.audio, text=self.text).check(rows)
+        self.video_width, self.audio_width, self.text_width = map(widths.get, ("video", "audio", "text"))
+        lengths = [self.clips.num_clips(vid) or 0 for vid in dict.fromkeys(row["vid"] for row in rows)]
+        self.longest = min(max(lengths), arguments.max_clips or max(lengths))
         if similar is not None and (space := self.kinds[0][rows[0]["vid"]].shape[1]) != self.text_width:
             raise ValueError(
                 f"the query similarity needs one space: the first --features are {space} wide, the text "
@@ -161,7 +170,7 @@ class GroundingData:
     def build_model(self) -> nn.Module:
         """A backbone with random weights, of the widths that the features have."""
         arguments = self.arguments
-        options = json.loads(arguments.model_options)
+        options = model_options(arguments)
         if arguments.backbone == "moment_detr":
             config = MomentDetrConfig(
                 **{
@@ -170,6 +179,7 @@ class GroundingData:
                     "d_model": arguments.d_model,
                     "ffn_dim": arguments.ffn_dim,
                     "max_text_positions": arguments.max_tokens,
+                    "num_span_bins": max(75, self.longest),
                     **options,
                 }
             )
@@ -183,6 +193,7 @@ class GroundingData:
                 "d_model": arguments.d_model,
                 "ffn_ratio": arguments.ffn_dim / arguments.d_model,
                 "heads": ["saliency", "boundary"] if moments else ["saliency"],
+                "clip_seconds": arguments.clip_seconds,
                 "saliency_loss_weight": 3.0 if moments else 1.0,
                 "decoder_layers": 3 if moments else 1,
                 # Unlike the original: results that do not depend on how a batch is padded.
@@ -199,8 +210,18 @@ class GroundingData:
         Raises:
             ValueError: it takes others, or it has seen a validation or test video.
         """
-        model = AutoModel.from_pretrained(name_or_path)
-        config = model.config
+        self.check_backbone(name_or_path)
+        return AutoModel.from_pretrained(name_or_path)
+
+    def check_backbone(self, name_or_path: str) -> None:
+        """Whether a trained backbone takes these features.
+
+        Raises:
+            ValueError: it takes others, or it has seen a validation or test video.
+        """
+        config = AutoConfig.from_pretrained(name_or_path)
+        if config.model_type not in ("moment_detr", "umt"):
+            raise ValueError(f"{name_or_path} is a model of the type {config.model_type!r}, no Moment-DETR and no UMT")
         widths = {"video": self.video_width, "text": self.text_width}
         if config.model_type == "umt":
             widths["audio"] = self.audio_width
@@ -208,13 +229,33 @@ class GroundingData:
             expected = getattr(config, f"{kind}_feature_dim", None)
             if expected != width:
                 raise ValueError(f"the {kind} features are {width} wide, {name_or_path} expects {expected}")
+        if config.model_type == "umt":
+            if config.clip_seconds != self.clips.clip_seconds:
+                raise ValueError(
+                    f"{name_or_path} was made for clips of {config.clip_seconds:g} s, --clip_seconds is "
+                    f"{self.clips.clip_seconds:g}"
+                )
+            if config.max_positions < self.longest:
+                raise ValueError(
+                    f"{name_or_path} has {config.max_positions} positions, a video has {self.longest} clips: pass "
+                    "--max_clips"
+                )
+        elif config.span_loss_type == "ce" and config.num_span_bins < self.longest:
+            raise ValueError(
+                f"{name_or_path} can name {config.num_span_bins} clips, a video has {self.longest}: pass --max_clips"
+            )
         self._check_unseen(Path(name_or_path) / "pretraining.json")
-        return model
 
     def _check_unseen(self, record: Path) -> None:
         if not record.is_file():
             return
-        seen = {vid.rsplit("_", 2)[0] for vid in json.loads(record.read_text(encoding="utf-8"))["videos"]}
+        try:
+            videos = json.loads(record.read_text(encoding="utf-8"))["videos"]
+            seen = {vid.rsplit("_", 2)[0] for vid in videos}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{record} does not say which videos the backbone was pretrained on: {error!r}"
+            ) from error
         for fold in self.folds:
             for role, part in (("validation", fold.validation), ("test", fold.test)):
                 known = sorted({vid for vid in (part["vid"] if part else ()) if vid.rsplit("_", 2)[0] in seen})
@@ -226,9 +267,57 @@ class GroundingData:
 
 
 def open_store(places: str) -> Any:
-    """The features at one place, or at several, separated by commas, of which each holds some of the videos."""
-    stores = [FeatureStore(place) for place in places.split(",")]
+    """The features at one place, or at several, separated by commas, of which each holds some of the videos.
+
+    Raises:
+        ValueError: an empty place, or a video at two of them.
+    """
+    names = places.split(",")
+    if not all(name.strip() for name in names):
+        raise ValueError(f"--features {places!r} names an empty place")
+    stores = [FeatureStore(name) for name in names]
+    seen: dict[str, str] = {}
+    for name, store in zip(names, stores, strict=True):
+        for vid in store:
+            if seen.setdefault(vid, name) is not name:
+                raise ValueError(f"the features of {vid!r} are at {seen[vid]} and at {name}: nothing says which count")
     return stores[0] if len(stores) == 1 else ChainMap(*stores)
+
+
+def model_options(arguments: DataArguments) -> dict[str, Any]:
+    """`--model_options`, which must name fields of the backbone's configuration."""
+    kind = MomentDetrConfig if arguments.backbone == "moment_detr" else UMTConfig
+    try:
+        options = json.loads(arguments.model_options)
+    except ValueError as error:
+        raise ValueError(f"--model_options {arguments.model_options!r} is no JSON: {error}") from error
+    known = set(inspect.signature(kind).parameters) - {"kwargs"}
+    if not isinstance(options, dict) or set(options) - known:
+        raise ValueError(
+            f"--model_options {arguments.model_options} must be a JSON object with fields of {sorted(known)}"
+        )
+    return options
+
+
+# What the other datasets do not read, and where an argument without its partner would be left aside.
+ONLY_WITH = {
+    "num_train_samples": ("qvhighlights",),
+    "num_test_samples": ("qvhighlights",),
+    "validation_file": ("qvhighlights", "youtube_highlights"),
+    "test_file": ("qvhighlights", "youtube_highlights"),
+    "domain": ("tvsum", "youtube_highlights"),
+    "test_video": ("tvsum",),
+}
+LEAST = {
+    "max_clips": 1,
+    "max_tokens": 1,
+    "num_train_samples": 1,
+    "num_validation_samples": 1,
+    "num_test_samples": 1,
+    "subset_seed": 0,
+    "d_model": 1,
+    "ffn_dim": 1,
+}
 
 
 def check_data_arguments(arguments: DataArguments) -> None:
@@ -236,6 +325,12 @@ def check_data_arguments(arguments: DataArguments) -> None:
         raise ValueError(f"--dataset {arguments.dataset!r} is not one of {', '.join(DATASETS)}")
     if arguments.backbone not in ("moment_detr", "umt"):
         raise ValueError(f"--backbone {arguments.backbone!r} is neither 'moment_detr' nor 'umt'")
+    check_numbers(arguments)
+    check_at_least(arguments, LEAST)
+    if arguments.clip_seconds <= 0:
+        raise ValueError(f"--clip_seconds {arguments.clip_seconds} must be positive")
+    if arguments.dataset == "tvsum" and arguments.clip_seconds != 2:
+        raise ValueError("--clip_seconds: the labels of TVSum are those of clips of 2 seconds")
     if not arguments.features:
         raise ValueError("--features is needed: folders or archives of clip features")
     if arguments.train_file is None:
@@ -247,6 +342,21 @@ def check_data_arguments(arguments: DataArguments) -> None:
         raise ValueError("--text_encoder or --text_features is needed for the queries")
     if arguments.dataset != "qvhighlights" and arguments.domain is None:
         raise ValueError(f"--domain is needed: {arguments.dataset} is trained and reported by domain")
+    for name, datasets in ONLY_WITH.items():
+        if getattr(arguments, name) is not None and arguments.dataset not in datasets:
+            raise ValueError(f"--{name} has no meaning with --dataset {arguments.dataset}")
+    if arguments.validation_file is not None and arguments.num_train_samples is not None:
+        raise ValueError(
+            "--num_train_samples draws the validation part from --train_file: leave out --validation_file"
+        )
+    if arguments.text_encoder and arguments.text_features:
+        raise ValueError("--text_encoder and --text_features: pass one of them")
+    for name in ("projection", "text_cache"):
+        if getattr(arguments, name) and not arguments.text_encoder:
+            raise ValueError(f"--{name} has no meaning without --text_encoder")
+    if arguments.audio_features and arguments.backbone == "moment_detr":
+        raise ValueError("--audio_features: Moment-DETR has one stream; use --backbone umt")
+    model_options(arguments)
 
 
 def read_folds(arguments: DataArguments) -> list[Fold]:
@@ -265,7 +375,8 @@ def read_folds(arguments: DataArguments) -> list[Fold]:
             for file in (train_file, arguments.validation_file, arguments.test_file)
         ]
         return [Fold(arguments.domain, *parts)]
-    train = load_qvhighlights(train_file)
+    seconds = arguments.clip_seconds
+    train = load_qvhighlights(train_file, clip_seconds=seconds)
     validation = None
     if arguments.num_train_samples is not None:
         train, validation = low_resource_split(
@@ -275,66 +386,85 @@ def read_folds(arguments: DataArguments) -> list[Fold]:
             seed=arguments.subset_seed,
         )
     elif arguments.validation_file is not None:
-        validation = load_qvhighlights(arguments.validation_file)
+        validation = load_qvhighlights(arguments.validation_file, clip_seconds=seconds)
     test = None
     if arguments.test_file is not None:
-        test = load_qvhighlights(arguments.test_file, require_labels=False)
+        test = load_qvhighlights(arguments.test_file, require_labels=False, clip_seconds=seconds)
         if arguments.num_test_samples is not None:
             test = test.select(range(min(arguments.num_test_samples, len(test))))
     return [Fold("qvhighlights", train, validation, test)]
 
 
-def encode(texts: list[str], arguments: DataArguments) -> Any:
-    """Token features by text, from the cache where it holds all of them."""
-    cache = Path(arguments.text_cache) if arguments.text_cache else None
-    if cache is not None and cache.is_file():
-        store = FeatureStore(cache)
-        if all(text in store for text in texts):
-            return store
+def encode(texts: list[str], arguments: DataArguments) -> dict[str, np.ndarray]:
+    """Token features by text; what the cache holds is not computed again, if the same encoder made it."""
     encoder = SentenceEncoder(arguments.text_encoder, projection=arguments.projection, max_tokens=arguments.max_tokens)
-    tokens = encoder.tokens(texts)
-    if cache is not None:
+    cache = Path(arguments.text_cache) if arguments.text_cache else None
+    known = {} if cache is None else read_text_cache(cache, encoder.fingerprint)
+    new = encoder.tokens([text for text in texts if text not in known])
+    if cache is not None and new:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        known = {text: FeatureStore(cache)[text] for text in FeatureStore(cache)} if cache.is_file() else {}
-        # Several runs may start together: the file appears whole or not at all.
-        part = write_feature_archive(cache.with_name(f"{cache.stem}.{os.getpid()}.part.npz"), known | tokens)
-        part.replace(cache)
-    return tokens
+        write_feature_archive(cache, known | new, extra={"made_by": np.array(encoder.fingerprint)})
+    found = known | new
+    return {text: found[text] for text in texts}
+
+
+def read_text_cache(cache: Path, fingerprint: str) -> dict[str, np.ndarray]:
+    """Token features by text, none where another encoder, projection or length made them.
+
+    Raises:
+        ValueError: the file is no text cache, and would be lost if it became one.
+    """
+    if not cache.exists():
+        return {}
+    made_by = read_arrays(cache).get("made_by")
+    if made_by is None:
+        raise ValueError(f"--text_cache {cache} is a file of another kind; delete it, or name another")
+    if str(made_by) != fingerprint:
+        logger.warning("%s was made by another encoder, projection or length, and is made again", cache)
+        return {}
+    store = FeatureStore(cache)
+    return {text: store[text] for text in store}
 
 
 def submission(
     outputs: Sequence[np.ndarray],
     rows: Sequence[dict],
-    lengths: Sequence[int],
     config: Any,
+    *,
+    clip_seconds: float = 2.0,
     nms_threshold: float | None = None,
 ) -> list[dict[str, Any]]:
     """Records of the official submission format.
 
     Args:
-        outputs: of Moment-DETR `pred_logits`, `pred_spans`, `saliency_scores`; of UMT `saliency_scores`, and
-            `boundaries` where it predicts any.
+        outputs: of Moment-DETR `pred_logits`, `pred_spans`, `saliency_scores`, `video_mask`; of UMT `saliency_scores`,
+            `boundaries` where it predicts any, `video_mask`.
         rows: of the dataset, in the same order.
-        lengths: clips of each video.
         config: of the model.
+        clip_seconds: length of a clip.
         nms_threshold: of the suppression of overlapping windows; None = none.
     """
     durations = [row["duration"] for row in rows]
     windows: list[list[list[float]]] | None = None
     if config.model_type == "moment_detr":
-        logits, spans, saliency = map(torch.as_tensor, outputs)
+        logits, spans, saliency, mask = map(torch.as_tensor, outputs)
         windows = ranked_windows(
-            logits, spans, durations, config=config, longest_seconds=max(durations), nms_threshold=nms_threshold
+            logits,
+            spans,
+            durations,
+            config=config,
+            clip_seconds=clip_seconds,
+            longest_seconds=max(durations),
+            nms_threshold=nms_threshold,
         )
     else:
-        found = outputs if isinstance(outputs, tuple | list) else (outputs,)
-        saliency = torch.as_tensor(found[0])
-        if len(found) > 1:
+        saliency, *boundaries, mask = map(torch.as_tensor, outputs)
+        if boundaries:
             windows = [
-                _umt_windows(rows_, seconds, nms_threshold) for rows_, seconds in zip(found[1], durations, strict=True)
+                _umt_windows(found.numpy(), seconds, nms_threshold)
+                for found, seconds in zip(boundaries[0], durations, strict=True)
             ]
-    clips = torch.arange(saliency.shape[1]) < torch.tensor(lengths)[:, None]
-    scores = highlight_scores(saliency, clips)
+    scores = highlight_scores(saliency, mask)
     records = []
     for index, row in enumerate(rows):
         record = {"qid": row.get("qid", row["vid"]), "query": row["query"], "vid": row["vid"]}
@@ -345,8 +475,8 @@ def submission(
 
 
 def _umt_windows(boundaries: np.ndarray, seconds: float, nms_threshold: float | None) -> list[list[float]]:
-    """UMT's windows that lie on real clips, cut to the video, to 4 decimals."""
-    real = boundaries[boundaries[:, 2] > 0]
+    """UMT's windows that lie on real clips and begin inside the video, cut to it, to 4 decimals."""
+    real = boundaries[(boundaries[:, 2] > 0) & (boundaries[:, 0] < seconds)]
     rounded = [
         [round(min(float(start), seconds), 4), round(min(float(end), seconds), 4), round(float(score), 4)]
         for start, end, score in real

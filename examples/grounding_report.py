@@ -40,12 +40,12 @@ def draw(path: Path, rows: Sequence[dict[str, Any]], records: Sequence[dict[str,
     return path
 
 
-def describe(record: dict[str, Any]) -> str:
+def describe(record: dict[str, Any], clip_seconds: float) -> str:
     """The best windows and the most salient clip, in words."""
     lines = [f"{record['query']!r} in {record['vid']}"]
     for start, end, score in record.get("pred_relevant_windows", [])[:SHOWN_WINDOWS]:
         lines.append(f"  {start:6.1f} s to {end:6.1f} s   score {score:.3f}")
     scores = record["pred_saliency_scores"]
     best = max(range(len(scores)), key=scores.__getitem__)
-    lines.append(f"  highlight: clip {best} ({2 * best} s to {2 * best + 2} s)")
+    lines.append(f"  highlight: clip {best} ({clip_seconds * best:g} s to {clip_seconds * (best + 1):g} s)")
     return "\n".join(lines)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -25,12 +24,15 @@ from typing import Any
 import numpy as np
 import torch
 from grounding_data import DataArguments, GroundingData, check_data_arguments, open_store, read_folds
-from transformers import HfArgumentParser, Trainer, set_seed
+from run_folder import KeepCheckpoints, RunFolder, ScriptParser, check_training, run_arguments, run_script
+from transformers import Trainer, set_seed
 from transformers import TrainingArguments as TransformersArguments
 
 from peft_read.alignment import last_whole_checkpoint
 from peft_read.data import pseudo_queries, window_pairs
-from peft_read.data.jsonl import read_jsonl
+from peft_read.data.jsonl import iterate_jsonl
+from peft_read.files import write_whole
+from peft_read.values import count, number, shown
 
 
 @dataclass
@@ -64,45 +66,74 @@ class TrainingArguments(TransformersArguments):
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = HfArgumentParser((ScriptArguments, TrainingArguments))
-    script, training = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else list(argv))
+    return prepare(sys.argv[1:] if argv is None else list(argv)).execute()
+
+
+def prepare(argv: list[str]) -> Pretraining:
+    """Reads the arguments and the data; what is wrong with them is said here."""
+    parser = ScriptParser((ScriptArguments, TrainingArguments))
+    script, training = parser.parse_args_into_dataclasses(argv)
     if script.captions is None:
         raise ValueError("--captions is needed: jsonl of {vid, captions}")
     if script.dataset != "qvhighlights":
         raise ValueError(f"--dataset {script.dataset!r}: weak labels are made of QVHighlights' videos only")
+    count(script.per_video, "--per_video")
+    count(script.min_clips, "--min_clips")
+    count(script.max_gap, "--max_gap", low=0)
+    number(script.threshold, "--threshold")
     check_data_arguments(script)
-    set_seed(training.seed)
-    started = time.time()
-    rows = weak_labels(script, training.seed)
-    # The features and texts of the weak labels only: validation and test are not even read.
-    data = GroundingData(script, extra_rows=list(rows), folds=False)
-    model = data.build_model()
-    trainer = Trainer(
-        model=model,
-        args=training,
-        train_dataset=rows,
-        data_collator=data.collator(model.config, pairs=window_pairs, seed=training.seed),
-    )
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(training.output_dir))
-    folder = Path(training.output_dir)
-    trainer.save_model(str(folder))
-    windows = [end - start for row in rows for start, end in row["relevant_windows"]]
-    record = {
-        "videos": sorted(set(rows["vid"])),
-        "queries": len(rows),
-        "mean_window_seconds": float(np.mean(windows)),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "epochs": trainer.state.epoch,
-        "seconds": time.time() - started,
-        "arguments": asdict(script),
-        "log": trainer.state.log_history,
-    }
-    if training.process_index == 0:
-        (folder / "pretraining.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        print(json.dumps({k: v for k, v in record.items() if k not in ("videos", "arguments", "log")}, indent=2))
-        for checkpoint in folder.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
-    return record
+    check_training(training)
+    return Pretraining(script, training)
+
+
+class Pretraining:
+    """One run on weak labels."""
+
+    def __init__(self, script: ScriptArguments, training: TrainingArguments) -> None:
+        self.script, self.training = script, training
+        self.rows = weak_labels(script, training.seed)
+        # The features and texts of the weak labels only: validation and test are not even read.
+        self.data = GroundingData(script, extra_rows=list(self.rows), folds=False)
+        self.run = None
+        if training.process_index == 0:
+            self.run = RunFolder(Path(training.output_dir), run_arguments(script, training))
+
+    def execute(self) -> dict[str, Any]:
+        training, rows, folder = self.training, self.rows, Path(self.training.output_dir)
+        started = time.time()
+        set_seed(training.seed)
+        model = self.data.build_model()
+        trainer = Trainer(
+            model=model,
+            args=training,
+            train_dataset=rows,
+            data_collator=self.data.collator(model.config, pairs=window_pairs, seed=training.seed),
+            callbacks=[KeepCheckpoints(self.run)],
+        )
+        try:
+            trainer.train(resume_from_checkpoint=last_whole_checkpoint(training.output_dir))
+            trainer.save_model(str(folder))
+            windows = [end - start for row in rows for start, end in row["relevant_windows"]]
+            record = {
+                "videos": sorted(set(rows["vid"])),
+                "queries": len(rows),
+                "mean_window_seconds": float(np.mean(windows)),
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "epochs": trainer.state.epoch,
+                "seconds": time.time() - started,
+                "arguments": asdict(self.script),
+                "log": trainer.state.log_history,
+            }
+            if self.run is not None:
+                with write_whole(folder / "pretraining.json") as file:
+                    file.write(json.dumps(record, indent=2) + "\n")
+                shown_part = {k: v for k, v in record.items() if k not in ("videos", "arguments", "log")}
+                print(json.dumps(shown_part, indent=2))
+                self.run.remove_checkpoints()
+            return record
+        finally:
+            if self.run is not None:
+                self.run.release()
 
 
 def weak_labels(script: ScriptArguments, seed: int) -> Any:
@@ -110,7 +141,14 @@ def weak_labels(script: ScriptArguments, seed: int) -> Any:
     alone = copy.copy(script)
     alone.test_file = None
     [fold] = read_folds(alone)
-    captions = {row["vid"]: row["captions"] for row in read_jsonl(script.captions, required=("vid", "captions"))}
+    captions: dict[str, list[str]] = {}
+    for record in iterate_jsonl(script.captions, required=("vid", "captions")):
+        vid = record.text("vid")
+        if vid in captions:
+            raise ValueError(f"{record.place}: the video {vid!r} was already given")
+        if not isinstance(record["captions"], list):
+            raise ValueError(f"{record.where('captions')} must be a list of texts, not {shown(record['captions'])}")
+        captions[vid] = record["captions"]
     return pseudo_queries(
         captions,
         open_store(script.features[0]),
@@ -120,8 +158,9 @@ def weak_labels(script: ScriptArguments, seed: int) -> Any:
         max_gap=script.max_gap,
         min_clips=script.min_clips,
         seed=seed,
+        clip_seconds=script.clip_seconds,
     )
 
 
 if __name__ == "__main__":
-    main()
+    run_script("pretrain_grounding.py", prepare)

@@ -6,13 +6,17 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "peft_read"
-FLOOR_0 = {"recurrence", "transport", "spans", "data", "metrics"}
+FLOOR_0 = {"recurrence", "transport", "spans", "files", "values", "plain", "data", "metrics"}
 MAY_IMPORT = {
-    "recurrence": set(),
-    "transport": set(),
-    "spans": set(),
-    "data": {"spans"},
-    "metrics": {"spans"},
+    "backends": set(),
+    "recurrence": {"backends"},
+    "transport": {"backends"},
+    "spans": {"values"},
+    "values": set(),
+    "plain": set(),
+    "files": set(),
+    "data": {"spans", "files", "values"},
+    "metrics": {"spans", "files", "values"},
     "adapter": FLOOR_0,
     "alignment": FLOOR_0,
     "models": FLOOR_0,

@@ -14,8 +14,8 @@ from peft_read.data import write_feature_archive
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "method_comparison")]
-ground_moments, grounding, pretrain_grounding = map(
-    importlib.import_module, ("ground_moments", "grounding", "pretrain_grounding")
+ground_moments, grounding, grounding_data, pretrain_grounding = map(
+    importlib.import_module, ("ground_moments", "grounding", "grounding_data", "pretrain_grounding")
 )
 WORDS = ["red", "green", "blue", "dog", "cat", "car"]
 TINY = ["--d_model", "16", "--ffn_dim", "16", "--per_device_train_batch_size", "4", "--use_cpu", "--disable_tqdm", "1"]

@@ -7,7 +7,8 @@ from torch import nn
 
 pytest.importorskip("numba", reason="numba is not installed")
 
-from peft_read.recurrence import adapter_fits, adapter_in_one_pass, build_cell, use_backend
+from peft_read import use_backend
+from peft_read.recurrence import adapt_in_one, build_cell
 
 KINDS = ("rnn", "gru", "lstm")
 
@@ -72,9 +73,9 @@ def test_a_compiled_cell_is_the_eager_one(kind):
 def test_the_operator_keeps_torchs_rules(kind, masked):
     cell = a_cell(kind)
     x, state, mask = inputs_of(cell)
-    arguments = (kind, x, state, mask if masked else None, *cell.parameters())
+    arguments = (x, state, mask if masked else None, *cell.parameters())
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(torch.ops.peft_read.scan.default, arguments, test_utils=checks)
+    torch.library.opcheck(getattr(torch.ops.peft_read, f"scan_{kind}").default, arguments, test_utils=checks)
 
 
 def test_one_graph_serves_all_lengths():
@@ -117,10 +118,11 @@ def test_a_compiled_adapter_is_the_eager_one():
     leaves = [output, state, *down.parameters(), *cell.parameters(), *up.parameters()]
 
     def adapter(output, state):
-        if adapter_fits(output, mask, down, cell, no_dropout, up):
-            return adapter_in_one_pass(output, down, cell, up, state, mask)
+        found = adapt_in_one(output, down, cell, no_dropout, up, state=state, mask=mask)
+        if found is not None:
+            return found
         hidden, _ = cell(down(output), state, mask)
-        return output + up(nn.functional.gelu(hidden)), hidden
+        return output + up(nn.functional.gelu(hidden)) * mask[..., None], hidden
 
     found = []
     for run in (adapter, graphs.compile(adapter)):

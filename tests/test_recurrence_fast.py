@@ -1,9 +1,9 @@
 """The compiled loops: the same values and gradients as torch and as the plain loops, and which path a case takes."""
 
-import os
+import dataclasses
 import runpy
-import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,10 @@ from torch.nn import functional as F
 
 pytest.importorskip("numba", reason="numba is not installed")
 
-from peft_read.recurrence import RNN, backends, build_cell, fast, one_pass, show_backends, trial, use_backend, warm_up
+from peft_read import backends, show_backends, use_backend
+from peft_read.recurrence import RNN, adapt_in_one, build_cell, scan
+from peft_read.recurrence.arguments import GATES, ScanArguments
+from peft_read.recurrence.fused_adapter import OPERATION as ADAPTER
 from peft_read.recurrence.naive import naive_recurrence
 
 KINDS = ("rnn", "gru", "lstm")
@@ -31,7 +34,7 @@ def a_cell(kind, size, *, bias=True, recurrent="random"):
     for parameter in cell.parameters():
         nn.init.normal_(parameter, std=min(0.4, size**-0.5))
     with torch.no_grad():
-        for gate in cell.weight_hh.chunk(cell.gates):
+        for gate in cell.weight_hh.chunk(GATES[cell.kind]):
             if recurrent == "orthogonal":  # rounding errors do not die out
                 nn.init.orthogonal_(gate)
             if recurrent == "contractive":
@@ -81,7 +84,8 @@ def test_scans_agree_with_the_plain_loops(kind, masked, bias, size):
     expected = in_float64(cell, x, state, mask, weights)
     for found, known in zip(run(cell, x, state, mask, weights), expected, strict=True):
         assert error(found, known) < 5e-6
-    assert fast.scan_fits(kind, x, state, list(cell.parameters()), mask)
+    biases = (cell.bias_ih, cell.bias_hh)
+    assert scan.SCANS[kind].choose(ScanArguments(x, state, mask, cell.weight_ih, cell.weight_hh, *biases)) is not None
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -147,7 +151,14 @@ def an_adapter(size, *, width=48, bias=True):
 
 def in_parts(output, down, cell, up, state, mask):
     hidden, _ = cell(down(output), state, mask)
-    return output + up(F.gelu(hidden)), hidden
+    delta = up(F.gelu(hidden))
+    return output + (delta if mask is None else delta * mask[..., None]), hidden
+
+
+def in_one(output, down, cell, up, state, mask):
+    found = adapt_in_one(output, down, cell, nn.Identity(), up, state=state, mask=mask)
+    assert found is not None
+    return found
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 6, 8])
@@ -158,7 +169,6 @@ def test_one_pass_agrees_with_the_parts(size, masked, bias):
     output, state = torch.randn(3, 22, 48, requires_grad=True), torch.randn(3, size).tanh().requires_grad_()
     mask = random_mask(3, 22) if masked else None
     weights = torch.randn(3, 22, 48), torch.randn(3, 22, size)
-    assert one_pass.adapter_fits(output, mask, *parts[:2], nn.Identity(), parts[2])
 
     def everything(function, *tensors):
         results = function(tensors[0], *parts, tensors[1], mask)
@@ -166,7 +176,7 @@ def test_one_pass_agrees_with_the_parts(size, masked, bias):
         leaves = [*tensors, *(p for part in parts for p in part.parameters())]
         return *results, *torch.autograd.grad(total, leaves)
 
-    found = everything(one_pass.adapter_in_one_pass, output, state)
+    found = everything(in_one, output, state)
     with use_backend("torch"):
         torchs = everything(in_parts, output, state)
         for part in parts:
@@ -182,12 +192,12 @@ def test_one_pass_gives_only_the_gradients_that_are_wanted():
     parts = an_adapter(4)
     output = torch.randn(2, 7, 48)
     leaves = [p for part in parts for p in part.parameters()]
-    out, _ = one_pass.adapter_in_one_pass(output, *parts, None, None)
+    out, _ = in_one(output, *parts, None, None)
     everything = torch.autograd.grad(out.square().sum(), leaves)
     for kept in range(len(leaves)):
         for number, leaf in enumerate(leaves):
             leaf.requires_grad_(number == kept)
-        out, _ = one_pass.adapter_in_one_pass(output, *parts, None, None)
+        out, _ = in_one(output, *parts, None, None)
         (gradient,) = torch.autograd.grad(out.square().sum(), leaves[kept])
         assert torch.equal(gradient, everything[kept])
 
@@ -196,7 +206,7 @@ def test_one_pass_has_second_derivatives():
     parts = an_adapter(3)
     output = torch.randn(2, 5, 48, requires_grad=True)
     found = []
-    for function in (one_pass.adapter_in_one_pass, in_parts):
+    for function in (in_one, in_parts):
         (gradient,) = torch.autograd.grad(
             function(output, *parts, None, None)[0].square().sum(), output, create_graph=True
         )
@@ -208,8 +218,9 @@ def test_one_pass_has_second_derivatives():
 @pytest.mark.parametrize("family", ["bart", "llama", "t5", "opt"])
 def test_a_model_learns_the_same_on_both_paths(family, monkeypatch):
     passes = []
-    plain = one_pass._adapter
-    monkeypatch.setattr(one_pass, "_adapter", lambda *arguments: passes.append(1) or plain(*arguments))
+    loops = ADAPTER.implementations["numba"]
+    counted = dataclasses.replace(loops, forward=lambda arguments: passes.append(1) or loops.forward(arguments))
+    monkeypatch.setitem(ADAPTER.implementations, "numba", counted)
     model = adapted(family)
     ids, mask = padded_batch(family)
     found = []
@@ -230,8 +241,10 @@ def test_what_does_not_fit_goes_to_torch(monkeypatch):
     def refuse(*arguments):
         raise AssertionError("the compiled loops were called")
 
-    monkeypatch.setattr(fast, "_scan", refuse)
     cell, x = a_cell("rnn", 4), torch.randn(2, 5, 4)
+    cell(x)
+    loops = scan.SCANS["rnn"].implementations
+    monkeypatch.setitem(loops, "numba", dataclasses.replace(loops["numba"], forward=refuse))
     with pytest.raises(AssertionError, match="compiled loops"):
         cell(x)
     cell.double()(x.double())
@@ -253,7 +266,7 @@ def test_modules_that_something_watches_are_called():
     output = torch.randn(2, 7, 48)
 
     def fits():
-        return one_pass.adapter_fits(output, None, down, cell, nn.Identity(), up)
+        return adapt_in_one(output, down, cell, nn.Identity(), up) is not None
 
     assert fits()
     handle = down.register_forward_hook(lambda *_: None)
@@ -268,12 +281,12 @@ def test_modules_that_something_watches_are_called():
     handle.remove()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not fits()
-    assert not one_pass.adapter_fits(output, None, down, cell, nn.Dropout(0.5), up)
-    assert one_pass.adapter_fits(output, None, down, cell, nn.Dropout(0.5).eval(), up)
-    assert not one_pass.adapter_fits(output.transpose(0, 1), None, down, cell, nn.Identity(), up)
-    assert not one_pass.adapter_fits(output, None, down, build_cell("gru", 4), nn.Identity(), up)
-    assert not one_pass.adapter_fits(output, None, down, build_cell("rnn", 4, bidirectional=True), nn.Identity(), up)
-    torch.set_num_threads(backends.MOST_FUSED_THREADS + 1)
+    assert adapt_in_one(output, down, cell, nn.Dropout(0.5), up) is None
+    assert adapt_in_one(output, down, cell, nn.Dropout(0.5).eval(), up) is not None
+    assert adapt_in_one(output.transpose(0, 1), down, cell, nn.Identity(), up) is None
+    assert adapt_in_one(output, down, build_cell("gru", 4), nn.Identity(), up) is None
+    assert adapt_in_one(output, down, build_cell("rnn", 4, bidirectional=True), nn.Identity(), up) is None
+    torch.set_num_threads(5)
     try:
         assert not fits()
     finally:
@@ -283,7 +296,7 @@ def test_modules_that_something_watches_are_called():
 def test_weights_can_be_resized_afterwards():
     """FSDP frees gathered weights by resizing their storage, which numpy forbids for what it has seen."""
     parts = an_adapter(4)
-    one_pass.adapter_in_one_pass(torch.randn(1, 5, 48), *parts, None, None)[0].sum().backward()
+    in_one(torch.randn(1, 5, 48), *parts, None, None)[0].sum().backward()
     parts[1](torch.randn(1, 5, 4))[0].sum().backward()
     for parameter in (p for part in parts for p in part.parameters()):
         parameter.untyped_storage().resize_(0)
@@ -310,63 +323,33 @@ def test_views_that_negate_are_read_as_they_are(kind):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_a_backend_is_chosen_by_block_by_call_and_by_variable(monkeypatch):
-    with use_backend("torch"):
-        assert backends.backend() == "torch"
-        with use_backend("numba"):
-            assert backends.backend() == "numba"
-        assert backends.backend() == "torch"
-    with pytest.raises(ValueError, match=r"'cuda'.*'auto', 'torch', 'numba'"):
-        use_backend("cuda")
-    monkeypatch.setattr(backends, "_forced", None)
-    monkeypatch.setattr(backends, "_started_with", None)
-    monkeypatch.setenv(backends.VARIABLE, "torch")
-    assert backends.backend() == "torch" and backends.VARIABLE in show_backends()
-    monkeypatch.setenv(backends.VARIABLE, "nmuba")
-    assert backends.backend() == "torch", "the variable is read once"
-    monkeypatch.setattr(backends, "_started_with", None)
-    with pytest.raises(ValueError, match="nmuba"):
-        backends.backend()
-    monkeypatch.setattr(backends, "is_installed", lambda package: False)
-    with pytest.raises(ImportError, match="peft-read\\[fast\\]"):
-        use_backend("numba")
+def test_padding_stays_as_it_is():
+    down, cell, up = an_adapter(4)
+    nn.init.ones_(up.bias)
+    output, mask = torch.randn(3, 21, 48, requires_grad=True), random_mask(3, 21)
+    for function in (in_one, in_parts):
+        out, _ = function(output, down, cell, up, None, mask)
+        assert torch.equal(out[~mask], output[~mask]) and (out[mask] != output[mask]).any(-1).all()
+        (gradient,) = torch.autograd.grad(out[~mask].sum(), output)
+        assert torch.equal(gradient, (~mask)[..., None].expand_as(gradient).float())
+    loud = torch.where(mask[..., None], output.detach(), 100.0)
+    found = [
+        torch.autograd.grad((in_one(o, down, cell, up, None, mask)[0] * mask[..., None]).square().sum(), up.bias)[0]
+        for o in (output, loud)
+    ]
+    assert torch.equal(*found)
 
 
-def test_the_automatic_choice_does_not_change_in_a_process(monkeypatch):
-    monkeypatch.setattr(backends, "_forced", None)
-    monkeypatch.delenv(backends.VARIABLE, raising=False)
-    monkeypatch.setattr(backends, "_started_with", None)
-    monkeypatch.setattr(backends, "_automatic", None)
-    monkeypatch.setattr(backends, "_is_compiled", lambda: False)
-    assert backends.backend() == "torch"
-    monkeypatch.setattr(backends, "_is_compiled", lambda: True)
-    assert backends.backend() == "torch"
-    monkeypatch.setattr(backends, "_automatic", None)
-    assert backends.backend() == "numba"
-
-
-def test_the_kernels_are_chosen_where_they_pass_their_trial(monkeypatch):
-    monkeypatch.setattr(backends, "_forced", "auto")
-    monkeypatch.setattr(backends, "is_installed", lambda package: True)
-    assert backends.backend("cuda") == "torch" or torch.cuda.is_available()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for works, name in ((True, "triton"), (False, "torch")):
-        monkeypatch.setattr(trial, "kernels_work", lambda works=works: works)
-        assert backends.backend("cuda") == name
-
-
-def test_warming_up_settles_the_choice_of_later_processes():
-    warm_up()
-    # The package around the recurrences is not run: it imports peft and transformers, which take seconds.
-    code = (
-        "import sys, types; package = sys.modules['peft_read'] = types.ModuleType('peft_read');"
-        f"package.__path__ = [{str(Path(backends.__file__).parents[1])!r}];"
-        "import torch; from peft_read.recurrence import RNN, backends, compiled_rnn; RNN(4)(torch.randn(1, 2, 4));"
-        "print(backends.backend(), sum(compiled_rnn.rnn_forward.stats.cache_misses.values()))"
-    )
-    environment = {name: value for name, value in os.environ.items() if name != backends.VARIABLE}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert result.stdout.split() == ["numba", "0"]
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_forced_backend_says_what_it_cannot_take(kind, monkeypatch):
+    monkeypatch.setattr(backends, "_said", set())
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    with pytest.warns(RuntimeWarning, match=f'"numba" cannot take this scan_{kind}: a tensor is not float32.*Torch'):
+        a_cell(kind, 4).double()(x, keep_states=True)
+    with warnings.catch_warnings(), use_backend("auto"):
+        warnings.simplefilter("error")
+        monkeypatch.setattr(backends, "_said", set())
+        a_cell(kind, 4).double()(x, keep_states=True)
 
 
 @pytest.mark.parametrize(("script", "row"), [("recurrence", "| rnn 4x64x4 |"), ("training_step", "| READ-PVLA k=4 |")])

@@ -1,5 +1,6 @@
 """Partial optimal transport: known plans, agreement of the solvers, promises kept on hard and degenerate problems."""
 
+import dataclasses
 import warnings
 
 import numpy as np
@@ -11,6 +12,7 @@ from problems import FAMILIES, costs, ragged_masks
 
 from peft_read.transport import cosine_cost, partial, partial_optimal_transport
 from peft_read.transport.dykstra import solve_dykstra
+from peft_read.transport.newton import solve_newton
 from peft_read.transport.paper import printed_algorithm
 from peft_read.transport.problem import Kernel, Problem
 
@@ -144,7 +146,7 @@ def test_logarithms_and_exponentials_agree():
     plans = []
     for log_domain in (False, True):
         kernel = Kernel(problem, torch.float64, log_domain)
-        found = partial.fast.solve_newton(problem, kernel, tol=1e-11, max_iter=50)
+        found = solve_newton(problem, kernel, tol=1e-11, max_iter=50)
         assert found.converged.all()
         plans.append(kernel.plan(found.log_left, found.log_right))
     torch.testing.assert_close(*plans, atol=1e-11, rtol=0)
@@ -358,6 +360,11 @@ def test_permutations_carry_through(drawn):
         ({"max_iter": 0}, "max_iter must be"),
         ({"penalty": float("nan")}, "penalty must be"),
         ({"method": "simplex"}, "method must be one of"),
+        ({"method": "numba"}, r'no algorithm but an implementation.*use_backend\("numba"\)'),
+        ({"method": "triton"}, "PEFT_READ_BACKEND=triton"),
+        ({"row_weights": torch.full((3,), 1e-300, dtype=torch.float64)}, "cannot hold it"),
+        ({"row_weights": torch.full((3,), 3e38), "col_weights": torch.full((2,), 3e38), "mass": 1.0}, "cannot hold it"),
+        ({"cost": torch.full((1, 3, 2), 1e-39)}, "cannot hold it"),
         ({"gradient": "none"}, "gradient must be one of"),
         ({"marginals": "sum"}, "marginals must be one of"),
         ({"row_weights": torch.tensor([-1.0, 1.0, 1.0])}, "row_weights must be finite and at least 0"),
@@ -375,6 +382,100 @@ def test_permutations_carry_through(drawn):
 def test_bad_input_is_named(options, message):
     with pytest.raises(ValueError, match=message):
         partial_optimal_transport(**{"cost": torch.rand(1, 3, 2), **options})
+
+
+def test_weights_of_any_size_scale_the_plan():
+    cost, rows, cols = costs("lowd", 2, 9, 6), torch.rand(9).double() + 0.1, torch.rand(6).double() + 0.1
+    expected = precise(cost, 0.6, row_weights=rows, col_weights=cols)
+    for size in (1e-250, 1e-30, 1e30, 1e250):
+        found = precise(cost, 0.6, row_weights=size * rows, col_weights=size * cols)
+        assert found.converged.all()
+        torch.testing.assert_close(found.plan / size, expected.plan, rtol=1e-9, atol=1e-12)
+
+
+def test_a_cost_far_beyond_the_temperature_is_solved():
+    cost = torch.tensor([[0.0, 1.0]])
+    for method in ("newton", "dykstra", "auto"):
+        for reg in (0.05, 0.001):
+            plan = solve(cost, 0.8, reg=reg, method=method)
+            assert plan.converged
+            torch.testing.assert_close(plan.mass, torch.tensor(0.8), rtol=1e-3, atol=0)
+            torch.testing.assert_close(plan.cost, torch.tensor(0.3), rtol=1e-3, atol=0)
+
+
+def test_converged_is_read_off_the_plan_and_not_believed(monkeypatch):
+    cost = costs("lowd", 2, 9, 6).float()
+    honest = partial.solve_newton
+
+    def boastful(*arguments, **options):
+        found = honest(*arguments, **options)
+        return dataclasses.replace(found, **{which: getattr(found, which) + change})
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for which, change in (
+            ("log_left", 0.01),  # too much everywhere
+            ("log_left", -0.01),  # too little mass
+            ("log_right", 0.3 * torch.randn(2, 6)),  # another plan
+        ):
+            monkeypatch.setattr(partial, "solve_newton", boastful)
+            assert not solve(cost, 0.7).converged.any(), which
+            monkeypatch.setattr(partial, "solve_newton", honest)
+    assert solve(cost, 0.7).converged.all()
+
+
+def an_extreme_problem(seed):
+    """A random small problem at an extreme of size, range, temperature, mass, weights or form: (cost, options)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(*choices):
+        return choices[int(torch.randint(len(choices), (1,), generator=generator))]
+
+    n, m = pick(1, 2, 3, 7, 16), pick(1, 2, 3, 5, 12)
+    cost = costs(pick(*sorted(FAMILIES)), 1, n, m, seed) * pick(1e-39, 1e-10, 1.0, 1.0, 1e3, 1e30)
+    cost = (cost + pick(0.0, 0.0, -5.0)).float()
+    spread = float(cost.double().amax() - cost.double().amin()) or 1.0
+    options = {"reg": max(spread / pick(0.5, 5, 20, 40, 100, 400, 800, 2000, 9000), 1e-300)}
+    options["mass"] = pick(0.05, 0.3, 0.5, 0.8, 0.999, 1.0)
+    form = pick("plain", "plain", "weights", "uneven", "count", "penalty")
+    if form in ("weights", "uneven"):
+        rows, cols = (torch.rand(size, generator=generator).double() + 0.01 for size in (n, m))
+        if form == "uneven":
+            rows[0], cols[-1] = rows[0] * 1e-12, cols[-1] * 1e-12
+        size = pick(1e-300, 1e-30, 1.0, 1e30, 3e38)
+        options |= {"row_weights": size * rows, "col_weights": size * cols}
+    elif form == "count":
+        options["marginals"] = "count"
+    elif form == "penalty":
+        options["penalty"] = float(cost.double().mean())
+    return cost, spread, options
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["newton", "auto", "dykstra"])
+@pytest.mark.parametrize("part", range(4))
+def test_what_converged_is_right_at_every_extreme(method, part):
+    solved = 0
+    for seed in range(500 * part, 500 * (part + 1)):
+        cost, spread, options = an_extreme_problem(seed)
+        limit = {"max_iter": 3000} if method == "dykstra" else {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                plan = solve(cost, method=method, **limit, **options)
+            except ValueError as error:
+                assert "cannot hold it" in str(error), seed
+                continue
+            exact = solve(cost.double(), tol=1e-10, **options)
+        if not plan.converged.all() or not exact.converged.all():
+            continue
+        solved += 1
+        assert plan.marginal_error.double() <= 1e-5 * exact.mass.clamp_min(1), seed
+        assert (plan.mass.double() - exact.mass).abs() <= 1e-3 * exact.mass, seed
+        scale = torch.maximum(exact.cost.abs(), 0.01 * spread * exact.mass)
+        rounding = 1e-6 * cost.abs().amax() * exact.mass  # of float32, where all costs share their first digits
+        assert (plan.cost.double() - exact.cost).abs() <= 1e-4 * scale + rounding, seed
+    assert solved >= (150 if method == "dykstra" else 300)
 
 
 def test_a_problem_that_does_not_converge_says_so_once(monkeypatch):

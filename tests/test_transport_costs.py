@@ -69,5 +69,5 @@ def test_bad_input_is_named(function):
         function(torch.rand(2, 3, 4), torch.rand(2, 3, 5))
     with pytest.raises(ValueError, match="video must be a floating-point"):
         function(torch.ones(2, 3, 4, dtype=torch.long), torch.rand(2, 3, 4))
-    with pytest.raises(ValueError, match="video_mask must have the shape"):
+    with pytest.raises(ValueError, match="video_mask must be a tensor of shape"):
         function(torch.rand(2, 3, 4), torch.rand(2, 3, 4), torch.ones(2, 5))

@@ -12,7 +12,7 @@ warn_outside_windows()  # before the imports that an older library would fail
 from . import models
 from .adapter import READConfig, READModel, sequence_scope
 from .alignment import Aligner, PVLAConfig, PVLALoss, PVLALossMixin, Stream
-from .recurrence import show_backends, use_backend
+from .backends import show_backends, use_backend
 from .transport import TransportPlan, partial_optimal_transport
 
 __version__ = "0.1.0"

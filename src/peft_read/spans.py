@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from .values import number, shown, table
 
 __all__ = [
     "centre_width_to_start_end",
+    "check_windows",
+    "clips_of",
     "clips_to_seconds",
     "generalized_temporal_iou",
     "seconds_to_clips",
@@ -28,6 +35,40 @@ def start_end_to_centre_width(spans: Tensor) -> Tensor:
     """(start, end) to (centre, width), on the last axis of (..., 2)."""
     start, end = spans.unbind(-1)
     return torch.stack(((start + end) * 0.5, end - start), dim=-1)
+
+
+def clips_of(duration_seconds: float, clip_seconds: float, *, partial: bool = False) -> int:
+    """How many clips a video has: int(duration / clip), with `partial` also the rest that fills no clip."""
+    clips = duration_seconds / clip_seconds
+    return math.ceil(clips - 1e-9) if partial else int(clips + 1e-9)
+
+
+def check_windows(windows: NDArray, where: str, *, end: float = math.inf, allow_empty: bool = False) -> None:
+    """Windows of a video in seconds: no NaN, none reversed, none before its start or behind its end.
+
+    Args:
+        windows: (n, 2) start and end.
+        where: what they are called and where they stand, the beginning of the message.
+        end: seconds at which the video ends.
+        allow_empty: whether a window may have the length 0.
+
+    Raises:
+        ValueError: the first window that cannot be.
+    """
+    for start, stop in np.asarray(windows, dtype=np.float64).tolist():
+        if not (math.isfinite(start) and math.isfinite(stop)):
+            problem = "is not finite"
+        elif start < 0:
+            problem = "starts before the video"
+        elif stop < start:
+            problem = "ends before it starts"
+        elif stop == start and not allow_empty:
+            problem = "has no length"
+        elif stop > end:
+            problem = f"ends behind the video, which ends at {end:g} s"
+        else:
+            continue
+        raise ValueError(f"{where}: the window [{start:g}, {stop:g}] {problem}")
 
 
 def clips_to_seconds(spans: Tensor, clip_seconds: float) -> Tensor:
@@ -53,7 +94,14 @@ def seconds_to_clips(spans: Tensor, clip_seconds: float, number_of_clips: int) -
 
     Returns:
         (..., 2) int64.
+
+    Raises:
+        ValueError: the clip length or the number of clips is not positive, or a span is negative, reversed or NaN.
     """
+    number(clip_seconds, "clip_seconds", above=0)
+    if number_of_clips < 1:
+        raise ValueError(f"number_of_clips={number_of_clips} must be positive")
+    _check_spans(spans, non_negative=True)
     start, end = (spans.double() / clip_seconds).long().unbind(-1)
     first = start.clamp(max=number_of_clips - 1)
     return torch.stack((first, torch.maximum(end.clamp(max=number_of_clips) - 1, first)), dim=-1)
@@ -67,8 +115,12 @@ def temporal_iou(a: Tensor, b: Tensor) -> Tensor:
         b: (..., 2); `a.unsqueeze(-2)` against `b` gives all pairs.
 
     Returns:
-        (...); 0 where both spans are empty.
+        (...); 0 where both spans are empty, NaN where a span holds NaN.
+
+    Raises:
+        ValueError: spans without a last axis of 2, or (on the CPU) one that ends before it starts.
     """
+    _check_spans(a, b)
     intersection, union, _ = _overlap(a, b)
     return _ratio(intersection, union)
 
@@ -81,8 +133,12 @@ def generalized_temporal_iou(a: Tensor, b: Tensor) -> Tensor:
         b: (..., 2), broadcast against `a`.
 
     Returns:
-        (...).
+        (...); NaN where a span holds NaN.
+
+    Raises:
+        ValueError: spans without a last axis of 2, or (on the CPU) one that ends before it starts.
     """
+    _check_spans(a, b)
     intersection, union, hull = _overlap(a, b)
     return _ratio(intersection, union) - _ratio(hull - union, hull)
 
@@ -97,7 +153,23 @@ def _overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
     # The denominator is made harmless first: a NaN that `where` discards would still reach the gradient.
-    return torch.where(whole > 0, part / torch.where(whole > 0, whole, 1), 0)
+    return torch.where(whole == 0, 0, part / torch.where(whole == 0, 1, whole))
+
+
+@torch.no_grad()
+def _check_spans(*spans: Tensor, non_negative: bool = False) -> None:
+    """What can be told without waiting for a device: shapes everywhere, values on the CPU."""
+    for values in spans:
+        if not values.dim() or values.shape[-1] != 2:
+            raise ValueError(f"spans must be (..., 2), not {tuple(values.shape)}")
+        if values.device.type != "cpu" or torch.compiler.is_compiling():
+            continue
+        if (values[..., 1] < values[..., 0]).any():
+            raise ValueError(
+                f"a span ends before it starts: {shown(values[values[..., 1] < values[..., 0]].tolist())}"
+            )
+        if non_negative and not (values >= 0).all():
+            raise ValueError(f"spans in seconds must be finite and not negative: {shown(values.tolist())}")
 
 
 def temporal_nms(
@@ -116,7 +188,18 @@ def temporal_nms(
 
     Returns:
         Rows (start, end, score) by descending score; among equal scores the list's order.
+
+    Raises:
+        ValueError: a threshold outside [0, 1], a negative limit, rows of another length, a window that is reversed,
+            NaN or infinite.
     """
+    number(threshold, "the threshold of temporal_nms", low=0, high=1)
+    for name, limit in (("max_before", max_before), ("max_after", max_after)):
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
+            raise ValueError(f"{name} of temporal_nms must be a whole number from 0 on, not {limit!r}")
+    found = table(windows, "windows of temporal_nms", columns=3)
+    if (reversed_ones := found[found[:, 1] < found[:, 0]]).size:
+        raise ValueError(f"a window of temporal_nms ends before it starts: {shown(reversed_ones[0].tolist())}")
     rest = sorted(([*window] for window in windows[:max_before]), key=lambda window: window[2], reverse=True)
     kept: list[list[float]] = []
     while rest and len(kept) < max_after:

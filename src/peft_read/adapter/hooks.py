@@ -346,12 +346,13 @@ def _checkpoint_in_scope(stack: nn.Module) -> None:
                 module.__dict__[name] = _ScopedCheckpoint(function)
 
 
-def install_scopes(model: nn.Module, path: str) -> None:
+def install_scopes(model: nn.Module, path: str, *, batch_first: bool = True) -> None:
     """Put hooks on the modules around a layer that know its sequences, where they are not there yet.
 
     Args:
         model: the model that the path starts at.
         path: the layer's path.
+        batch_first: the layout of what the blocks around it are given.
     """
     videos, tower = videos_around(model, path), tower_around(model, path)
     if tower is not None:
@@ -365,7 +366,7 @@ def install_scopes(model: nn.Module, path: str) -> None:
     for block in blocks_around(model, path):
         names = parameters_of(block)
         if names and (found is None or block is not found[1]):
-            _hook(block, _BlockOpening(names, batch_first=is_batch_first(block)))
+            _hook(block, _BlockOpening(names, batch_first=batch_first))
 
 
 def _hook(module: nn.Module, opening: _Opening) -> None:

@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import functional as F
 
-from ..recurrence import Identity, adapter_fits, adapter_in_one_pass, build_cell
+from ..recurrence import Identity, adapt_in_one, build_cell
 from .config import READConfig
 from .mixed import mixed_rows
 from .scope import Scope, current_scope
@@ -177,8 +177,6 @@ class Linear(nn.Module, READLayer):
         if mixed is None and len(active) == 1:
             adapted = self._in_one_pass(active[0], sequences)
             if adapted is not None:
-                if sequences.mask is not None:
-                    adapted = torch.where(sequences.mask[..., None], adapted, sequences.tensor)
                 return sequences.restore(adapted)
         delta = None
         for adapter in active:
@@ -186,10 +184,6 @@ class Linear(nn.Module, READLayer):
             one = self._delta(adapter, sequences, rows)
             delta = one if delta is None else delta + one
         assert delta is not None
-        if sequences.mask is not None:
-            # Nothing is added to padding: W_up's bias there would be carried into the text by the convolutions and
-            # state-space layers of hybrid models.
-            delta = torch.where(sequences.mask[..., None], delta, 0)
         return result + sequences.restore(delta).to(result.dtype)
 
     def _sequences(self, result: torch.Tensor, x: torch.Tensor, active: list[str], mixed: bool) -> Sequences:
@@ -233,13 +227,14 @@ class Linear(nn.Module, READLayer):
         cell: Any = self.readapter_cell[adapter]
         dropout = self.readapter_dropout[adapter]
         scope = sequences.scope
-        if not adapter_fits(sequences.tensor, sequences.mask, down, cell, dropout, up):
-            return None
-        if scope is not None and scope.segments is not None:
+        if isinstance(cell, Identity) or cell.bidirectional or (scope is not None and scope.segments is not None):
             return None
         key = (self.path, adapter, sequences.call)
         before = None if scope is None else scope.state_before(key, self.path, adapter, None)
-        adapted, states = adapter_in_one_pass(sequences.tensor, down, cell, up, before, sequences.mask)
+        found = adapt_in_one(sequences.tensor, down, cell, dropout, up, state=before, mask=sequences.mask)
+        if found is None:
+            return None
+        adapted, states = found
         if scope is not None and sequences.keeps_states:
             scope.keep(key, states, None)
         return adapted
@@ -253,6 +248,9 @@ class Linear(nn.Module, READLayer):
         hidden = self._recur(adapter, hidden, sequences, rows)
         hidden = self.readapter_dropout[adapter](F.gelu(hidden))
         delta = up(self._cast_input_dtype(hidden, up.weight.dtype))
+        mask = sequences.mask if rows is None or sequences.mask is None else sequences.mask[rows]
+        if mask is not None:  # W_up's bias on padding would reach the text through convolutions and scans of the base
+            delta = torch.where(mask[..., None], delta, 0)
         if rows is None:
             return delta
         return delta.new_zeros(*sequences.tensor.shape).index_copy(0, rows, delta)

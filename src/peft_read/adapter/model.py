@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,20 +15,32 @@ from torch import nn
 from .config import READConfig
 from .hooks import install_scopes, keep_slow_path, remove_scopes
 from .layer import CANNOT_MERGE, Linear, READLayer
+from .loaded import check_loaded_weights
 from .mixed import copies_in_generate, mixed_batch
 from .registration import PREFIX
 from .sequences import Notice
 from .stacks import EXPERTS, blocks_around, is_batch_first, is_causal
-from .targets import PARTS, block_width, default_targets, in_and_out, sets_in
-from .untrained import forget_gradients, watch_gradients
+from .targets import PARTS, block_width, default_targets, in_and_out, linear_targets, sets_in
+from .untrained import forget_gradients, named, watch_gradients
 
 __all__ = ["TARGET_MODULES", "READModel"]
 
-# Blocks that their structure does not show, in the backbones of this project.
-TARGET_MODULES: dict[str, list[str]] = {"umt": ["ffn.mapping.3", "ffn1.mapping.3", "ffn2.mapping.3"]}
+# The backbones of this project: the paper adapts the language model's blocks, not those of the fusion beside it, and the
+# structure of UMT's blocks does not show where they end.
+TARGET_MODULES: dict[str, list[str]] = {
+    "moment_detr": ["linear2"],
+    "umt": ["ffn.mapping.3", "ffn1.mapping.3", "ffn2.mapping.3"],
+    "vg_bart": ["fc2"],
+    "vg_t5": ["wo"],
+}
+
+# Their blocks take (T, B, d).
+SEQUENCE_FIRST = {"fsmt", "xlnet"}
 
 # Moment-DETR's decoder sees queries, which are a set: there is no order for a recurrence to run along.
 CELL_PATTERNS: dict[str, dict[str, str]] = {"moment_detr": {r"decoder\.layers\.\d+\.linear2": "none"}}
+
+logger = logging.getLogger(__name__)
 
 
 def _matching(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
@@ -70,7 +83,10 @@ class READModel(BaseTuner):
     target_module_mapping = TARGET_MODULES
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        family = model_config.get("model_type")
+        if not isinstance(model_config, Mapping):  # a model's `config` may be anything, and peft hands it on
+            model_config = {"model_type": getattr(model_config, "model_type", None)}
+        model_config = {"model_type": None, **model_config}
+        family = self._family = model_config["model_type"]
         part = peft_config.target_modules
         if part is None and family in TARGET_MODULES:
             peft_config.target_modules = set(TARGET_MODULES[family])  # type: ignore[assignment]
@@ -79,6 +95,16 @@ class READModel(BaseTuner):
             peft_config.target_modules = default_targets(self._injected, part, as_list=as_list)
             if as_list:  # peft takes a name that is a whole path at its word, whatever the layer
                 peft_config.target_modules = _in_layers(peft_config)
+        elif part == "all-linear":
+            found = linear_targets(self._injected)
+            if found is not None:
+                peft_config.target_modules, left_out = found
+                if left_out:
+                    logger.warning(
+                        "READ leaves %s out of 'all-linear': they see no sequence of their own. Name them in "
+                        "`target_modules` to adapt them all the same.",
+                        named(left_out),
+                    )
         if peft_config.cell_pattern is None:
             sets = sets_in(self._injected)
             if family in CELL_PATTERNS:
@@ -116,11 +142,12 @@ class READModel(BaseTuner):
             target.update_layer(adapter_name, **settings)
             return
         blocks = blocks_around(self.model, current_key)
+        around = blocks[0] if blocks else parent
         layer = Linear(
             target,
             adapter_name,
             path=current_key,
-            batch_first=peft_config.batch_first and is_batch_first(parent if not blocks else blocks[0]),
+            batch_first=peft_config.batch_first and self._family not in SEQUENCE_FIRST and is_batch_first(around),
             chunked=any(getattr(block, "chunk_size_feed_forward", 0) for block in blocks),
             notice=self._notice,
             width=block_width(self.model, current_key) if in_and_out(target) is None else None,
@@ -135,13 +162,15 @@ class READModel(BaseTuner):
         self.__dict__["_injected"] = model  # not a submodule; peft hands the next method its configuration alone
         if "_notice" not in self.__dict__:  # the first adapter is injected from within BaseTuner.__init__
             self._notice = Notice()
-        # Not a field: the card tells it, the configuration on disk does not.
+            self._load_check = model.register_load_state_dict_pre_hook(check_loaded_weights)
+        # No fields: the card tells them, the configuration on disk does not.
         self.peft_config[adapter_name].base_parameters = _base_parameters(model)  # type: ignore[attr-defined]
+        self.peft_config[adapter_name].adapter_name = adapter_name  # type: ignore[attr-defined]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for name, module in list(model.named_modules()):
             if not isinstance(module, READLayer):
                 continue
-            install_scopes(model, name)
+            install_scopes(model, name, batch_first=module.batch_first)
             parent = model.get_submodule(name.rpartition(".")[0])
             if isinstance(parent, nn.TransformerEncoderLayer):
                 keep_slow_path(parent)
@@ -152,6 +181,7 @@ class READModel(BaseTuner):
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[func-returns-value]
         remove_scopes(model)
         forget_gradients(model)
+        self._load_check.remove()
         return model
 
     @contextmanager

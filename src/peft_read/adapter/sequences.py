@@ -108,7 +108,7 @@ def as_sequences(
     if output.dim() == 2 and not scope.explicit and (output.shape[0] == scope.batch or not _in_a_block(path)):
         # Pooled vectors, or the rows of a projector, which follow nothing.
         return Sequences(output[:, None], lambda delta: delta[:, 0])
-    why = _why_not_its_own(output, scope, chunked)
+    why = _why_not_its_own(output, scope, path, chunked)
     if why:
         raise ValueError(
             f"READ layer {path!r} puts out a tensor of shape {tuple(output.shape)}, but {why}, so READ cannot tell "
@@ -119,7 +119,7 @@ def as_sequences(
     return _of_frames(_without_scope(output, batch_first, notice), scope)
 
 
-def _why_not_its_own(output: torch.Tensor, scope: Scope, chunked: bool) -> str | None:
+def _why_not_its_own(output: torch.Tensor, scope: Scope, path: str, chunked: bool) -> str | None:
     """Why the rows of an output cannot be taken for sequences apart from those of the scope; None if they can."""
     shape, batch, length = tuple(output.shape), scope.batch or 0, scope.length or 0
     stack = f"its stack is working on {batch} sequences of {length} tokens"
@@ -129,6 +129,9 @@ def _why_not_its_own(output: torch.Tensor, scope: Scope, chunked: bool) -> str |
         return stack
     if shape[0] == 1 and batch > 1 and scope.tower is not None:
         return stack
+    if not _in_a_block(path):
+        # A head that is given the last token alone would forget those before it.
+        return f"{stack}, and their cache carries on" if shape[1] == 1 < length and scope.keeps_states else None
     if shape[0] == batch and scope.mask is not None and scope.tower is None:
         return f"{stack}, some of them padded, and nothing tells which of these rows are padding"
     return None

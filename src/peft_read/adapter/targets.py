@@ -14,7 +14,16 @@ from transformers.pytorch_utils import Conv1D
 
 from .stacks import EXPERTS, blocks_around, is_causal
 
-__all__ = ["PARTS", "Ending", "block_width", "default_targets", "feed_forward_endings", "in_and_out", "sets_in"]
+__all__ = [
+    "PARTS",
+    "Ending",
+    "block_width",
+    "default_targets",
+    "feed_forward_endings",
+    "in_and_out",
+    "linear_targets",
+    "sets_in",
+]
 
 PARTS = ("language", "vision", "audio", "all")
 
@@ -23,6 +32,11 @@ ATTENTION = re.compile(r"att(n|ention)|mamba|ssm|rwkv_att|router|(^|\.)gate(\.|$
 MIXERS = re.compile(r"Att(n|ention)|Mixer|Mamba|ShortConv|DeltaNet|Recurrent|ConvolutionModule|Router|TimeMix")
 CONNECTORS = re.compile(
     r"merger|projector|connector|resampler|q_?former|pooler|pooling|adapter|perceiver|bridge|compressor", re.IGNORECASE
+)
+NO_SEQUENCE = re.compile(
+    r"merger|router|(^|\.)gate(\.|$)|(^|\.)dt_proj|linear_pos|pos_?proj|rel(ative)?_(pos|k_|position)|pos_(key|query)"
+    r"|(^|\.)r_net|pooler|pooling_head|o_a_proj",
+    re.IGNORECASE,
 )
 NAMED_PARTS = (
     ("vision", re.compile(r"vision|visual|image|video|pixel|(^|[._])sam([._]|$)|vit(_|\.|$)", re.IGNORECASE)),
@@ -234,6 +248,31 @@ def default_targets(model: nn.Module, part: str | None = None, *, as_list: bool 
         raise ValueError(_nothing_found(model, part, parts))
     paths = [ending.path for ending in chosen]
     return _names_of(paths, [name for name, _ in model.named_modules()], as_list=as_list)
+
+
+def linear_targets(model: nn.Module) -> tuple[set[str] | str, list[str]] | None:
+    """What "all-linear" means to READ: the linear layers of the blocks, which see the tokens of a sequence.
+
+    Pooling and language-modelling heads, classifiers and embeddings of patches see one vector per example, or the
+    tokens that a caller asks for; routers, projections of positions and of step sizes see no states of the tokens.
+
+    Args:
+        model: the model.
+
+    Returns:
+        `target_modules`, and the layers left out; None if the model has no blocks.
+    """
+    chosen: list[str] = []
+    left_out: list[str] = []
+    for name, module in model.named_modules():
+        if in_and_out(module) is None or _is_inside_an_adapter(model, name):
+            continue
+        block = _block_of(model, name)
+        seen = block is not None and not NO_SEQUENCE.search(name) and not EXPERTS.search(name)
+        (chosen if seen else left_out).append(name)
+    if not chosen:
+        return None
+    return _names_of(chosen, [name for name, _ in model.named_modules()], as_list=False), left_out
 
 
 def _is_no_model_of_its_own(model: nn.Module, path: str) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 
 from .layer import READLayer
 
-__all__ = ["GradientWatch", "forget_gradients", "watch_gradients"]
+__all__ = ["GradientWatch", "forget_gradients", "named", "watch_gradients"]
 
 PATIENCE = 3  # backward passes: in the first, W_up is zero and nothing but W_up gets a gradient that is not
 
@@ -112,11 +112,10 @@ def _unreached(layers: dict[str, READLayer], model: nn.Module, reached: set[str]
     unused = [name for name in dead if layers[name].longest > 0]
     if uncalled:
         yield (
-            f"Never called: {_named(uncalled)}; the model reads their weights itself, or did not use them in this "
-            "pass."
+            f"Never called: {named(uncalled)}; the model reads their weights itself, or did not use them in this pass."
         )
     if unused:
-        yield f"Without a way to the loss: {_named(unused)}; what they put out is not used."
+        yield f"Without a way to the loss: {named(unused)}; what they put out is not used."
     if dead:
         yield "Leave them out with `exclude_modules`, unless another batch uses them."
 
@@ -136,19 +135,19 @@ def _without_past(layers: dict[str, READLayer]) -> Iterator[str]:
             (short if layer.longest <= 1 else first).append(name)
     if short:
         yield (
-            f"The recurrence (weight_hh) of {_named(short)}: every sequence that it saw had one token. Describe the "
+            f"The recurrence (weight_hh) of {named(short)}: every sequence that it saw had one token. Describe the "
             "sequences with `sequence_scope`, or save the parameters with cell='none' there (cell_pattern)."
         )
     if first:
         yield (
-            f"The recurrence (weight_hh) of {_named(first)}: only the first token of each sequence reaches the loss, "
+            f"The recurrence (weight_hh) of {named(first)}: only the first token of each sequence reaches the loss, "
             "as before a head that reads a class token, and nothing comes before it. The rest of these layers "
             "is trained."
         )
 
 
-def _named(names: list[str]) -> str:
-    """Paths, with * for the numbers where several differ in them alone; a few of them."""
+def named(names: list[str]) -> str:
+    """Paths of modules for a message, a few of them, with * for the numbers where several differ in them alone."""
     kinds: dict[str, list[str]] = {}
     for name in dict.fromkeys(names):
         kinds.setdefault(re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name), []).append(name)

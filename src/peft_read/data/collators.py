@@ -2,59 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from ..spans import seconds_to_clips, start_end_to_centre_width
+from ..spans import check_windows, seconds_to_clips, start_end_to_centre_width
+from ..values import array_of, count, id_of, is_given, listed, number, shown, table
 from .clip_features import ClipFeatures, TextFeatures
 
 __all__ = ["MomentDetrCollator", "UMTCollator", "annotated_pairs", "ranked_pairs", "window_pairs"]
 
+logger = logging.getLogger(__name__)
+
 Row = Mapping[str, Any]
 Pairs = tuple[list[int], list[int]]  # salient clips, and less salient clips in the same order
-PairSampler = Callable[[Row, int, np.random.Generator], Pairs]
+PairSampler = Callable[..., Pairs]
+
+NO_PAIR = -1  # in the place of a clip's index: nothing to compare
+PADDING = -100  # in rows of `span_labels` that are none, the value that transformers' Trainer pads with
+# The features of a few videos end a clip or two before the annotations; what lies further behind was cut away.
+LATE_CLIPS = 3
 
 
 def annotated_pairs(row: Row, num_clips: int, generator: np.random.Generator) -> Pairs:
     """Two pairs of clips from QVHighlights' annotations, as Moment-DETR draws them.
 
     Hard: the relevant clip with the highest summed rating against the one with the lowest. Easy: a random relevant
-    clip against a random other one; a copy of the hard pair where every clip is relevant.
+    clip against a random other one; a copy of the hard pair where every clip is relevant. A relevant clip up to three
+    behind the features counts as the last, as in the original; one further behind was cut away and takes no part.
 
     Args:
         row: with `relevant_clip_ids` and `saliency_scores`.
-        num_clips: clips that the features have; a later clip becomes the last.
+        num_clips: clips that the features have.
         generator: for the easy pair.
+
+    Returns:
+        Two pairs; a clip paired with itself where there is nothing to compare.
+
+    Raises:
+        ValueError: as many clips as ratings are needed, clips are no whole numbers from 0 on, ratings are not finite.
     """
-    relevant = np.asarray(row["relevant_clip_ids"])
-    order = np.argsort(np.asarray(row["saliency_scores"]).sum(axis=1))
+    where = _where(row)
+    relevant = table(row["relevant_clip_ids"], f"{where}'relevant_clip_ids'", low=0, whole=True).astype(np.int64)
+    ratings = table(row["saliency_scores"], f"{where}'saliency_scores'", columns=0)
+    if len(relevant) != len(ratings):
+        raise ValueError(f"{where}{len(relevant)} relevant clips, but {len(ratings)} saliency scores")
+    inside = relevant < num_clips + LATE_CLIPS
+    relevant, ratings = np.minimum(relevant[inside], num_clips - 1), ratings[inside]
+    if not len(relevant):
+        return [0, 0], [0, 0]
+    order = np.argsort(ratings.sum(axis=1))
     hard = int(relevant[order[-1]]), int(relevant[order[0]])
     outside = np.setdiff1d(np.arange(num_clips), relevant)
     easy = (int(generator.choice(relevant)), int(generator.choice(outside))) if len(outside) else hard
     positive, negative = zip(hard, easy, strict=True)
-    return [min(clip, num_clips - 1) for clip in positive], [min(clip, num_clips - 1) for clip in negative]
+    return list(positive), list(negative)
 
 
 def window_pairs(row: Row, num_clips: int, generator: np.random.Generator, *, clip_seconds: float = 2.0) -> Pairs:
     """Two random clips inside the row's windows against two outside, for weak labels without ratings.
 
-    A clip is inside if its middle is. Where nothing is inside or nothing outside, a clip is paired with itself, which
-    gives no gradient.
+    A clip is inside if its middle is. Where nothing is inside or nothing outside, a clip is paired with itself.
 
     Args:
         row: with `relevant_windows` in seconds.
         num_clips: clips that the features have.
         generator: of the draw.
-        clip_seconds: length of a clip.
+        clip_seconds: length of a clip; a collator passes its own.
+
+    Raises:
+        ValueError: windows that are reversed, negative or not finite.
     """
-    middle = (np.arange(num_clips) + 0.5) * clip_seconds
+    middle = (np.arange(num_clips) + 0.5) * number(clip_seconds, "clip_seconds", above=0)
     inside = np.zeros(num_clips, dtype=bool)
-    for start, end in row["relevant_windows"]:
+    for start, end in _windows(row):
         inside |= (middle >= start) & (middle <= end)
     if inside.all() or not inside.any():
         return [0, 0], [0, 0]
@@ -66,15 +94,18 @@ def ranked_pairs(row: Row, num_clips: int, generator: np.random.Generator, *, co
     """The best clip against the worst, and random pairs of clips with different scores, the better one first.
 
     For datasets that score every clip and name no moments (TVSum, YouTube Highlights); not of the original, which
-    does not train Moment-DETR on them. Where all scores are equal a clip is paired with itself, without a gradient.
+    does not train Moment-DETR on them. Where all scores are equal a clip is paired with itself.
 
     Args:
         row: with `clip_scores`.
         num_clips: clips that the features have.
         generator: of the draw.
         count: pairs.
+
+    Raises:
+        ValueError: scores that are no finite numbers.
     """
-    scores = np.asarray(row["clip_scores"])[:num_clips]
+    scores = table(row["clip_scores"], f"{_where(row)}'clip_scores'", empty=False)[:num_clips]
     if scores.min() == scores.max():
         return [0] * count, [0] * count
     positive, negative = [int(scores.argmax())], [int(scores.argmin())]
@@ -87,11 +118,20 @@ def ranked_pairs(row: Row, num_clips: int, generator: np.random.Generator, *, co
     return positive, negative
 
 
+# What the samplers of this file read of a row.
+COLUMNS: dict[Callable[..., Pairs], tuple[str, ...]] = {
+    annotated_pairs: ("relevant_clip_ids", "saliency_scores"),
+    window_pairs: ("relevant_windows",),
+    ranked_pairs: ("clip_scores",),
+}
+
+
 class MomentDetrCollator:
     """Batches rows for `MomentDetrForTemporalGrounding`.
 
     Moments are given to the model as shares of (number of clips x clip length), as in the original, at most
-    `max_windows` of them. Rows without labels (None, or no such columns) give batches without labels.
+    `max_windows` of them. A moment behind the last clip of the features is dropped, and counted in `dropped_moments`;
+    one that ends behind it is cut there. Rows without labels (None, or no such columns) give batches without labels.
 
     Args:
         clips: features of the video.
@@ -100,13 +140,18 @@ class MomentDetrCollator:
             labels.
         span_loss_type: of the model's configuration, `"l1"` or `"ce"`.
         max_windows: moments kept of a query, a random subset where there are more.
-        clip_seconds: length of a clip.
+        clip_seconds: length of a clip; None = that of `clips`.
         generator: of every draw; a default one with seed 0 if absent. In a worker process of a DataLoader the
             worker's own seed takes its place, so that workers and epochs do not repeat each other's draws.
 
     Returns:
         A batch of `video_features` (B, L, Dv), `video_mask` (B, L), `text_features` (B, T, Dt), `text_mask` (B, T);
-        with moments `span_labels`, a list of (n, 2); with pairs `saliency_pos_labels`, `saliency_neg_labels` (B, P).
+        with moments `span_labels` (B, n, 2), padded with rows of -100, and `span_mask` (B, n), 1 = a moment; with
+        pairs `saliency_pos_labels`, `saliency_neg_labels` (B, P), -1 where there is nothing to compare.
+
+    Raises:
+        ValueError: options that cannot be; a row (by qid) whose labels cannot be, or a batch of which some rows have
+            labels and others have none.
     """
 
     def __init__(
@@ -117,41 +162,78 @@ class MomentDetrCollator:
         pairs: PairSampler | None = annotated_pairs,
         span_loss_type: str = "l1",
         max_windows: int = 5,
-        clip_seconds: float = 2.0,
+        clip_seconds: float | None = None,
         generator: np.random.Generator | None = None,
     ) -> None:
         if span_loss_type not in ("l1", "ce"):
             raise ValueError(f"span_loss_type={span_loss_type!r} is neither 'l1' nor 'ce'")
-        self.clips, self.text, self.pairs = clips, text, pairs
-        self.span_loss_type, self.max_windows, self.clip_seconds = span_loss_type, max_windows, clip_seconds
+        self.clips, self.text, self.span_loss_type = clips, text, span_loss_type
+        self.max_windows = count(max_windows, "max_windows")
+        self.clip_seconds = (
+            clips.clip_seconds if clip_seconds is None else number(clip_seconds, "clip_seconds", above=0)
+        )
+        self.pairs = None if pairs is None else _with_clip_seconds(pairs, self.clip_seconds)
+        self._columns = COLUMNS.get(getattr(pairs, "func", pairs)) if pairs is not None else None  # type: ignore[arg-type]
+        self.dropped_moments = 0
         self.generator = np.random.default_rng(0) if generator is None else generator
         self._worker_seed: int | None = None
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Collates the rows."""
+        _check_batch(rows)
         self._seed_worker()
-        videos = [self.clips(row, self.text.raw(row)) for row in rows]
+        tokens = [self.text.raw(row) for row in rows]
+        videos = [self.clips(row, words, text_id=self.text.id(row)) for row, words in zip(rows, tokens, strict=True)]
         batch: dict[str, Any] = {
             **_padded("video", videos),
-            **_padded("text", [self.text(row) for row in rows]),
+            **_padded("text", [self.text.prepared(words) for words in tokens]),
         }
-        if all(row.get("relevant_windows") for row in rows):
-            batch["span_labels"] = [self._spans(row, len(video)) for row, video in zip(rows, videos, strict=True)]
-        if self.pairs is not None and all(_has_labels(row) for row in rows):
+        if _all_have(rows, "relevant_windows"):
+            spans = [self._spans(row, len(video)) for row, video in zip(rows, videos, strict=True)]
+            batch["span_labels"], batch["span_mask"] = _padded_rows(spans, PADDING)
+        if self.pairs is not None and self._have_pairs(rows):
             drawn = [self.pairs(row, len(video), self.generator) for row, video in zip(rows, videos, strict=True)]
-            batch["saliency_pos_labels"] = torch.tensor([positive for positive, _ in drawn])
-            batch["saliency_neg_labels"] = torch.tensor([negative for _, negative in drawn])
+            positive, negative = (torch.tensor([pair[side] for pair in drawn]) for side in (0, 1))
+            nothing = positive == negative  # a clip against itself: a constant in the loss, without a gradient
+            batch["saliency_pos_labels"] = positive.masked_fill(nothing, NO_PAIR)
+            batch["saliency_neg_labels"] = negative.masked_fill(nothing, NO_PAIR)
         return batch
 
+    def check(self, rows: Iterable[Row]) -> tuple[int, int]:
+        """Reads the features of all rows once, and warns of what will be cut.
+
+        Returns:
+            The widths of the clips and of the tokens.
+
+        Raises:
+            ValueError: see `ClipFeatures.check` and `TextFeatures.check`.
+        """
+        rows = list(rows)
+        return self.clips.check(rows, clip_seconds=self.clip_seconds), self.text.check(rows)
+
     def _spans(self, row: Row, num_clips: int) -> Tensor:
-        windows = torch.tensor(row["relevant_windows"], dtype=torch.float32)
-        if len(windows) > self.max_windows:
-            windows = windows[self.generator.permutation(len(windows))[: self.max_windows]]
+        windows = _windows(row)
+        inside = windows[windows[:, 0] < num_clips * self.clip_seconds]
+        if len(inside) < len(windows):
+            if not self.dropped_moments:
+                logger.warning(
+                    "%s%d of %d moments lie behind the %d clips of its features and are dropped; `check` lists all",
+                    *(_where(row), len(windows) - len(inside), len(windows), num_clips),
+                )
+            self.dropped_moments += len(windows) - len(inside)
+        kept = torch.from_numpy(inside).float()
+        if len(kept) > self.max_windows:
+            kept = kept[self.generator.permutation(len(kept))[: self.max_windows]]
         if self.span_loss_type == "ce":
-            return seconds_to_clips(windows, self.clip_seconds, num_clips)
+            return seconds_to_clips(kept, self.clip_seconds, num_clips)
         # The features of a few videos end a clip before the annotation does.
-        shares = (windows / (num_clips * self.clip_seconds)).clamp(0, 1)
-        return start_end_to_centre_width(shares)
+        return start_end_to_centre_width((kept / (num_clips * self.clip_seconds)).clamp(0, 1))
+
+    def _have_pairs(self, rows: Sequence[Row]) -> bool:
+        if self._columns is not None:
+            present = [_all_have(rows, column) for column in self._columns]  # all are looked at
+            return all(present)
+        return all(is_given(row.get("relevant_windows")) or is_given(row.get("clip_scores")) for row in rows)
 
     def _seed_worker(self) -> None:
         worker = torch.utils.data.get_worker_info()
@@ -163,18 +245,23 @@ class MomentDetrCollator:
 class UMTCollator:
     """Batches rows for `UMTForTemporalGrounding`.
 
+    Streams and labels are cut to the shortest; where they differ by more clips than `video.max_difference`, before
+    `max_clips`, their rates differ, which is an error. A moment behind the last clip is dropped, and counted in
+    `dropped_moments`; one that ends behind it is cut there.
+
     Args:
-        video: features of the clips; streams and labels are cut to the shortest.
+        video: features of the clips.
         audio: features of a second stream; None where the model has none.
         text: features of the query; None where the model has none.
 
     Returns:
         A batch of `video_features`, `video_mask`; `audio_features`; `text_features`, `text_mask`; for rows with
         `clip_scores` `saliency_labels` (B, L), padded with -1; for rows with `relevant_windows` `boundary_labels`
-        (B, n, 2) in seconds, padded with -1, and `boundary_mask` (B, n).
+        (B, n, 2) in seconds, padded with -1, and `boundary_mask` (B, n), 1 = a moment.
 
     Raises:
-        ValueError: the query similarity without text.
+        ValueError: the query similarity without text, streams with different clip lengths; a row (by qid or vid) whose
+            labels cannot be, or a batch of which some rows have labels and others have none.
     """
 
     def __init__(
@@ -182,50 +269,155 @@ class UMTCollator:
     ) -> None:
         if text is None and (video.similarity is not None or (audio is not None and audio.similarity is not None)):
             raise ValueError("the query similarity needs text features")
+        if audio is not None and audio.clip_seconds != video.clip_seconds:
+            raise ValueError(
+                f"the clips of the video last {video.clip_seconds:g} s, those of the audio {audio.clip_seconds:g} s: "
+                "bring one stream to the clips of the other (PooledFeatures)"
+            )
         self.video, self.audio, self.text = video, audio, text
+        self.dropped_moments = 0
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Collates the rows."""
+        _check_batch(rows)
         streams = [self._streams(row) for row in rows]
         batch: dict[str, Any] = _padded("video", [video for video, _ in streams])
         if self.audio is not None:
             batch["audio_features"] = _padded("audio", [audio for _, audio in streams])["audio_features"]
         if self.text is not None:
             batch.update(_padded("text", [self.text(row) for row in rows]))
-        if all(row.get("clip_scores") for row in rows):
+        if _all_have(rows, "clip_scores"):
             labels = [
-                torch.tensor(row["clip_scores"][: len(video)], dtype=torch.float32)
+                torch.from_numpy(_clip_scores(row)[: len(video)]).float().unsqueeze(1)
                 for row, (video, _) in zip(rows, streams, strict=True)
             ]
-            batch["saliency_labels"] = pad_sequence(labels, batch_first=True, padding_value=-1.0)
-        if all(row.get("relevant_windows") for row in rows):
-            windows = [torch.tensor(row["relevant_windows"], dtype=torch.float32) for row in rows]
-            batch["boundary_labels"] = pad_sequence(windows, batch_first=True, padding_value=-1.0)
-            batch["boundary_mask"] = _mask(windows)
+            batch["saliency_labels"] = _padded_rows(labels, -1)[0].squeeze(2)
+        if _all_have(rows, "relevant_windows"):
+            windows = [self._moments(row, len(video)) for row, (video, _) in zip(rows, streams, strict=True)]
+            batch["boundary_labels"], batch["boundary_mask"] = _padded_rows(windows, -1)
         return batch
 
-    def _streams(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
+    def check(self, rows: Iterable[Row]) -> dict[str, int]:
+        """Reads the features of all rows once, and warns of what will be cut.
+
+        Returns:
+            The widths of the streams, by name.
+
+        Raises:
+            ValueError: see `ClipFeatures.check` and `TextFeatures.check`; streams of a video that differ by more than
+                `video.max_difference` clips.
+        """
+        rows = list(rows)
+        widths = {"video": self.video.check(rows)}
+        if self.audio is not None:
+            widths["audio"] = self.audio.check(rows)
+            for vid in dict.fromkeys(id_of(row["vid"], "'vid' of a row") for row in rows):
+                self._check_rate(vid, None)
+        if self.text is not None:
+            widths["text"] = self.text.check(rows)
+        return widths
+
+    def _streams(self, row: Row) -> tuple[NDArray, NDArray]:
         """Video and audio of one row, equally long (the audio is empty where there is none)."""
         tokens = None if self.text is None else self.text.raw(row)
-        scores = row.get("clip_scores")
-        video = self.video(row, tokens, at_most=len(scores) if scores else None)
+        text_id = None if self.text is None else self.text.id(row)
+        scores = _clip_scores(row) if is_given(row.get("clip_scores")) else None
+        vid = id_of(row.get("vid"), "'vid' of a row")
+        self._check_rate(vid, scores)
+        at_most = None if scores is None else len(scores)
+        video = self.video(row, tokens, at_most=at_most, text_id=text_id)
         if self.audio is None:
             return video, video[:, :0]
-        audio = self.audio(row, tokens, at_most=len(video))
+        audio = self.audio(row, tokens, at_most=len(video), text_id=text_id)
         if len(audio) < len(video):  # again, because the temporal endpoints depend on the length
-            video = self.video(row, tokens, at_most=len(audio))
+            video = self.video(row, tokens, at_most=len(audio), text_id=text_id)
         return video, audio
 
+    def _check_rate(self, vid: str, scores: NDArray | None) -> None:
+        counts = {"clips of video": self.video.num_clips(vid)}
+        if self.audio is not None:
+            counts["of audio"] = self.audio.num_clips(vid)
+        if scores is not None:
+            counts["labels"] = len(scores)
+        known = [length for length in counts.values() if length is not None]
+        if known and max(known) - min(known) > self.video.max_difference:
+            found = ", ".join(f"{length} {what}" for what, length in counts.items())
+            raise ValueError(
+                f"{vid!r} has {found}: they differ by more than max_difference={self.video.max_difference}, so their "
+                "rates differ"
+            )
 
-def _has_labels(row: Row) -> bool:
-    return bool(row.get("relevant_windows") or row.get("clip_scores"))
+    def _moments(self, row: Row, num_clips: int) -> Tensor:
+        windows, end = _windows(row), num_clips * self.video.clip_seconds
+        inside = windows[windows[:, 0] < end]
+        self.dropped_moments += len(windows) - len(inside)
+        return torch.from_numpy(np.minimum(inside, end)).float()
 
 
-def _padded(kind: str, sequences: Sequence[np.ndarray]) -> dict[str, Tensor]:
+def _with_clip_seconds(pairs: PairSampler, clip_seconds: float) -> PairSampler:
+    """The sampler, told the length of a clip if it asks for it."""
+    chosen = getattr(pairs, "keywords", {}).get("clip_seconds")
+    if chosen is not None and chosen != clip_seconds:
+        raise ValueError(f"pairs has clip_seconds={chosen}, the collator {clip_seconds:g}: pass one of them")
+    try:
+        asks = "clip_seconds" in inspect.signature(pairs).parameters
+    except (TypeError, ValueError):  # a callable without a signature
+        asks = False
+    return functools.partial(pairs, clip_seconds=clip_seconds) if asks else pairs
+
+
+def _check_batch(rows: Sequence[Row]) -> None:
+    if isinstance(rows, Mapping) or not len(rows) or not all(isinstance(row, Mapping) for row in rows):
+        raise ValueError(f"a batch is a list of at least one row, each a dict, not {shown(rows)}")
+
+
+def _where(row: Row) -> str:
+    """Which row it is, for messages."""
+    found = [f"{name} {shown(row[name])}" for name in ("qid", "vid") if row.get(name) is not None]
+    return f"{found[0]}: " if found else ""
+
+
+def _all_have(rows: Sequence[Row], column: str) -> bool:
+    """Whether the rows have a label; all or none must."""
+    lacking = [row for row in rows if not is_given(row.get(column))]
+    if 0 < len(lacking) < len(rows):
+        raise ValueError(
+            f"{len(lacking)} of the {len(rows)} rows of a batch have no {column!r} ("
+            f"{listed([_where(row).rstrip(': ') for row in lacking])}); label all rows of a dataset or none"
+        )
+    return not lacking
+
+
+def _windows(row: Row) -> NDArray[np.float64]:
+    where = f"{_where(row)}'relevant_windows'"
+    windows = table(row["relevant_windows"], where, columns=2)
+    check_windows(windows, where)
+    return windows
+
+
+def _clip_scores(row: Row) -> NDArray[np.float64]:
+    return table(row["clip_scores"], f"{_where(row)}'clip_scores'", low=0, high=1)
+
+
+def _padded(kind: str, sequences: Sequence[NDArray]) -> dict[str, Tensor]:
     """Features padded with zeros to the longest, and their mask, 1 = real."""
-    tensors = [torch.from_numpy(np.ascontiguousarray(features)) for features in sequences]
-    return {f"{kind}_features": pad_sequence(tensors, batch_first=True), f"{kind}_mask": _mask(tensors)}
+    if len({features.shape[1] for features in sequences}) > 1:
+        widths = sorted({features.shape[1] for features in sequences})
+        raise ValueError(f"the {kind} features of a batch have different widths: {widths}; `check` names them")
+    padded, mask = _padded_rows([array_of(features) for features in sequences], 0)
+    return {f"{kind}_features": padded, f"{kind}_mask": mask}
 
 
-def _mask(sequences: Sequence[Tensor]) -> Tensor:
-    return pad_sequence([torch.ones(len(sequence), dtype=torch.long) for sequence in sequences], batch_first=True)
+def _padded_rows(sequences: Sequence[Tensor | NDArray], value: float) -> tuple[Tensor, Tensor]:
+    """Rows (n, width) of every example below each other, padded with `value` to (B, n, width), and the mask (B, n)."""
+    first = torch.as_tensor(np.array(sequences[0][:0])) if isinstance(sequences[0], np.ndarray) else sequences[0]
+    longest = max(len(rows) for rows in sequences)
+    padded = torch.full((len(sequences), longest, sequences[0].shape[1]), value, dtype=first.dtype)
+    mask = torch.zeros(len(sequences), longest, dtype=torch.long)
+    for index, rows in enumerate(sequences):
+        if isinstance(rows, np.ndarray):
+            padded[index, : len(rows)].numpy()[...] = rows  # kept features are read-only, which torch warns of
+        else:
+            padded[index, : len(rows)] = rows
+        mask[index, : len(rows)] = 1
+    return padded, mask

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .features import FeatureStore
+from ..values import array_of, count, id_of, listed, shown
+from .features import Features, read_features, row_count
+from .jsonl import read_lines
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["How2Collator", "load_how2"]
 
 TRANSCRIPTS, SUMMARIES = "tran.tok.txt", "desc.tok.txt"
+BLANK = re.compile(r"[ \t]+")  # between id and text; other white space belongs to the text
 
 
 def load_how2(
@@ -45,11 +50,13 @@ def load_how2(
 
     Raises:
         FileNotFoundError: a missing file.
-        ValueError: an empty file, a line without an id or a text (file and line are named), ids of the two files that
-            differ, a subset larger than the split.
+        ValueError: an empty file; by file and line: another encoding than UTF-8, a line without an id or a text, an id
+            that comes twice; ids of the two files that differ, a subset larger than the split.
     """
     from datasets import Dataset
 
+    if not isinstance(split, str) or not split.strip():
+        raise ValueError(f"split must be the name of a folder in {data_dir}, not {split!r}")
     folder = Path(data_dir) / split
     if not folder.is_dir():
         found = sorted(entry.name for entry in Path(data_dir).glob("*") if (entry / TRANSCRIPTS).exists())
@@ -70,7 +77,7 @@ def load_how2(
 
 
 def _subset(ids: list[str], num_samples: int, *, seed: int, subset: str, folder: Path) -> list[str]:
-    if not 0 < num_samples <= len(ids):
+    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or not 0 < num_samples <= len(ids):
         raise ValueError(f"num_samples={num_samples} is outside 1 .. {len(ids)}, the items of {folder}")
     if subset == "first":
         return ids[:num_samples]
@@ -85,16 +92,15 @@ def _read_lines(path: Path) -> dict[str, str]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     texts: dict[str, str] = {}
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip() or line[0].isspace():
-                raise ValueError(f"{path}, line {number}: no video id; a line is '<video id> <text>'")
-            video_id, _, text = line.strip().partition(" ")
-            if not text.strip():
-                raise ValueError(f"{path}, line {number}: the text of {video_id!r} is empty")
-            if video_id in texts:
-                raise ValueError(f"{path}, line {number}: {video_id!r} was already given")
-            texts[video_id] = text.strip()
+    for number, line in read_lines(path):
+        if not line.strip() or line[0].isspace():
+            raise ValueError(f"{path}, line {number}: no video id; a line is '<video id> <text>'")
+        video_id, text = [*BLANK.split(line.strip(), maxsplit=1), ""][:2]
+        if not text.strip():
+            raise ValueError(f"{path}, line {number}: the text of {video_id!r} is empty")
+        if video_id in texts:
+            raise ValueError(f"{path}, line {number}: {video_id!r} was already given")
+        texts[video_id] = text.strip()
     if not texts:
         raise ValueError(f"{path} is empty")
     return texts
@@ -118,12 +124,16 @@ class How2Collator:
     Returns:
         A batch of `input_ids`, `attention_mask` (B, S); `video_features` (B, F, width), `video_mask` (B, F);
         `decoder_input_ids`, `labels` (B, T), labels padded with -100.
+
+    Raises:
+        ValueError: a length that is not positive, a tokenizer without a pad or end token, an item (by video id)
+            without a transcript, a summary, words or frames.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        features: FeatureStore,
+        features: Features,
         *,
         decoder_start_token_id: int,
         max_source_length: int = 511,
@@ -132,28 +142,86 @@ class How2Collator:
         zero_video: bool = False,
     ) -> None:
         self.tokenizer, self.features = tokenizer, features
-        self.decoder_start_token_id = decoder_start_token_id
-        self.max_source_length, self.max_target_length = max_source_length, max_target_length
-        self.max_frames, self.zero_video = max_frames, zero_video
+        self.decoder_start_token_id = count(decoder_start_token_id, "decoder_start_token_id", low=0)
+        self.max_source_length = count(max_source_length, "max_source_length")
+        self.max_target_length = count(max_target_length, "max_target_length")
+        self.max_frames, self.zero_video = count(max_frames, "max_frames"), zero_video
+        for name in ("pad_token_id", "eos_token_id"):
+            if getattr(tokenizer, name, None) is None:
+                raise ValueError(f"the tokenizer has no {name}: batches cannot be padded, targets cannot end")
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Collates the items."""
+        if not len(items):
+            raise ValueError("a batch needs at least one item")
         pad = self.tokenizer.pad_token_id
-        sources = [self.encode(item["transcript"], self.max_source_length) for item in items]
-        targets = [self.encode(item["summary"], self.max_target_length) for item in items]
-        videos = [torch.from_numpy(self.features[item["video_id"]][: self.max_frames]) for item in items]
+        sources = [self._source(item) for item in items]
+        targets = [self.encode(_text(item, "summary"), self.max_target_length) for item in items]
+        videos = [self._video(item) for item in items]
+        if len({video.shape[1] for video in videos}) > 1:
+            found = listed(
+                [f"{item['video_id']} ({video.shape[1]})" for item, video in zip(items, videos, strict=True)]
+            )
+            raise ValueError(f"the videos of a batch have features of different widths: {found}")
+        features = torch.nn.utils.rnn.pad_sequence(videos, batch_first=True)
         return {
             "input_ids": _pad(sources, pad),
             "attention_mask": _pad([[1] * len(source) for source in sources], 0),
-            "video_features": torch.nn.utils.rnn.pad_sequence(videos, batch_first=True) * (not self.zero_video),
+            "video_features": torch.zeros_like(features) if self.zero_video else features,
             "video_mask": _pad([[1] * len(video) for video in videos], 0),
             "decoder_input_ids": _pad([[self.decoder_start_token_id, *target] for target in targets], pad),
             "labels": _pad([[*target, self.tokenizer.eos_token_id] for target in targets], -100),
         }
 
+    def check(self, items: Iterable[Mapping[str, Any]]) -> None:
+        """Warns of what the lengths cut: transcripts, summaries and videos that are longer, and by how much."""
+        cut: dict[str, list[int]] = {}
+        for item in items:
+            lengths = (
+                ("transcript", len(self._ids(_text(item, "transcript"))), self.max_source_length),
+                ("summary", len(self._ids(_text(item, "summary"))), self.max_target_length),
+                ("video", row_count(self.features, id_of(item["video_id"], "video_id")) or 0, self.max_frames),
+            )
+            for name, length, limit in lengths:
+                cut.setdefault(name, []).append(max(0, length - limit))
+        for name, described in (
+            ("transcript", f"max_source_length={self.max_source_length} tokens"),
+            ("summary", f"max_target_length={self.max_target_length} tokens"),
+            ("video", f"max_frames={self.max_frames} frames"),
+        ):
+            lost = cut.get(name, [])
+            if any(lost):
+                warnings.warn(
+                    f"{sum(map(bool, lost))} of {len(lost)} {name} entries are longer than {described} and lose "
+                    f"{sum(lost)} of them, at most {max(lost)}",
+                    stacklevel=2,
+                )
+
     def encode(self, text: str, max_length: int) -> list[int]:
         """Token ids without special tokens, at most `max_length`."""
         return self.tokenizer(text, add_special_tokens=False, truncation=True, max_length=max_length)["input_ids"]
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _source(self, item: Mapping[str, Any]) -> list[int]:
+        tokens = self.encode(_text(item, "transcript"), self.max_source_length)
+        if not tokens:
+            raise ValueError(f"the transcript of {item.get('video_id')!r} has no token: {shown(item['transcript'])}")
+        return tokens
+
+    def _video(self, item: Mapping[str, Any]) -> Tensor:
+        video_id = id_of(item.get("video_id"), "'video_id' of an item")
+        frames = read_features(self.features, video_id)[: self.max_frames]
+        if not len(frames):
+            raise ValueError(f"the features of {video_id!r} have no frame")
+        return torch.from_numpy(np.ascontiguousarray(array_of(frames), dtype=np.float32))
+
+
+def _text(item: Mapping[str, Any], field: str) -> str:
+    if not isinstance(item.get(field), str):
+        raise ValueError(f"{field!r} of {item.get('video_id')!r} must be a text, not {shown(item.get(field))}")
+    return item[field]
 
 
 def _pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:

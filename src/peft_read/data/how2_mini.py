@@ -24,6 +24,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..files import safe_name, write_whole
+from ..values import count, shown
+
 __all__ = ["HOW2_MINI_DOMAINS", "How2MiniClip", "generate_how2_mini", "how2_mini_talk", "write_how2_mini"]
 
 FEATURE_DIM = 64
@@ -154,8 +157,13 @@ def generate_how2_mini(
         prefix: video ids are `<prefix><seed>_<index>`.
 
     Raises:
-        ValueError: an unknown domain.
+        ValueError: an unknown domain, or numbers of clips or steps that cannot be.
     """
+    count(num_clips, "num_clips", low=0)
+    if not domains or isinstance(domains, str):
+        raise ValueError(f"domains must be a list of {sorted(HOW2_MINI_DOMAINS)}, not {shown(domains)}")
+    if len(num_steps) != 2 or not 1 <= num_steps[0] <= num_steps[1] <= NUM_LOOKS:
+        raise ValueError(f"num_steps={num_steps} must be (fewest, most), from 1 to {NUM_LOOKS}")
     if unknown := set(domains) - set(HOW2_MINI_DOMAINS):
         raise ValueError(f"unknown How2-mini domains {sorted(unknown)}; there are {sorted(HOW2_MINI_DOMAINS)}")
     rng = np.random.default_rng(seed)
@@ -164,7 +172,7 @@ def generate_how2_mini(
     for index in range(num_clips):
         name = domains[int(rng.integers(len(domains)))]
         domain = HOW2_MINI_DOMAINS[name]
-        count = int(rng.integers(num_steps[0], num_steps[1] + 1))
+        steps_shown = int(rng.integers(num_steps[0], num_steps[1] + 1))
         shown_looks = rng.permutation(NUM_LOOKS)
         nouns = []
         for look in shown_looks:
@@ -172,7 +180,7 @@ def generate_how2_mini(
                 domain if rng.random() >= wandering else HOW2_MINI_DOMAINS[domains[int(rng.integers(len(domains)))]]
             )
             nouns.append(owner.nouns[look][rng.integers(2)])
-        shown_motions = rng.choice(NUM_MOTIONS, size=count, replace=False)
+        shown_motions = rng.choice(NUM_MOTIONS, size=steps_shown, replace=False)
         steps = tuple((domain.verbs[m], noun) for m, noun in zip(shown_motions, nouns, strict=False))
 
         frames = []
@@ -181,7 +189,7 @@ def generate_how2_mini(
         features = np.stack(frames) + FRAME_NOISE * rng.normal(size=(len(frames), FEATURE_DIM))
 
         # Named but untouched objects: only the video tells them from the others.
-        num_named = min(NUM_LOOKS, count + int(rng.integers(1, 3)))
+        num_named = min(NUM_LOOKS, steps_shown + int(rng.integers(1, 3)))
         sentences = [MENTIONS[rng.integers(len(MENTIONS))].format(noun=noun) for noun in nouns[:num_named]]
         sentences += [CHATTER[rng.integers(len(CHATTER))] for _ in range(int(rng.integers(0, 3)))]
         rng.shuffle(sentences)
@@ -235,15 +243,27 @@ def write_how2_mini(folder: str | Path, clips: dict[str, Sequence[How2MiniClip]]
 
     Returns:
         The folder.
+
+    Raises:
+        ValueError: a split or video id that is no file name, or an id that comes twice.
     """
     folder = Path(folder)
+    for split, items in clips.items():
+        ids = [item.video_id for item in items]
+        if bad := [name for name in (split, *ids) if not name or safe_name(name) != name]:
+            raise ValueError(f"{shown(bad[0])} cannot be the name of a file in every file system")
+        if len(set(ids)) < len(ids):
+            raise ValueError(f"an id of {split!r} comes twice: {next(name for name in ids if ids.count(name) > 1)!r}")
     features = folder / "video_features"
     features.mkdir(parents=True, exist_ok=True)
     for split, items in clips.items():
         (folder / split).mkdir(exist_ok=True)
         for file, field in (("tran.tok.txt", "transcript"), ("desc.tok.txt", "summary")):
             lines = [f"{item.video_id} {getattr(item, field)}" for item in items]
-            (folder / split / file).write_text("\n".join(lines) + "\n", encoding="utf-8")
+            with write_whole(folder / split / file) as text:
+                text.write("\n".join(lines) + "\n")
         for item in items:
+            # Thousands of small files that are drawn anew from a seed: waiting for the disk at each would take longer
+            # than all the rest, and one that was cut off is an error by name where it is read.
             np.save(features / f"{item.video_id}.npy", item.features)
     return folder

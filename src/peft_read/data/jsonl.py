@@ -1,17 +1,67 @@
-"""Reading annotation files: lines of JSON, plain or compressed, with the file and line of whatever is wrong."""
+"""Reading text files of a dataset, lines and JSON, plain or compressed, with file and line of whatever is wrong."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import lzma
-from collections.abc import Iterable, Mapping
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-__all__ = ["find_annotations", "read_json", "read_jsonl"]
+from ..values import id_of, shown
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
+
+__all__ = ["Record", "dataset_of", "find_annotations", "iterate_jsonl", "iterate_members", "read_jsonl", "read_lines"]
 
 COMPRESSED = (".xz", ".gz")
+CHUNK = 2000  # records that are Python objects at the same time
+
+
+class Record(dict):
+    """One JSON object of a file, which knows where it stands.
+
+    Args:
+        fields: the object.
+        place: file and line, or file and key.
+    """
+
+    def __init__(self, fields: Mapping[str, Any], place: str) -> None:
+        super().__init__(fields)
+        self.place = place
+
+    def where(self, field: str) -> str:
+        """The beginning of every message about a field."""
+        return f"{self.place}: {field!r}"
+
+    def text(self, field: str) -> str:
+        """A field that must be a string with something in it.
+
+        Raises:
+            ValueError: it is none, or blank, or cannot be encoded.
+        """
+        value = self.get(field)
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"{self.where(field)} must be a text, not {shown(value)}")
+        return encodable(value, self.where(field))
+
+
+def encodable(text: str, where: str) -> str:
+    """The text, if it is one: half of a surrogate pair can neither be stored nor tokenised.
+
+    Raises:
+        ValueError: it holds a lone surrogate.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} is no valid Unicode: {shown(text)} (character {error.start})") from error
+    return text
 
 
 def find_annotations(path: str | Path) -> Path:
@@ -21,30 +71,106 @@ def find_annotations(path: str | Path) -> Path:
         FileNotFoundError: none of them exists; the message lists what the folder holds.
     """
     path = Path(path)
-    for candidate in (path, *(path.with_name(path.name + suffix) for suffix in COMPRESSED)):
+    for candidate in (path, *(path.with_name(path.name + suffix) for suffix in COMPRESSED if path.name)):
         if candidate.is_file():
             return candidate
     found = sorted(file.name for file in path.parent.glob("*.json*")) if path.parent.is_dir() else []
-    raise FileNotFoundError(
-        f"{path} does not exist (nor with .xz or .gz); annotations in its folder: {found or 'none'}"
-    )
+    what = "is no regular file" if path.exists() else "does not exist (nor with .xz or .gz)"
+    raise FileNotFoundError(f"{path} {what}; annotations in its folder: {found or 'none'}")
 
 
-def read_json(path: str | Path) -> Any:
-    """The content of a JSON file.
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Line numbers and lines of a UTF-8 file, without line ends and without a byte-order mark; one at a time.
 
     Raises:
-        ValueError: it is no JSON.
+        ValueError: another encoding (by line), or a compressed file that is cut off or none.
+    """
+    try:
+        with _open(path) as file:
+            for number, raw in enumerate(file, start=1):
+                yield number, _decoded(raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw, path, number)
+    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is cut off, or no {path.suffix} file: {error}") from error
+
+
+def _decoded(raw: bytes, path: Path, number: int) -> str:
+    if b"\0" in raw:
+        raise ValueError(f"{path}, line {number}: a NUL byte; the file is no UTF-8 text (UTF-16, or binary?)")
+    try:
+        return raw.decode("utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}, line {number}: no UTF-8 (byte {raw[error.start]:#04x} at position {error.start}); convert it"
+        ) from error
+
+
+def iterate_members(path: str | Path) -> Iterator[tuple[str, Record]]:
+    """The members of a file with one JSON object of objects, {id: {...}}; one at a time, for large files.
+
+    Raises:
+        ValueError: it is no such file, or an id comes twice; file and line are named.
     """
     path = find_annotations(path)
-    with _open(path) as file:
-        try:
-            return json.load(file)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is no JSON: {error}") from error
+    text = "\n".join(line for _, line in read_lines(path))
+    position, line, counted = _skip(text, 0), 1, 0
+    if text[position : position + 1] != "{":
+        raise ValueError(f"{path}: a JSON object {{id: {{...}}}} was expected, not {shown(text[position:][:20])}")
+    position, closed = _skip(text, position + 1), False
+    seen: set[str] = set()
+    while position < len(text) and not closed:
+        line, counted = line + text.count("\n", counted, position), position
+        if text[position] == "}" and not seen:
+            break
+        place = f"{path}, line {line}"
+        key, position = _parsed(text, position, place)
+        position = _skip(text, position)
+        if not isinstance(key, str) or text[position : position + 1] != ":":
+            raise ValueError(f"{place}: no JSON: a string and ':' were expected")
+        fields, position = _parsed(text, _skip(text, position + 1), place)
+        if key in seen:
+            raise ValueError(f"{place}: {key!r} comes twice")
+        seen.add(key)
+        if not isinstance(fields, dict):
+            raise ValueError(f"{place}: {key!r} must be a JSON object, not {shown(fields)}")
+        yield id_of(key, place), Record(fields, f"{place}, {key!r}")
+        position = _skip(text, position)
+        if text[position : position + 1] not in (",", "}"):
+            raise ValueError(f"{place}: no JSON: ',' or '}}' was expected behind {key!r}; is the file cut off?")
+        closed = text[position] == "}"
+        position = _skip(text, position + 1)
+    if not seen:
+        raise ValueError(f"{path} is empty")
+    if not closed or position < len(text):
+        raise ValueError(f"{path}: no JSON: {'text behind the object' if closed else 'it is cut off'}")
 
 
-def read_jsonl(path: str | Path, *, required: Iterable[str] = ()) -> list[dict[str, Any]]:
+def _skip(text: str, position: int) -> int:
+    match = re.compile(r"[ \t\r\n]*").match(text, position)
+    return match.end() if match else position
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} comes twice in one object")
+    return fields
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_unique)
+
+
+def _parsed(text: str, position: int, place: str) -> tuple[Any, int]:
+    """A JSON value and where it ends."""
+    try:
+        return _decoder.raw_decode(text, position)
+    except RecursionError as error:
+        raise ValueError(f"{place}: no JSON that can be read: it is nested too deeply") from error
+    except ValueError as error:  # no JSON, or a number of thousands of digits
+        raise ValueError(f"{place}: no JSON: {getattr(error, 'msg', error)}") from error
+
+
+def read_jsonl(path: str | Path, *, required: Iterable[str] = ()) -> list[Record]:
     """The records of a file with one JSON object a line; empty lines are left out.
 
     Args:
@@ -54,29 +180,43 @@ def read_jsonl(path: str | Path, *, required: Iterable[str] = ()) -> list[dict[s
     Raises:
         ValueError: a line that is no JSON object or lacks a field, or an empty file.
     """
+    return list(iterate_jsonl(path, required=required))
+
+
+def iterate_jsonl(path: str | Path, *, required: Iterable[str] = ()) -> Iterator[Record]:
+    """As `read_jsonl`, one record at a time."""
     path, required = find_annotations(path), list(required)
-    records = []
-    with _open(path) as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: no JSON: {error}") from error
-            if not isinstance(record, Mapping):
-                raise ValueError(f"{path}, line {number}: a JSON object was expected, not {type(record).__name__}")
-            if missing := [field for field in required if field not in record]:
-                raise ValueError(f"{path}, line {number}: no {', '.join(map(repr, missing))}")
-            records.append(dict(record))
-    if not records:
+    found = False
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        found, place = True, f"{path}, line {number}"
+        record, end = _parsed(line, _skip(line, 0), place)
+        if _skip(line, end) < len(line):
+            raise ValueError(f"{place}: no JSON: text behind the object")
+        if not isinstance(record, dict):
+            raise ValueError(f"{place}: a JSON object was expected, not {type(record).__name__}")
+        if missing := [field for field in required if field not in record]:
+            raise ValueError(f"{place}: no {', '.join(map(repr, missing))}")
+        yield Record(record, place)
+    if not found:
         raise ValueError(f"{path} is empty")
-    return records
 
 
-def _open(path: Path) -> IO[str]:
+def dataset_of(rows: Iterable[dict[str, Any]], features: Features) -> Dataset:
+    """A dataset of rows that are made one at a time: only `CHUNK` of them are Python objects at once."""
+    from datasets import Dataset, concatenate_datasets
+
+    iterator = iter(rows)
+    parts = []
+    while chunk := list(islice(iterator, CHUNK)):
+        parts.append(Dataset.from_list(chunk, features=features))
+    return concatenate_datasets(parts) if len(parts) > 1 else (parts or [Dataset.from_list([], features=features)])[0]
+
+
+def _open(path: Path) -> IO[bytes]:
     if path.suffix == ".xz":
-        return lzma.open(path, "rt", encoding="utf-8")
+        return lzma.open(path, "rb")
     if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
-    return path.open(encoding="utf-8")
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    return path.open("rb")

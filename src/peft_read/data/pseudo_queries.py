@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..values import count, id_of, listed, number, shown
 from .clip_features import l2_normalize
-from .features import Features
+from .features import Features, read_features
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 __all__ = ["moments_of_similar_clips", "pseudo_queries"]
 
-CLIP_SECONDS = 2
+MAX_DIFFERENCE = 2  # clips that a video may have more or less than captions
 LONGEST_SHARE = 0.8  # a caption that fits nearly the whole video says nothing about when
 
 
@@ -36,7 +37,15 @@ def moments_of_similar_clips(
 
     Returns:
         (first clip, last clip) of each run in order; the anchor lies in one of them.
+
+    Raises:
+        ValueError: the anchor is no clip, the threshold is not finite, or the gap is negative.
     """
+    clips = np.asarray(clips)
+    if clips.ndim != 2 or not 0 <= anchor < len(clips):
+        raise ValueError(f"anchor={anchor} is none of the clips of {clips.shape}, (clips, width)")
+    number(threshold, "threshold")
+    count(max_gap, "max_gap", low=0)
     unit = l2_normalize(clips)
     cosine = unit @ unit[anchor]
     bar = cosine.mean() + threshold * (1 - cosine.mean())
@@ -61,6 +70,7 @@ def pseudo_queries(
     min_clips: int = 2,
     max_moments: int = 5,
     seed: int = 0,
+    clip_seconds: float = 2.0,
 ) -> Dataset:
     """Makes a grounding dataset of captions; the analogue of Moment-DETR's pretraining on speech (its section 4).
 
@@ -77,29 +87,41 @@ def pseudo_queries(
         min_clips: length of the longest moment, at least; shorter moments beside it are left out.
         max_moments: moments a query, at most; the longest are kept.
         seed: of the draw.
+        clip_seconds: length of a clip.
 
     Returns:
         A dataset with the columns of `load_qvhighlights` that make sense: `qid` (from 0), `query`, `vid`, `duration`,
         `relevant_windows` in seconds, and `clip_scores`, 1 inside a moment, 0 outside.
 
     Raises:
-        ValueError: a video without captions or features (by id), or nothing to learn from.
+        ValueError: by id, a video without captions or features, captions that are no texts or not one a clip; a number
+            that is not positive, or nothing to learn from.
     """
     from datasets import Dataset
 
+    for name, value in (("per_video", per_video), ("min_clips", min_clips), ("max_moments", max_moments)):
+        count(value, name)
+    number(clip_seconds, "clip_seconds", above=0)
+    videos = [id_of(vid, "an id of videos") for vid in videos]
     if missing := [vid for vid in videos if vid not in captions or vid not in features]:
-        raise ValueError(f"{len(missing)} videos have no captions or no features: {', '.join(missing[:5])}")
+        raise ValueError(f"{len(missing)} videos have no captions or no features: {listed(missing)}")
     generator = np.random.default_rng(seed)
     rows: list[dict[str, Any]] = []
     for vid in dict.fromkeys(videos):
-        clips = features[vid]
-        length = min(len(clips), len(captions[vid]))
+        clips, texts = read_features(features, vid), captions[vid]
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"the captions of {vid!r} must be a list of texts, not {shown(texts)}")
+        if abs(len(clips) - len(texts)) > MAX_DIFFERENCE:
+            raise ValueError(
+                f"{vid!r} has {len(clips)} clips of features and {len(texts)} captions: one a clip is needed"
+            )
+        length = min(len(clips), len(texts))
         used: set[object] = set()
         found = 0
         for anchor in generator.permutation(length).tolist():
             if found == per_video:
                 break
-            text = captions[vid][anchor].strip()
+            text = texts[anchor].strip()
             runs = moments_of_similar_clips(clips[:length], anchor, threshold=threshold, max_gap=max_gap)
             runs = [run for run in runs if run[1] - run[0] + 1 >= min_clips]
             runs = sorted(sorted(runs, key=lambda run: run[0] - run[1])[:max_moments])
@@ -116,9 +138,9 @@ def pseudo_queries(
                     "qid": len(rows),
                     "query": text,
                     "vid": vid,
-                    "duration": float(CLIP_SECONDS * length),
+                    "duration": float(clip_seconds * length),
                     "relevant_windows": [
-                        [float(CLIP_SECONDS * first), float(CLIP_SECONDS * (last + 1))] for first, last in runs
+                        [float(clip_seconds * first), float(clip_seconds * (last + 1))] for first, last in runs
                     ],
                     "clip_scores": scores.tolist(),
                 }

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .jsonl import read_jsonl
+from ..spans import check_windows, clips_of
+from ..values import count, is_given, number, shown, table
+from .jsonl import Record, dataset_of, find_annotations, iterate_jsonl
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 __all__ = ["ground_truth_records", "load_qvhighlights", "low_resource_split"]
 
-CLIP_SECONDS = 2
 LABELS = ("relevant_windows", "relevant_clip_ids", "saliency_scores")
-MAX_SCORE = 12  # three annotators, each 0 to 4
+ANNOTATORS, BEST_RATING = 3, 4
+LARGEST_ID = 2**63 - 1  # of the column's type
 
 
-def load_qvhighlights(annotations: str | Path, *, require_labels: bool = True) -> Dataset:
+def load_qvhighlights(annotations: str | Path, *, require_labels: bool = True, clip_seconds: float = 2.0) -> Dataset:
     """Reads one annotation file, such as `highlight_train_release.jsonl` (also `.xz`, `.gz`).
 
     Source: Lei et al., "QVHighlights", NeurIPS 2021.
 
     Args:
         annotations: the file.
-        require_labels: False where there are none, as in the official test file; then those columns hold None.
+        require_labels: False where there are none, as in the official test file, or only moments; then the other
+            columns hold None.
+        clip_seconds: length of the clips that `relevant_clip_ids` counts; 2 in QVHighlights.
 
     Returns:
         A dataset with the columns of the file, `qid`, `query`, `vid`, `duration` (seconds), `relevant_windows`
@@ -36,21 +40,14 @@ def load_qvhighlights(annotations: str | Path, *, require_labels: bool = True) -
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a broken line, a query without labels, labels that contradict each other (by qid), or a qid that
-            comes twice.
+        ValueError: by file, line and field: a broken line, a field that is missing or has another type, a query
+            without labels, a qid that comes twice, windows that are reversed, negative or behind the video, clips
+            that are negative, twice or behind the video, ratings that are no whole numbers from 0 to 4.
     """
-    from datasets import Dataset, Features, Value
+    from datasets import Features, Value
     from datasets import List as ListOf
 
-    records = read_jsonl(annotations, required=("qid", "query", "vid", "duration", *(LABELS * require_labels)))
-    seen: set[int] = set()
-    for record in records:
-        if record["qid"] in seen:
-            raise ValueError(f"{annotations}: qid {record['qid']} comes twice")
-        seen.add(record["qid"])
-        record["clip_scores"] = _clip_scores(record) if all(record.get(name) for name in LABELS) else None
-        if record["clip_scores"] is None and require_labels:
-            raise ValueError(f"{annotations}: qid {record['qid']} has no labels; require_labels=False takes it")
+    path, seconds = find_annotations(annotations), number(clip_seconds, "clip_seconds", above=0)
     features = Features(
         {
             "qid": Value("int64"),
@@ -63,17 +60,66 @@ def load_qvhighlights(annotations: str | Path, *, require_labels: bool = True) -
             "clip_scores": ListOf(Value("float64")),
         }
     )
-    return Dataset.from_list([{name: record.get(name) for name in features} for record in records], features=features)
+    return dataset_of(_rows(path, require_labels, seconds), features)
 
 
-def _clip_scores(record: Mapping[str, Any]) -> list[float]:
-    clips, scores = record["relevant_clip_ids"], record["saliency_scores"]
-    if len(clips) != len(scores):
-        raise ValueError(f"qid {record['qid']}: {len(clips)} relevant clips, but {len(scores)} saliency scores")
-    # The official files hold a query or two whose last relevant clip lies behind the video's duration.
-    total = np.zeros(max(int(record["duration"] / CLIP_SECONDS), max(clips) + 1))
-    total[clips] = np.asarray(scores, dtype=np.float64).sum(axis=1) / MAX_SCORE
-    return total.tolist()
+def _rows(path: Path, require_labels: bool, clip_seconds: float) -> Iterator[dict[str, Any]]:
+    seen: set[int] = set()
+    for record in iterate_jsonl(path, required=("qid", "query", "vid", "duration", *(LABELS * require_labels))):
+        qid = count(record["qid"], record.where("qid"), low=-LARGEST_ID)
+        if qid > LARGEST_ID:
+            raise ValueError(f"{record.where('qid')} is too large: {qid}")
+        if qid in seen:
+            raise ValueError(f"{record.place}: qid {qid} comes twice")
+        seen.add(qid)
+        yield {
+            "qid": qid,
+            "query": record.text("query"),
+            "vid": record.text("vid"),
+            "duration": number(record["duration"], record.where("duration"), above=0),
+            **_labels(record, require_labels, clip_seconds),
+        }
+
+
+def _labels(record: Record, required: bool, clip_seconds: float) -> dict[str, Any]:
+    place = f"{record.place}: qid {record['qid']}"
+    given = {name: record.get(name) if is_given(record.get(name)) else None for name in LABELS}
+    windows, clips, scores = given.values()
+    duration = float(record["duration"])
+    if (clips is None) != (scores is None):
+        counts = [0 if part is None else len(part) if hasattr(part, "__len__") else 1 for part in (clips, scores)]
+        raise ValueError(f"{place}: {counts[0]} relevant clips, but {counts[1]} saliency scores")
+    if required and (windows is None or clips is None):
+        raise ValueError(f"{place} has no labels; require_labels=False takes it")
+    if windows is not None:
+        where = record.where("relevant_windows")
+        moments = table(windows, where, columns=2)
+        check_windows(moments, where, end=max(duration, clips_of(duration, clip_seconds, partial=True) * clip_seconds))
+        given["relevant_windows"] = moments.tolist()
+    if clips is None:
+        return {**given, "clip_scores": None}
+    ids = table(clips, record.where("relevant_clip_ids"), low=0, whole=True).astype(np.int64)
+    ratings = table(
+        scores, record.where("saliency_scores"), columns=ANNOTATORS, low=0, high=BEST_RATING, whole=True
+    ).astype(np.int64)
+    if len(ids) != len(ratings):
+        raise ValueError(f"{place}: {len(ids)} relevant clips, but {len(ratings)} saliency scores")
+    if len(np.unique(ids)) < len(ids):
+        raise ValueError(f"{record.where('relevant_clip_ids')} names a clip twice: {shown(clips)}")
+    if ids.max() * clip_seconds >= duration:
+        raise ValueError(
+            f"{record.where('relevant_clip_ids')} names clip {ids.max()}, which begins at "
+            f"{ids.max() * clip_seconds:g} s; the video ends at {duration:g} s"
+        )
+    # The rest behind the last whole clip is a clip where an annotation names it.
+    total = np.zeros(max(clips_of(duration, clip_seconds), int(ids.max()) + 1))
+    total[ids] = ratings.sum(axis=1) / (ANNOTATORS * BEST_RATING)
+    return {
+        **given,
+        "relevant_clip_ids": ids.tolist(),
+        "saliency_scores": ratings.tolist(),
+        "clip_scores": total.tolist(),
+    }
 
 
 def ground_truth_records(data: Dataset) -> list[dict[str, Any]]:
@@ -104,17 +150,23 @@ def low_resource_split(
         Training and validation part, which share no source.
 
     Raises:
-        ValueError: fewer queries than asked for.
+        ValueError: fewer queries than asked for, or a number that is not positive.
     """
+    count(num_train, "num_train")
+    if num_validation is not None:
+        count(num_validation, "num_validation")
     sources: dict[str, list[int]] = {}
     for index, vid in enumerate(data["vid"]):
         sources.setdefault(source_of(vid), []).append(index)
     generator = np.random.default_rng(seed)
-    order = [list(sources)[index] for index in generator.permutation(len(sources))]
+    names = list(sources)
+    order = [names[index] for index in generator.permutation(len(names))]
     training: list[int] = []
-    while order and len(training) < num_train:
-        training += generator.permutation(sources[order.pop(0)]).tolist()
-    others = [index for source in order for index in sources[source]]
+    drawn = 0
+    while drawn < len(order) and len(training) < num_train:
+        training += generator.permutation(sources[order[drawn]]).tolist()
+        drawn += 1
+    others = [index for source in order[drawn:] for index in sources[source]]
     wanted = len(others) if num_validation is None else num_validation
     if not 0 < num_train <= len(training) or not 0 < wanted <= len(others):
         raise ValueError(

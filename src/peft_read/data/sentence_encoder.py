@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..values import array_of, count, listed, shown
+from .features import read_arrays
+
 __all__ = ["SentenceEncoder"]
+
+logger = logging.getLogger(__name__)
+
+# Of what `tokens` computes: to be raised when the same encoder, projection and text give other numbers.
+VERSION = 1
 
 
 class SentenceEncoder:
@@ -28,7 +39,8 @@ class SentenceEncoder:
 
     Raises:
         FileNotFoundError: no projection file.
-        ValueError: a projection without its arrays, or of another width than the encoder's.
+        ValueError: a projection that cannot be read, without its arrays, with arrays that do not fit each other or are
+            not finite, or of another width than the encoder's; `max_tokens` is not positive.
 
     Example:
         ```python
@@ -49,15 +61,51 @@ class SentenceEncoder:
 
         self.tokenizer: Any = AutoTokenizer.from_pretrained(name_or_path)
         self.model: Any = AutoModel.from_pretrained(name_or_path).to(device).eval()
-        self.max_tokens, self.device = max_tokens, device
+        self.max_tokens, self.device = count(max_tokens, "max_tokens"), device
         self.projection = None if projection is None else _read_projection(Path(projection))
         width = self.model.config.hidden_size
         if self.projection is not None and self.projection[1].shape[1] != width:
             raise ValueError(f"{projection} projects {self.projection[1].shape[1]} numbers, the encoder gives {width}")
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of everything that `tokens` depends on beside the text; a cache of its results belongs to one.
+
+        That is the encoder's weights and tokenizer, the projection's contents, `max_tokens`, and the version of this
+        class.
+        """
+        digest = hashlib.sha256(f"{VERSION} {self.max_tokens}".encode())
+        tokenizer = getattr(self.tokenizer, "backend_tokenizer", None)
+        told = tokenizer.to_str() if tokenizer is not None else repr(sorted(self.tokenizer.get_vocab().items()))
+        digest.update(told.encode("utf-8", "surrogatepass"))
+        for name, weight in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(np.ascontiguousarray(array_of(weight)).tobytes())
+        for part in self.projection or ():
+            digest.update(repr(part.shape).encode())
+            digest.update(np.ascontiguousarray(part).tobytes())
+        return digest.hexdigest()
+
     def tokens(self, texts: Iterable[str], *, batch_size: int = 64) -> dict[str, NDArray]:
-        """Token features of every different text, by the text: each (T, width) float32."""
+        """Token features of every different text, by the text: each (T, width) float32.
+
+        A text of more than `max_tokens` tokens is cut, and the log says which.
+
+        Raises:
+            ValueError: something that is no text, a text without a token, or a single text in place of a list.
+        """
+        if isinstance(texts, str):
+            raise ValueError(f"a list of texts is expected, not the text {shown(texts)}")
         unique = list(dict.fromkeys(texts))
+        count(batch_size, "batch_size")
+        for text in unique:
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"{shown(text)} is no text to encode")
+        if cut := [text for text in unique if len(self.tokenizer(text, verbose=False)["input_ids"]) > self.max_tokens]:
+            logger.warning(
+                "%d of %d texts have more than max_tokens=%d tokens and were cut: %s",
+                *(len(cut), len(unique), self.max_tokens, listed([shown(text) for text in cut])),
+            )
         encoded: dict[str, NDArray] = {}
         # Texts of similar length together: less padding to compute.
         order = sorted(unique, key=len)
@@ -80,6 +128,8 @@ class SentenceEncoder:
         ).to(self.device)
         states = self.model(**batch).last_hidden_state.float().cpu().numpy()
         lengths = batch["attention_mask"].sum(1).tolist()
+        if 0 in lengths:
+            raise ValueError(f"the tokenizer finds no token in {shown(texts[lengths.index(0)])}")
         return [rows[:length] for rows, length in zip(states, lengths, strict=True)]
 
     def _project(self, vectors: NDArray) -> NDArray:
@@ -92,7 +142,15 @@ class SentenceEncoder:
 def _read_projection(path: Path) -> tuple[NDArray, NDArray]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; a projection is an .npz file with 'mean' and 'components'")
-    with np.load(path, allow_pickle=False) as file:
-        if missing := {"mean", "components"} - set(file.files):
-            raise ValueError(f"{path} is no projection: it has no {sorted(missing)}, only {sorted(file.files)}")
-        return file["mean"].astype(np.float32), file["components"].astype(np.float32)
+    arrays = read_arrays(path)
+    if missing := {"mean", "components"} - set(arrays):
+        raise ValueError(f"{path} is no projection: it has no {sorted(missing)}, only {sorted(arrays)}")
+    mean, components = arrays["mean"], arrays["components"]
+    if components.ndim != 2 or mean.shape != components.shape[1:] or {mean.dtype.kind, components.dtype.kind} - {"f"}:
+        raise ValueError(
+            f"{path} is no projection: 'mean' is {mean.dtype} {mean.shape} and 'components' {components.dtype} "
+            f"{components.shape}; they must be numbers (width,) and (projected width, width)"
+        )
+    if not (np.isfinite(mean).all() and np.isfinite(components).all()):
+        raise ValueError(f"{path}: the projection holds NaN or infinite numbers")
+    return mean.astype(np.float32), components.astype(np.float32)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..values import count, listed, number, table
 from .clip_features import PooledFeatures
-from .features import Features
-from .jsonl import find_annotations, read_json, read_jsonl
+from .features import Features, row_count
+from .jsonl import Record, dataset_of, find_annotations, iterate_jsonl, iterate_members
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -19,6 +21,8 @@ __all__ = ["TVSUM_DOMAINS", "leave_one_video_out", "load_tvsum", "pool_frames"]
 
 TVSUM_DOMAINS = ("BK", "BT", "DS", "FM", "GA", "MS", "PK", "PR", "VT", "VU")
 CLIP_SECONDS = 2
+ANNOTATORS = 20  # of the published labels
+MAX_DIFFERENCE = 2  # rows that a video may have more or less than its frames say
 # The same fields under the names of the files that circulate.
 NAMES = {
     "vid": ("vid",),
@@ -46,38 +50,87 @@ def load_tvsum(annotations: str | Path, *, domain: str | None = None) -> Dataset
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a record without labels or with ragged ones, a domain without videos.
+        ValueError: by file, line or id, and field: a broken record, a video that comes twice, labels that are ragged,
+            transposed, or no numbers from 1 to 5, videos with different numbers of annotators; a domain without
+            videos.
     """
-    from datasets import Dataset
+    from datasets import Features, Value
+    from datasets import List as ListOf
 
     path = find_annotations(annotations)
-    if ".jsonl" in path.name:
-        records = read_jsonl(path, required=("vid",))
-    else:
-        records = [{"vid": vid, **fields} for vid, fields in read_json(path).items()]
-    rows = [_row(record, path) for record in records]
+    rows = list(_rows(path))
     if domain is not None:
         known = sorted({row["domain"] for row in rows if row["domain"]})
         rows = [row for row in rows if row["domain"] == domain]
         if not rows:
             raise ValueError(f"{path} has no video of the domain {domain!r}; its domains are {known or 'not told'}")
-    return Dataset.from_list(rows)
+    features = Features(
+        {
+            "vid": Value("string"),
+            "query": Value("string"),
+            "domain": Value("string"),
+            "label": ListOf(ListOf(Value("float64"))),
+            "num_frames": Value("int64"),
+            "duration": Value("float64"),
+            "clip_scores": ListOf(Value("float64")),
+        }
+    )
+    return dataset_of(rows, features)
 
 
-def _row(record: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    row = {ours: next((record[name] for name in names if name in record), None) for ours, names in NAMES.items()}
-    try:
-        label = np.asarray(row["label"], dtype=np.float64)
-    except (TypeError, ValueError):
-        label = np.zeros(0)
-    if label.ndim != 2 or not label.size:
-        raise ValueError(f"{path}: {row['vid']!r} has no labels of the shape (clips, annotators)")
-    annotators = label.shape[1]
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    records: Iterator[Record]
+    if ".jsonl" in path.name:
+        records = iterate_jsonl(path, required=("vid",))
+    else:
+        records = (Record({"vid": vid, **fields}, fields.place) for vid, fields in iterate_members(path))
+    seen: dict[str, str] = {}
+    annotators: tuple[int, str] | None = None
+    for record in records:
+        row = _row(record)
+        if row["vid"] in seen:
+            raise ValueError(f"{record.place}: the video {row['vid']!r} was already given ({seen[row['vid']]})")
+        seen[row["vid"]] = record.place
+        width = len(row["label"][0])
+        if annotators is not None and width != annotators[0]:
+            raise ValueError(
+                f"{record.place}: {row['vid']!r} has labels of {width} annotators, {annotators[1]!r} of "
+                f"{annotators[0]}; rows are clips and columns annotators"
+            )
+        annotators = (width, row["vid"])
+        yield row
+
+
+def _row(record: Record) -> dict[str, Any]:
+    found = {
+        ours: next((name for name in names if record.get(name) is not None), None) for ours, names in NAMES.items()
+    }
+    vid = record.text("vid")
+    label = np.zeros((0, 0))
+    if found["label"] is not None:
+        where = (
+            f"{record.place}: {vid!r} has no labels of the shape (clips, annotators), from 1 to 5; {found['label']!r}"
+        )
+        label = table(record[found["label"]], where, columns=0, low=1, high=5)
+    if not label.size:
+        raise ValueError(f"{record.place}: {vid!r} has no labels of the shape (clips, annotators)")
+    clips, annotators = label.shape
+    if clips == ANNOTATORS != annotators:
+        raise ValueError(
+            f"{record.where(str(found['label']))} has {clips} rows and {annotators} columns: is it transposed? Rows "
+            f"are clips, columns the {ANNOTATORS} annotators"
+        )
+    frames = (
+        None
+        if found["num_frames"] is None
+        else number(record[found["num_frames"]], record.where(found["num_frames"]), low=1)
+    )
     return {
-        **row,
-        "query": row["query"] or "",
-        "num_frames": None if row["num_frames"] is None else int(row["num_frames"]),
-        "duration": float(CLIP_SECONDS * len(label)),
+        "vid": vid,
+        "query": "" if found["query"] is None else record.text(found["query"]),
+        "domain": None if found["domain"] is None else record.text(found["domain"]),
+        "num_frames": None if frames is None else int(frames),
+        "duration": float(CLIP_SECONDS * clips),
         "label": label.tolist(),
         "clip_scores": ((label.sum(axis=1) - annotators) / (4 * annotators)).tolist(),
     }
@@ -106,13 +159,21 @@ def pool_frames(features: Features, data: Dataset, *, interval: int = 15) -> Poo
         interval: frames from one row to the next.
 
     Raises:
-        ValueError: the number of frames is not known.
+        ValueError: the number of frames is not known, or the features have not a row every `interval` frames.
     """
-    clip_of_row = {}
+    interval = count(interval, "interval")
+    clip_of_row, other_rate = {}, []
     for row in data:
         if not row["num_frames"]:
             raise ValueError(f"the number of frames of {row['vid']!r} is not known: its rows cannot be put into clips")
         clips, frames = len(row["label"]), row["num_frames"]
-        count = len(features[row["vid"]]) if row["vid"] in features else 0
-        clip_of_row[row["vid"]] = np.minimum(interval * np.arange(count) * clips // frames, clips - 1)
+        rows = row_count(features, row["vid"]) or 0
+        if rows and abs(rows - math.ceil(frames / interval)) > MAX_DIFFERENCE:
+            other_rate.append(f"{row['vid']} ({rows} rows for {frames} frames)")
+        clip_of_row[row["vid"]] = np.minimum(interval * np.arange(rows) * clips // frames, clips - 1)
+    if other_rate:
+        raise ValueError(
+            f"{len(other_rate)} videos have not a row every {interval} frames: {listed(other_rate)}; pass the "
+            "interval of these features"
+        )
     return PooledFeatures(features, clip_of_row)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .jsonl import find_annotations, read_json, read_jsonl
+from ..values import is_given, listed, number, shown, table
+from .jsonl import Record, dataset_of, find_annotations, iterate_jsonl, iterate_members
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,38 +37,96 @@ def load_youtube_highlights(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a video without `match`, an unknown video, a domain without videos.
+        ValueError: by file, line or id, and field: a broken record, a video that comes twice, one without `match`, as
+            many matches as clips, clips that are reversed or behind the video, a rate that is not positive; an unknown
+            video, a domain without videos.
     """
-    from datasets import Dataset
+    from datasets import Features, Value
+    from datasets import List as ListOf
 
     path = find_annotations(annotations)
+    wanted = None if videos is None else _listed_once(videos)
+    features = Features(
+        {
+            "vid": Value("string"),
+            "query": Value("string"),
+            "domain": Value("string"),
+            "duration": Value("float64"),
+            "match": ListOf(Value("int64")),
+            "clip_scores": ListOf(Value("float64")),
+            "clip_seconds": ListOf(ListOf(Value("float64"))),
+        }
+    )
+    found: dict[str, str] = {}
+    kept: Iterable[dict[str, Any]] = _kept(path, domain, wanted, found)
+    if wanted is not None:
+        by_id = {row["vid"]: row for row in kept}
+        if unknown := [vid for vid in wanted if vid not in found]:
+            raise ValueError(f"{path} has no {len(unknown)} of the videos: {listed(unknown)}")
+        kept = [by_id[vid] for vid in wanted if vid in by_id]
+    data = dataset_of(kept, features)
+    if not len(data):
+        known = sorted(set(found.values()))
+        raise ValueError(f"{path} has no video of the domain {domain!r}; its domains are {known}")
+    return data
+
+
+def _listed_once(videos: Iterable[str]) -> list[str]:
+    wanted = [videos] if isinstance(videos, str) else list(videos)
+    if isinstance(videos, str) or not wanted or len(set(wanted)) < len(wanted):
+        raise ValueError(
+            f"videos must be a list of different ids, not {shown(videos if isinstance(videos, str) else wanted)}"
+        )
+    return wanted
+
+
+def _kept(path: Path, domain: str | None, wanted: list[str] | None, found: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """Rows of one domain and of the wanted videos; `found` receives the domain of every video of the file."""
+    records: Iterator[Record]
     if ".jsonl" in path.name:
-        records = {record["vid"]: record for record in read_jsonl(path, required=("vid", "match"))}
+        records = iterate_jsonl(path, required=("vid",))
     else:
-        records = read_json(path)
-    if videos is not None:
-        videos = list(videos)
-        if unknown := [vid for vid in videos if vid not in records]:
-            raise ValueError(f"{path} has no {len(unknown)} of the videos: {', '.join(unknown[:5])}")
-        records = {vid: records[vid] for vid in videos}
-    if domain is not None:
-        known = sorted({record["domain"] for record in records.values()})
-        records = {vid: record for vid, record in records.items() if record["domain"] == domain}
-        if not records:
-            raise ValueError(f"{path} has no video of the domain {domain!r}; its domains are {known}")
-    return Dataset.from_list([_row(vid, record, path) for vid, record in records.items()])
+        records = (Record({"vid": vid, **fields}, fields.place) for vid, fields in iterate_members(path))
+    chosen = None if wanted is None else set(wanted)
+    for record in records:
+        row = _row(record)
+        if row["vid"] in found:
+            raise ValueError(f"{record.place}: the video {row['vid']!r} was already given")
+        found[row["vid"]] = row["domain"]
+        if domain in (None, row["domain"]) and (chosen is None or row["vid"] in chosen):
+            yield row
 
 
-def _row(vid: str, record: dict[str, Any], path: Path) -> dict[str, Any]:
-    if not record.get("match"):
-        raise ValueError(f"{path}: {vid!r} has no 'match'")
-    rate, frames = float(record["fps"]), float(record["frames"])
+def _row(record: Record) -> dict[str, Any]:
+    vid, domain = record.text("vid"), record.text("domain")
+    if not is_given(record.get("match")):
+        raise ValueError(f"{record.place}: {vid!r} has no 'match'")
+    match = table(record["match"], record.where("match"), low=-1, high=1, whole=True)
+    rate = number(record.get("fps"), record.where("fps"), above=0)
+    frames = number(_from_text(record.get("frames")), record.where("frames"), above=0)
+    clips = table(record.get("clip"), record.where("clip"), columns=2, low=0)
+    if len(clips) != len(match):
+        raise ValueError(f"{record.where('clip')} has {len(clips)} clips, 'match' has {len(match)}")
+    wrong = clips[(clips[:, 1] <= clips[:, 0]) | (clips[:, 0] >= frames)]
+    if len(wrong):
+        raise ValueError(
+            f"{record.where('clip')} holds the clip {wrong[0].tolist()}: a clip is [first frame, last frame] inside "
+            f"the video's {frames:g} frames"
+        )
     return {
         "vid": vid,
-        "query": record["domain"],
-        "domain": record["domain"],
+        "query": domain,
+        "domain": domain,
         "duration": frames / rate,
-        "match": [int(value) for value in record["match"]],
-        "clip_scores": [float(value > 0) for value in record["match"]],
-        "clip_seconds": [[first / rate, last / rate] for first, last in record["clip"]],
+        "match": [int(value) for value in match],
+        "clip_scores": [float(value > 0) for value in match],
+        "clip_seconds": (clips / rate).tolist(),
     }
+
+
+def _from_text(value: Any) -> Any:
+    """The published file writes the number of frames as a string."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value

@@ -23,9 +23,11 @@ _METRICS: dict[str, tuple[Any, Any, Callable[..., Any]]] = {
             "relevant_clip_ids": ["int64"],
             "saliency_scores": _TABLE,
         },
-        lambda predictions, references: evaluate_qvhighlights(_given(predictions), _given(references)),
+        lambda predictions, references, **options: evaluate_qvhighlights(
+            _given(predictions), _given(references), **options
+        ),
     ),
-    "tvsum": (_NUMBERS, _TABLE, lambda predictions, references: {"mAP": tvsum_map(predictions, references)}),
+    "tvsum": (_NUMBERS, _TABLE, lambda predictions, references, **k: {"mAP": tvsum_map(predictions, references, **k)}),
     "youtube_highlights": (
         _NUMBERS,
         _NUMBERS,
@@ -40,8 +42,8 @@ def evaluate_metric(name: str) -> Any:
 
     Args:
         name: `"qvhighlights"`, `"tvsum"`, `"youtube_highlights"` or `"rouge"`. Predictions and references are those
-            of the plain function; of QVHighlights' records only the fields that the metric reads are kept, and
-            `"rouge"` takes `variant` in `compute`.
+            of the plain function; of QVHighlights' records only the fields that the metric reads are kept. `compute`
+            takes the plain function's options: `variant` and `tokenizer`, `top_k`, `match_number` and `clip_seconds`.
 
     Raises:
         ValueError: there is no such metric.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .summarization import check_texts
+
 __all__ = ["bleu_score", "cider_score", "meteor_score"]
 
 
@@ -19,10 +21,10 @@ def bleu_score(predictions: Sequence[str], references: Sequence[str], *, tokeniz
         0 to 100.
 
     Raises:
-        ValueError: the numbers of texts differ or are zero.
+        ValueError: the numbers of texts differ or are zero, or something is no text.
         ImportError: sacrebleu is not installed.
     """
-    _check(predictions, references)
+    check_texts(predictions, references)
     try:
         import sacrebleu
     except ImportError as error:
@@ -43,10 +45,10 @@ def meteor_score(predictions: Sequence[str], references: Sequence[str]) -> float
         0 to 100.
 
     Raises:
-        ValueError: the numbers of texts differ or are zero.
+        ValueError: the numbers of texts differ or are zero, or something is no text.
         ImportError: nltk or its WordNet data is not installed.
     """
-    _check(predictions, references)
+    check_texts(predictions, references)
     try:
         from nltk.corpus import wordnet
         from nltk.translate.meteor_score import single_meteor_score
@@ -73,10 +75,10 @@ def cider_score(predictions: Sequence[str], references: Sequence[str]) -> float:
         0 to 10; often published times 100.
 
     Raises:
-        ValueError: the numbers of texts differ or are zero.
+        ValueError: the numbers of texts differ or are zero, or something is no text.
         ImportError: pycocoevalcap is not installed.
     """
-    _check(predictions, references)
+    check_texts(predictions, references)
     try:
         from pycocoevalcap.cider.cider import Cider
     except ImportError as error:
@@ -84,11 +86,3 @@ def cider_score(predictions: Sequence[str], references: Sequence[str]) -> float:
     true = {i: [text] for i, text in enumerate(references)}
     score, _ = Cider().compute_score(true, {i: [text] for i, text in enumerate(predictions)})
     return float(score)
-
-
-def _check(predictions: Sequence[str], references: Sequence[str]) -> None:
-    if len(predictions) != len(references) or not references:
-        raise ValueError(
-            f"{len(predictions)} predictions and {len(references)} references: pass one reference a prediction, and "
-            "at least one pair"
-        )

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
+
+from ..values import count, shown, table
 
 __all__ = ["tvsum_map", "youtube_highlights_map"]
 
 
-def tvsum_map(scores: Sequence[ArrayLike], annotations: Sequence[ArrayLike], top_k: int = 5) -> float:
+def tvsum_map(scores: Sequence[Any], annotations: Sequence[Any], top_k: int = 5) -> float:
     """Top-k mean average precision of one TVSum domain.
 
     For each annotator a clip is positive if its importance is above the (lower) median of the video. The average
@@ -20,35 +22,35 @@ def tvsum_map(scores: Sequence[ArrayLike], annotations: Sequence[ArrayLike], top
 
     Args:
         scores: predicted scores, one (clips,) a video; shorter than the annotation where a feature stream is.
-        annotations: importance, one (clips, annotators) a video.
+        annotations: importance, 1 to 5, one (clips, annotators) a video.
         top_k: clips that count.
 
     Returns:
         A fraction, rounded to 5 decimals as in the original.
 
     Raises:
-        ValueError: the lists do not fit each other.
+        ValueError: the lists do not fit each other, or (by the number of the video) scores or annotations are no
+            finite numbers: NaN would rank like any other score.
 
     Example:
         >>> tvsum_map([[0.9, 0.1, 0.5]], [[[5], [1], [1]]], top_k=1)
         1.0
     """
     _check(scores, annotations, "annotations")
+    top_k = count(top_k, "top_k")
     per_video = []
-    for predicted, importance in zip(scores, annotations, strict=True):
-        importance = np.asarray(importance, dtype=np.float64)
-        if importance.ndim != 2:
-            raise ValueError(f"annotations of a video must be (clips, annotators), not {importance.shape}")
+    for index, (predicted, given) in enumerate(zip(scores, annotations, strict=True)):
+        importance = _importance(given, index)
         median = np.sort(importance, axis=0)[(len(importance) - 1) // 2]
         labels = importance > median
-        ranking = _ranking(predicted, len(labels))[:top_k]
+        ranking = _ranking(predicted, len(labels), index)[:top_k]
         per_video.append([_trapezoid_precision(column) for column in labels[ranking].T])
     if len({len(row) for row in per_video}) > 1:
         raise ValueError(f"every video needs as many annotators, not {[len(row) for row in per_video]}")
     return round(float(np.mean(np.mean(per_video, axis=0))), 5)
 
 
-def youtube_highlights_map(scores: Sequence[ArrayLike], matches: Sequence[ArrayLike]) -> float:
+def youtube_highlights_map(scores: Sequence[Any], matches: Sequence[Any]) -> float:
     """Mean average precision of one domain of YouTube Highlights.
 
     A clip is positive if its match is above 0; a video without any counts 0.
@@ -61,26 +63,45 @@ def youtube_highlights_map(scores: Sequence[ArrayLike], matches: Sequence[ArrayL
         A fraction, rounded to 5 decimals as in the original.
 
     Raises:
-        ValueError: the lists do not fit each other.
+        ValueError: the lists do not fit each other, or (by the number of the video) scores are no finite numbers or
+            matches are none of -1, 0, 1.
     """
     _check(scores, matches, "matches")
     precisions = []
-    for predicted, match in zip(scores, matches, strict=True):
-        labels = np.asarray(match) > 0
-        precisions.append(_trapezoid_precision(labels[_ranking(predicted, len(labels))]))
+    for index, (predicted, match) in enumerate(zip(scores, matches, strict=True)):
+        labels = table(match, f"video {index}: the list of matches", low=-1, high=1, whole=True, empty=False) > 0
+        precisions.append(_trapezoid_precision(labels[_ranking(predicted, len(labels), index)]))
     return round(sum(precisions) / len(precisions), 5)
 
 
 def _check(scores: Sequence[Any], labels: Sequence[Any], name: str) -> None:
+    for given in (scores, labels):
+        if isinstance(given, str | bytes) or not hasattr(given, "__len__") or not hasattr(given, "__getitem__"):
+            raise ValueError(f"scores and {name} must be lists with one entry a video, not {shown(given)}")
     if len(scores) != len(labels) or not len(scores):
         raise ValueError(f"{len(scores)} videos have scores and {len(labels)} have {name}; pass one a video, and some")
 
 
-def _ranking(scores: ArrayLike, clips: int) -> NDArray:
-    scores = np.asarray(scores, dtype=np.float64)
-    if scores.ndim != 1 or not 0 < len(scores) <= clips:
-        raise ValueError(f"the scores of a video of {clips} annotated clips have the shape {scores.shape}")
-    return np.argsort(-scores, kind="stable")
+def _importance(given: Any, index: int) -> NDArray[np.float64]:
+    try:
+        importance = table(given, f"video {index}: the table of annotations", columns=0, low=1, high=5)
+    except ValueError as error:
+        flat = getattr(given, "shape", None) or (len(given),) if hasattr(given, "__len__") else ()
+        if len(flat) == 1 and not (len(given) and hasattr(given[0], "__len__")):
+            raise ValueError(f"annotations of a video must be (clips, annotators), not {tuple(flat)}") from error
+        raise
+    if not importance.size:
+        raise ValueError(f"video {index}: it has no annotations")
+    return importance
+
+
+def _ranking(scores: Any, clips: int, index: int) -> NDArray:
+    found = table(scores, f"video {index}: the list of scores")
+    if not 0 < len(found) <= clips:
+        raise ValueError(
+            f"the scores of a video of {clips} annotated clips have the shape {found.shape}, video {index}"
+        )
+    return np.argsort(-found, kind="stable")
 
 
 def _trapezoid_precision(ranked_labels: NDArray) -> float:

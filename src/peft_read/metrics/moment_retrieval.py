@@ -2,36 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..spans import check_windows, clips_of
+from ..values import array_of, id_of, number, shown, table
+
 __all__ = ["evaluate_qvhighlights"]
 
 Record = Mapping[str, Any]
-Window = Sequence[float]
+Records = Mapping[Hashable, Record]
 
 THRESHOLDS = [round(0.5 + 0.05 * i, 2) for i in range(10)]
 # A window belongs to a range if its length in seconds is above the first and not above the second number.
 RANGES = {"full": None, "long": (30, 150), "middle": (10, 30), "short": (0, 10)}
 LEVELS = {"Fair": 2, "Good": 3, "VeryGood": 4}
-CLIP_SECONDS = 2
+ANNOTATORS, BEST_RATING = 3, 4
 MAX_WINDOWS = 10
+CHUNK = 512  # queries computed at a time: tables of a few megabytes, which stay in a processor's cache
 
 
 def evaluate_qvhighlights(
-    predictions: Sequence[Record], ground_truth: Sequence[Record], *, match_number: bool = True
+    predictions: Sequence[Record],
+    ground_truth: Sequence[Record],
+    *,
+    match_number: bool = True,
+    clip_seconds: float = 2.0,
 ) -> dict[str, Any]:
     """Evaluate a submission as the official evaluator of QVHighlights does, to the last digit.
 
+    Lists, arrays and tensors are taken alike. What the readers of `peft_read.data` would refuse is refused here: a
+    number that is not finite would rank like any other.
+
     Args:
         predictions: records with `qid` and `pred_relevant_windows` (rows start, end, score; best first),
-            `pred_saliency_scores` (one number a clip), or both. What the first record lacks is not evaluated.
+            `pred_saliency_scores` (one number a clip), or both, the same in every record.
         ground_truth: the records of the official annotation files, `relevant_windows`, `duration`,
             `relevant_clip_ids`, `saliency_scores`.
         match_number: whether both must hold the same queries; False evaluates those that both hold.
+        clip_seconds: length of a clip. A video has int(duration / clip_seconds) clips, and one more where an
+            annotation names the rest.
 
     Returns:
         The official result: `"brief"`; for each range of window lengths `"MR-mAP"` and `"MR-R1"` by IoU threshold;
@@ -39,7 +53,8 @@ def evaluate_qvhighlights(
         windows gives NaN (the official program stops there).
 
     Raises:
-        ValueError: the queries differ, there is none, or a query has no ground-truth window.
+        ValueError: the queries differ or come twice, there is none, or (by qid) a field is missing, has another shape,
+            holds NaN or infinity, or windows, clips or ratings that cannot be.
 
     Example:
         >>> truth = [{"qid": 1, "duration": 4, "relevant_windows": [[0, 2]], "relevant_clip_ids": [0],
@@ -48,19 +63,25 @@ def evaluate_qvhighlights(
         >>> result["brief"]["HL-min-VeryGood-Hit1"]
         100.0
     """
+    clip_seconds = number(clip_seconds, "clip_seconds", above=0)
     predicted, true = _by_query(predictions, ground_truth, match_number=match_number)
+    has_windows, has_scores = (
+        _all_have(predicted, name) for name in ("pred_relevant_windows", "pred_saliency_scores")
+    )
+    if not (has_windows or has_scores):
+        raise ValueError("the predictions hold neither 'pred_relevant_windows' nor 'pred_saliency_scores'")
     brief: dict[str, float] = {}
     results: dict[str, Any] = {}
-    first = next(iter(predicted.values()))
-    if "pred_relevant_windows" in first:
+    if has_windows:
+        moments = _Moments(predicted, true, clip_seconds)
         for name, limits in RANGES.items():
-            results[name] = _moment_retrieval(predicted, true, limits)
+            results[name] = moments.result(limits)
         brief = {f"MR-{name}-mAP": results[name]["MR-mAP"]["average"] for name in RANGES}
         brief |= {f"MR-full-mAP@{iou}": results["full"]["MR-mAP"][iou] for iou in ("0.5", "0.75")}
         brief |= {f"MR-full-R1@{iou}": results["full"]["MR-R1"][iou] for iou in ("0.5", "0.7")}
         brief = dict(sorted(brief.items()))
-    if "pred_saliency_scores" in first:
-        highlights = _highlight_detection(predicted, true)
+    if has_scores:
+        highlights = _highlight_detection(predicted, true, clip_seconds)
         results.update(highlights)
         for name, scores in highlights.items():
             brief |= {f"{name}-mAP": scores["HL-mAP"], f"{name}-Hit1": scores["HL-Hit1"]}
@@ -69,9 +90,8 @@ def evaluate_qvhighlights(
 
 def _by_query(
     predictions: Sequence[Record], ground_truth: Sequence[Record], *, match_number: bool
-) -> tuple[dict[Any, Record], dict[Any, Record]]:
-    predicted = {record["qid"]: record for record in predictions}
-    true = {record["qid"]: record for record in ground_truth}
+) -> tuple[Records, Records]:
+    predicted, true = _keyed(predictions, "predictions"), _keyed(ground_truth, "ground truth")
     if match_number and predicted.keys() != true.keys():
         missing, unknown = list(true.keys() - predicted.keys()), list(predicted.keys() - true.keys())
         raise ValueError(
@@ -84,6 +104,58 @@ def _by_query(
     return predicted, {qid: true[qid] for qid in predicted}
 
 
+def _keyed(records: Sequence[Record], name: str) -> dict[Hashable, Record]:
+    if isinstance(records, Mapping | str):
+        raise ValueError(f"{name} must be a list of records, not {shown(records)}")
+    keyed: dict[Hashable, Record] = {}
+    for index, record in enumerate(records):
+        if not isinstance(record, Mapping):
+            raise ValueError(f"{name}, record {index}: a dict is expected, not {shown(record)}")
+        qid = record.get("qid")
+        if type(qid) is not int:
+            text = id_of(qid, f"{name}, record {index}: 'qid'")
+            qid = text if isinstance(qid, str) else int(text)
+        if qid in keyed:
+            raise ValueError(f"{name}: qid {qid!r} comes twice")
+        keyed[qid] = record
+    return keyed
+
+
+def _all_have(records: Records, field: str) -> bool:
+    """Whether the records hold the field; all or none must."""
+    lacking = [qid for qid, record in records.items() if record.get(field) is None]
+    if 0 < len(lacking) < len(records):
+        raise ValueError(
+            f"{len(lacking)} of {len(records)} predictions have no {field!r}, the first is qid {lacking[0]!r}"
+        )
+    return not lacking
+
+
+def _field(qid: Hashable, record: Record, name: str) -> Any:
+    if record.get(name) is None:
+        raise ValueError(f"query {qid!r} has no {name} in the ground truth")
+    return record[name]
+
+
+def _joined(values: Mapping[Hashable, Any], columns: int | None) -> tuple[NDArray[np.float64], NDArray] | None:
+    """The rows of all queries below each other, and how many each has; None where they are no finite numbers.
+
+    One conversion for all is ten times as fast as one for each.
+    """
+    plain = [array_of(value) if hasattr(value, "detach") else value for value in values.values()]
+    try:
+        counts = np.array([len(value) for value in plain], dtype=np.int64)
+        rows = np.asarray(list(chain.from_iterable(plain)))
+    except (TypeError, ValueError, OverflowError):
+        return None
+    if not len(rows):
+        rows = np.zeros((0, columns) if columns else 0)
+    expected = (counts.sum(), columns) if columns else (counts.sum(),)
+    if rows.dtype.kind not in "iuf" or rows.shape != expected or not np.isfinite(rows).all():
+        return None
+    return rows.astype(np.float64), counts
+
+
 def _percent(value: float | np.floating) -> float:
     return float(f"{100 * value:.2f}")
 
@@ -91,141 +163,267 @@ def _percent(value: float | np.floating) -> float:
 # --- Moment retrieval ---------------------------------------------------------------------------------------------
 
 
-def _moment_retrieval(
-    predicted: Mapping[Any, Record], true: Mapping[Any, Record], limits: tuple[float, float] | None
-) -> dict[str, dict[str, float]]:
-    """Mean average precision and recall of the first window, by IoU threshold, for windows of one range of lengths."""
-    precisions, overlaps = [], []
-    for qid, record in predicted.items():
-        windows = true[qid]["relevant_windows"]
+class _Moments:
+    """Predicted and true windows of all queries as padded arrays: each query's overlaps are computed once."""
+
+    def __init__(self, predicted: Records, true: Records, clip_seconds: float) -> None:
+        candidates = {qid: record["pred_relevant_windows"] for qid, record in predicted.items()}
+        windows = {qid: _field(qid, record, "relevant_windows") for qid, record in true.items()}
+        self.candidates, self.num_candidates = _padded(*_checked_windows(candidates, 3))
+        self.windows, self.num_windows = _padded(*_checked_windows(windows, 2))
+        if (empty := np.flatnonzero(self.num_windows == 0)).size:
+            raise ValueError(f"query {list(true)[empty[0]]!r} has no relevant_windows in the ground truth")
+        for qid, record in true.items():
+            if record.get("duration") is not None:
+                seconds = number(record["duration"], f"query {qid!r}: 'duration'", above=0)
+                last = max(float(window[1]) for window in windows[qid])
+                if last > seconds and last > clips_of(seconds, clip_seconds, partial=True) * clip_seconds:
+                    raise ValueError(
+                        f"query {qid!r}: 'relevant_windows' ends at {last:g} s, the video at {seconds:g} s"
+                    )
+
+    def result(self, limits: tuple[float, float] | None) -> dict[str, dict[str, float]]:
+        """Mean average precision and recall of the first window, by IoU threshold, for windows of one range."""
+        real = np.arange(self.windows.shape[1]) < self.num_windows[:, None]  # (N, M)
         if limits is not None:
-            windows = [window for window in windows if limits[0] < window[1] - window[0] <= limits[1]]
-            if not windows:
-                continue
-        elif not windows:
-            raise ValueError(f"query {qid!r} has no relevant_windows in the ground truth")
-        candidates = record["pred_relevant_windows"]
-        overlaps.append(_first_overlap(candidates, windows))
-        if candidates:
-            precisions.append(_average_precisions(candidates[:MAX_WINDOWS], windows))
-    if not overlaps:
-        unknown = {str(threshold): float("nan") for threshold in THRESHOLDS}
-        return {"MR-mAP": {**unknown, "average": float("nan")}, "MR-R1": unknown}
-    by_threshold = np.mean(precisions, axis=0) if precisions else np.zeros(len(THRESHOLDS))
-    mean_precision = {str(t): _percent(p) for t, p in zip(THRESHOLDS, by_threshold, strict=True)}
-    mean_precision["average"] = _percent(np.mean(by_threshold))
-    hits = np.array(overlaps)
-    return {"MR-mAP": mean_precision, "MR-R1": {str(t): _percent(np.mean(hits >= t)) for t in THRESHOLDS}}
+            length = self.windows[..., 1] - self.windows[..., 0]
+            real &= (limits[0] < length) & (length <= limits[1])
+        queries = np.flatnonzero(real.any(axis=1))
+        if not queries.size:
+            unknown = {str(threshold): float("nan") for threshold in THRESHOLDS}
+            return {"MR-mAP": {**unknown, "average": float("nan")}, "MR-R1": unknown}
+        hits, precisions = np.zeros(len(self.windows)), np.zeros((len(self.windows), len(THRESHOLDS)))
+        # Queries with as many windows together: what is padded is computed for nothing.
+        order = queries[np.argsort(self.num_windows[queries], kind="stable")]
+        for start in range(0, len(order), CHUNK):
+            part = order[start : start + CHUNK]
+            most = self.num_windows[part].max()
+            windows, keep = self.windows[part, :most], real[part, :most]
+            candidates, number = self.candidates[part], self.num_candidates[part]
+            hits[part] = _first_overlaps(candidates[:, 0], windows, keep) * (number > 0)
+            precisions[part] = _padded_precisions(candidates[:, :MAX_WINDOWS], number, windows, keep)
+        answered = queries[self.num_candidates[queries] > 0]
+        by_threshold = np.mean(precisions[answered], axis=0) if len(answered) else np.zeros(len(THRESHOLDS))
+        mean_precision = {str(t): _percent(p) for t, p in zip(THRESHOLDS, by_threshold, strict=True)}
+        mean_precision["average"] = _percent(np.mean(by_threshold))
+        return {"MR-mAP": mean_precision, "MR-R1": {str(t): _percent(np.mean(hits[queries] >= t)) for t in THRESHOLDS}}
 
 
-def _overlap(a: Window, b: Window) -> tuple[float, float, float]:
-    """Lengths of the intersection, the union and the hull, in the official order of operations."""
-    intersection = max(0.0, min(a[1], b[1]) - max(a[0], b[0]))
-    return intersection, (a[1] - a[0]) + (b[1] - b[0]) - intersection, max(a[1], b[1]) - min(a[0], b[0])
+def _checked_windows(windows: Mapping[Hashable, Any], columns: int) -> tuple[NDArray[np.float64], NDArray]:
+    """Windows of all queries below each other; (start, end, score) of a submission, (start, end) of the truth."""
+    name = "pred_relevant_windows" if columns == 3 else "relevant_windows"
+    joined = _joined(windows, columns)
+    if joined is not None:
+        rows, _ = joined
+        wrong = (rows[:, 0] < 0) | (rows[:, 1] < rows[:, 0]) | ((columns == 2) & (rows[:, 1] == rows[:, 0]))
+        if not wrong.any():
+            return joined
+    for qid, value in windows.items():  # one of them is wrong, and is named
+        where = f"query {qid!r}: {name!r}"
+        check_windows(table(value, where, columns=columns)[:, :2], where, allow_empty=columns == 3)
+    raise ValueError(f"{name!r}: rows of {columns} numbers are expected in every query")
 
 
-def _iou(a: Window, b: Window) -> float:
-    intersection, union, _ = _overlap(a, b)
-    return intersection / union if union else 0.0
+def _padded(rows: NDArray, counts: NDArray) -> tuple[NDArray[np.float64], NDArray]:
+    """(N, most, columns) with zeros behind each query's rows, at least one row."""
+    padded = np.zeros((len(counts), max(1, int(counts.max(initial=0))), rows.shape[1]))
+    query = np.repeat(np.arange(len(counts)), counts)
+    place = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    padded[query, place] = rows
+    return padded, counts
 
 
-def _first_overlap(candidates: Sequence[Window], windows: Sequence[Window]) -> float:
-    """Overlap of the first predicted window with the true window of the largest IoU: intersection over hull."""
-    if not candidates:
-        return 0.0
-    best = max(windows, key=lambda window: _iou(candidates[0], window))
-    intersection, _, hull = _overlap(candidates[0], best)
-    return intersection / hull if hull else 0.0
+def _overlap(a: NDArray, b: NDArray) -> tuple[NDArray, NDArray, NDArray]:
+    """Lengths of the intersection, the union and the hull of (..., 2), in the official order of operations."""
+    intersection = np.maximum(0.0, np.minimum(a[..., 1], b[..., 1]) - np.maximum(a[..., 0], b[..., 0]))
+    union = (a[..., 1] - a[..., 0]) + (b[..., 1] - b[..., 0]) - intersection
+    return intersection, union, np.maximum(a[..., 1], b[..., 1]) - np.minimum(a[..., 0], b[..., 0])
 
 
-def _average_precisions(candidates: Sequence[Window], windows: Sequence[Window]) -> list[float]:
-    """Average precision of one query at every threshold.
+def _ratio(part: NDArray, whole: NDArray) -> NDArray:
+    return np.divide(part, whole, out=np.zeros_like(part), where=whole != 0)
 
-    In the order of their scores, predictions take the still free true window of the largest IoU, if that IoU reaches
-    the threshold; the others are false.
+
+def _first_overlaps(first: NDArray, windows: NDArray, real: NDArray) -> NDArray:
+    """Intersection over hull of the first predicted windows (N, 3) and the true window of the largest IoU."""
+    intersection, union, hull = _overlap(first[:, None], windows)
+    best = np.where(real, _ratio(intersection, union), -1.0).argmax(axis=1)[:, None]
+    return _ratio(*(np.take_along_axis(part, best, axis=1)[:, 0] for part in (intersection, hull)))
+
+
+def _average_precisions(candidates: Sequence[Sequence[float]], windows: Sequence[Sequence[float]]) -> list[float]:
+    """Average precision of one query at every threshold, of all candidates that are given."""
+    found = np.asarray(candidates, dtype=np.float64).reshape(1, -1, 3)
+    true = np.asarray(windows, dtype=np.float64).reshape(1, -1, 2)
+    real = np.ones(true.shape[:2], dtype=bool)
+    return _padded_precisions(found, np.array([found.shape[1]]), true, real)[0].tolist()
+
+
+def _padded_precisions(candidates: NDArray, number: NDArray, windows: NDArray, real: NDArray) -> NDArray:
+    """Average precision of every query at every threshold.
+
+    In the order of their scores, predictions take the still free true window of the largest IoU (among equal ones the
+    later, as a reversed ascending sort has it), if that IoU reaches the threshold; the others are false.
+
+    Args:
+        candidates: (N, K, 3), padded behind the first `number`.
+        number: (N,).
+        windows: (N, M, 2).
+        real: (N, M), False where a window does not count.
+
+    Returns:
+        (N, thresholds).
     """
-    ranked = sorted(candidates, key=lambda window: -window[2])
-    overlaps = [[_iou(candidate, window) for window in windows] for candidate in ranked]
-    # among equal IoUs the later window comes first, as a reversed ascending sort has it
-    orders = [sorted(range(len(windows)), key=row.__getitem__)[::-1] for row in overlaps]
-    precisions = []
-    for threshold in THRESHOLDS:
-        taken: set[int] = set()
-        hits = []
-        for row, order in zip(overlaps, orders, strict=True):
-            match = next((j for j in order if row[j] < threshold or j not in taken), None)
-            hit = match is not None and row[match] >= threshold
-            if hit and match is not None:
-                taken.add(match)
-            hits.append(hit)
-        precisions.append(_interpolated_precision(hits, len(windows)))
-    return precisions
+    given = np.arange(candidates.shape[1]) < number[:, None]
+    ranking = np.argsort(np.where(given, -candidates[..., 2], np.inf), axis=1, kind="stable")
+    ranked = np.take_along_axis(candidates, ranking[..., None], axis=1)
+    given = np.take_along_axis(given, ranking, axis=1)
+    intersection, union, _ = _overlap(ranked[:, :, None], windows[:, None])
+    iou = np.where(real[:, None] & given[..., None], _ratio(intersection, union), -1.0)[:, :, ::-1]  # (N, K, M)
+    limits = np.array(THRESHOLDS)[:, None]
+    free = np.ones((len(windows), len(THRESHOLDS), windows.shape[1]), dtype=bool)
+    hits = np.zeros((len(windows), candidates.shape[1], len(THRESHOLDS)), dtype=bool)
+    for k in range(candidates.shape[1]):
+        open_ious = np.where(free & (iou[:, k, None] >= limits), iou[:, k, None], -1.0)
+        best = open_ious.argmax(axis=2)[..., None]
+        hits[:, k] = np.take_along_axis(open_ious, best, axis=2)[..., 0] >= 0
+        np.put_along_axis(free, best, np.take_along_axis(free, best, axis=2) & ~hits[:, k, :, None], axis=2)
+    return _interpolated_precisions(hits, real.sum(axis=1))
 
 
-def _interpolated_precision(hits: Sequence[bool], total: int) -> float:
-    """Area under the precision envelope over recall (PASCAL VOC 2011)."""
-    if not any(hits):
-        return 0.0
-    true_positives = np.cumsum(hits)
-    precision = np.append(true_positives / np.arange(1, len(hits) + 1), 0.0)
-    recall = np.concatenate(([0.0], true_positives / total, [1.0]))
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]
-    steps = np.flatnonzero(recall[1:] != recall[:-1])
-    return float(np.sum((recall[steps + 1] - recall[steps]) * envelope[steps]))
+def _interpolated_precisions(hits: NDArray, total: NDArray) -> NDArray:
+    """Areas (N, thresholds) under the precision envelopes (PASCAL VOC 2011) of hits (N, K, thresholds)."""
+    true_positives = np.cumsum(hits, axis=1, dtype=np.float64)
+    precision = true_positives / np.arange(1, hits.shape[1] + 1)[:, None]
+    envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    recall = true_positives / total[:, None, None]
+    area, before = np.zeros((len(hits), hits.shape[2])), np.zeros((len(hits), hits.shape[2]))
+    for k in range(hits.shape[1]):
+        area += (recall[:, k] - before) * envelope[:, k]
+        before = recall[:, k]
+    return area
 
 
 # --- Highlight detection ------------------------------------------------------------------------------------------
 
 
-def _highlight_detection(predicted: Mapping[Any, Record], true: Mapping[Any, Record]) -> dict[str, dict[str, float]]:
+def _highlight_detection(predicted: Records, true: Records, clip_seconds: float) -> dict[str, dict[str, float]]:
     """Mean average precision and hit rate of the best clip, for every minimal rating of a positive clip."""
-    precisions: dict[str, list[NDArray]] = {name: [] for name in LEVELS}
-    hits: dict[str, list[bool]] = {name: [] for name in LEVELS}
-    for qid, record in predicted.items():
-        ratings = _ratings(true[qid])  # (clips, 3)
-        scores = np.asarray(record["pred_saliency_scores"], dtype=np.float64)
-        best = int(np.argmax(scores))
-        padded = np.zeros(len(ratings))
-        padded[: len(scores)] = scores[: len(ratings)]
-        labels = np.concatenate([ratings >= level for level in LEVELS.values()], axis=1)
-        by_column = _ranking_precisions(padded, labels).reshape(len(LEVELS), -1)
-        for name, level, row in zip(LEVELS, LEVELS.values(), by_column, strict=True):
-            precisions[name].append(row)
-            hits[name].append(best < len(ratings) and bool((ratings[best] >= level).any()))
+    scores, lengths = _checked_scores({qid: record["pred_saliency_scores"] for qid, record in predicted.items()})
+    ratings, clips = _checked_ratings(true, clip_seconds)
+    starts, places = np.cumsum(lengths) - lengths, np.cumsum(clips) - clips
+    levels = np.array(list(LEVELS.values()))
+    precisions = np.zeros((len(clips), len(levels) * ANNOTATORS))
+    hits = np.zeros((len(clips), len(levels)), dtype=bool)
+    # Videos with as many clips and scores together, so that a chunk is one table without padding.
+    for shape in np.unique(np.stack((clips, lengths), axis=1), axis=0):
+        same = np.flatnonzero((clips == shape[0]) & (lengths == shape[1]))
+        for start in range(0, len(same), CHUNK):
+            part = same[start : start + CHUNK]
+            found = scores[starts[part, None] + np.arange(shape[1])]
+            rated = ratings[places[part, None] + np.arange(shape[0])]  # (N, clips, 3)
+            best = found.argmax(axis=1)
+            padded = np.zeros((len(part), shape[0]))
+            padded[:, : shape[1]] = found[:, : shape[0]]
+            labels = (rated[:, :, None] >= levels[:, None]).reshape(len(part), shape[0], -1)
+            precisions[part] = _chunk_precisions(padded, labels)
+            highest = rated[np.arange(len(part)), np.minimum(best, shape[0] - 1)].max(axis=1)
+            hits[part] = (best < shape[0])[:, None] & (highest[:, None] >= levels)
+    by_level = precisions.reshape(len(clips), len(levels), ANNOTATORS)
     return {
-        f"HL-min-{name}": {"HL-mAP": _percent(np.mean(precisions[name])), "HL-Hit1": _percent(np.mean(hits[name]))}
-        for name in LEVELS
+        f"HL-min-{name}": {
+            "HL-mAP": _percent(np.mean(by_level[:, i].copy())),
+            "HL-Hit1": _percent(np.mean(hits[:, i])),
+        }
+        for i, name in enumerate(LEVELS)
     }
 
 
-def _ratings(record: Record) -> NDArray:
-    """The ratings of all clips of a video by the three annotators (clips, 3), zero outside the relevant clips."""
-    ratings = np.zeros((int(record["duration"] / CLIP_SECONDS), 3))
-    if len(record["relevant_clip_ids"]):
-        ratings[np.asarray(record["relevant_clip_ids"])] = record["saliency_scores"]
-    return ratings
+def _checked_scores(scores: Mapping[Hashable, Any]) -> tuple[NDArray[np.float64], NDArray]:
+    joined = _joined(scores, None)
+    if joined is not None and (joined[1] > 0).all():
+        return joined
+    for qid, value in scores.items():
+        table(value, f"query {qid!r}: 'pred_saliency_scores'", empty=False)
+    raise ValueError("'pred_saliency_scores' must be a list of numbers in every query")
+
+
+def _checked_ratings(true: Records, clip_seconds: float) -> tuple[NDArray[np.float64], NDArray]:
+    """Ratings of all clips of all videos below each other (all clips, 3), zero outside the relevant clips."""
+    seconds = np.array(
+        [
+            number(_field(qid, record, "duration"), f"query {qid!r}: 'duration'", above=0)
+            for qid, record in true.items()
+        ]
+    )
+    ids = {qid: _field(qid, record, "relevant_clip_ids") for qid, record in true.items()}
+    given = {qid: _field(qid, record, "saliency_scores") for qid, record in true.items()}
+    chosen, rated = _joined(ids, None), _joined(given, ANNOTATORS)
+    clips = np.array([clips_of(duration, clip_seconds) for duration in seconds.tolist()])
+    if chosen is None or rated is None or not _fit(*chosen, *rated, seconds / clip_seconds):
+        for index, (qid, value) in enumerate(ids.items()):  # one of them is wrong, and is named
+            where = f"query {qid!r}: 'relevant_clip_ids'"
+            own = table(value, where, low=0, whole=True)
+            if len(set(own.tolist())) < len(own):
+                raise ValueError(f"{where} names a clip twice: {shown(value)}")
+            if len(own) and own.max() * clip_seconds >= seconds[index]:
+                raise ValueError(
+                    f"{where} names clip {int(own.max())}, which begins at {own.max() * clip_seconds:g} s; the video "
+                    f"ends at {seconds[index]:g} s"
+                )
+            where = f"query {qid!r}: 'saliency_scores'"
+            ratings = table(given[qid], where, columns=ANNOTATORS, low=0, high=BEST_RATING, whole=True)
+            if len(ratings) != len(own):
+                raise ValueError(f"{where} rates {len(ratings)} clips, and {len(own)} are relevant")
+        raise ValueError("'relevant_clip_ids' and 'saliency_scores' must be lists of numbers in every query")
+    (rows, counts), (values, _) = chosen, rated
+    query = np.repeat(np.arange(len(counts)), counts)
+    np.maximum.at(clips, query, rows.astype(np.int64) + 1)
+    clips = np.maximum(clips, 1)
+    ratings = np.zeros((clips.sum(), ANNOTATORS))
+    ratings[(np.cumsum(clips) - clips)[query] + rows.astype(np.int64)] = values
+    return ratings, clips
+
+
+def _fit(ids: NDArray, counts: NDArray, ratings: NDArray, rated: NDArray, clips: NDArray) -> bool:
+    """Whether clips are whole numbers inside their videos, none twice, each with ratings from 0 to 4."""
+    query = np.repeat(np.arange(len(counts)), counts)
+    if not np.array_equal(counts, rated) or (ids != np.floor(ids)).any() or (ids < 0).any():
+        return False
+    if (ids >= clips[query]).any() or len(np.unique(np.stack((query, ids), axis=1), axis=0)) < len(ids):
+        return False
+    return bool(((ratings >= 0) & (ratings <= BEST_RATING) & (ratings == np.floor(ratings))).all())
 
 
 def _ranking_precisions(scores: NDArray, labels: NDArray) -> NDArray:
-    """Interpolated average precision of one ranking for several label columns.
+    """As `_chunk_precisions`, of one ranking (clips,) with labels (clips, columns); (columns,)."""
+    return _chunk_precisions(np.asarray(scores)[None], np.asarray(labels)[None])[0]
+
+
+def _chunk_precisions(scores: NDArray, labels: NDArray) -> NDArray:
+    """Interpolated average precision of rankings for several label columns.
 
     Clips of equal score enter together. From the lowest threshold up, a precision is the best so far; the mean is
     taken over the thresholds at which the recall (as float32) changes.
 
     Args:
-        scores: (clips,).
-        labels: (clips, columns), booleans.
+        scores: (N, clips).
+        labels: (N, clips, columns), booleans.
 
     Returns:
-        (columns,): 0 for a column without positives, 1 for one without negatives.
+        (N, columns): 0 for a column without positives, 1 for one without negatives.
     """
-    order = np.argsort(-scores, kind="stable")
-    last_of_ties = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
-    positives = np.cumsum(labels[order], axis=0)[last_of_ties].astype(np.float64)  # (thresholds, columns)
-    precision = np.maximum.accumulate((positives / (last_of_ties + 1)[:, None])[::-1], axis=0)
-    total = positives[-1]
-    results = (total == len(scores)).astype(np.float64)
-    for column in np.flatnonzero((total > 0) & (total < len(scores))):
-        recall = np.append(positives[::-1, column] / total[column], 0.0).astype(np.float32)
-        results[column] = precision[np.flatnonzero(np.diff(recall)), column].mean()
-    return results
+    clips = scores.shape[1]
+    order = np.argsort(-scores, axis=1, kind="stable")
+    ranked = np.take_along_axis(scores, order, axis=1)
+    threshold = np.append(ranked[:, 1:] != ranked[:, :-1], np.ones((len(scores), 1), dtype=bool), axis=1)[..., None]
+    positives = np.cumsum(np.take_along_axis(labels, order[..., None], axis=1), axis=1, dtype=np.float64)
+    total = positives[:, -1]
+    precision = np.where(threshold, positives / np.arange(1, clips + 1)[:, None], 0.0)
+    precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    recall = (positives / np.maximum(total, 1)[:, None]).astype(np.float32)
+    recall = np.maximum.accumulate(np.where(threshold, recall, 0), axis=1)
+    before = np.concatenate((np.zeros_like(recall[:, :1]), recall[:, :-1]), axis=1)
+    counted = threshold & (recall != before)
+    means = np.where(counted, precision, 0.0)[:, ::-1].sum(axis=1) / np.maximum(counted.sum(axis=1), 1)
+    return np.where(total == clips, 1.0, np.where(total > 0, means, 0.0))

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-__all__ = ["content_f1", "rouge_scores"]
+from ..values import shown
+
+__all__ = ["check_texts", "content_f1", "rouge_scores"]
+
+Tokenizer = Callable[[str], Sequence[str]]
 
 
 def rouge_scores(
-    predictions: Sequence[str], references: Sequence[str], variant: str = "rouge_score"
+    predictions: Sequence[str],
+    references: Sequence[str],
+    variant: str = "rouge_score",
+    *,
+    tokenizer: Tokenizer | None = None,
 ) -> dict[str, float]:
     """ROUGE-1, ROUGE-2 and ROUGE-L of one reference a prediction: F1 x 100, plain mean over the pairs.
 
@@ -21,47 +30,102 @@ def rouge_scores(
       words of letters and digits, no stemming.
     * `"easy_rouge"`: words as split at white space, punctuation included; the numbers of Yu et al. (EMNLP 2021).
 
+    The words of `"rouge_score"` are ASCII letters and digits: of a text in another script nothing is left, and it
+    scores 0 whatever it says. A warning tells so; pass a `tokenizer` there, such as `str.split`, or `list` for scripts
+    that write no spaces.
+
     Args:
         predictions: one text a pair.
         references: one text a pair.
         variant: `"rouge_score"` or `"easy_rouge"`.
+        tokenizer: from a text to its words, in place of the variant's own.
 
     Returns:
         `{"rouge1": ..., "rouge2": ..., "rougeL": ...}`, each from 0 to 100.
 
     Raises:
-        ValueError: the numbers of texts differ or are zero, or the variant is unknown.
+        ValueError: the numbers of texts differ or are zero, something else than a text (its number is named), or the
+            variant is unknown.
         ImportError: the variant needs the package rouge-score and it is not installed.
 
     Example:
         >>> rouge_scores(["learn to play"], ["learn to sing"], variant="easy_rouge")["rouge2"]
         50.0
     """
-    if len(predictions) != len(references) or not references:
-        raise ValueError(
-            f"{len(predictions)} predictions and {len(references)} references: pass one reference a prediction, and "
-            "at least one pair"
-        )
+    check_texts(predictions, references)
     if variant == "easy_rouge":
-        pairs = [_easy_rouge(a.split(), b.split()) for a, b in zip(predictions, references, strict=True)]
+        split = tokenizer or str.split
+        words = [(_words(a, split), _words(b, split)) for a, b in zip(predictions, references, strict=True)]
+        pairs = [_easy_rouge(a, b) for a, b in words]
     elif variant == "rouge_score":
-        pairs = _rouge_score(predictions, references)
+        pairs = _rouge_score(predictions, references, tokenizer)
     else:
         raise ValueError(f"variant must be 'rouge_score' or 'easy_rouge', not {variant!r}")
     return {name: 100 * sum(pair[name] for pair in pairs) / len(pairs) for name in ("rouge1", "rouge2", "rougeL")}
 
 
-def _rouge_score(predictions: Sequence[str], references: Sequence[str]) -> list[dict[str, float]]:
+def check_texts(predictions: Sequence[str], references: Sequence[str]) -> None:
+    """One text a prediction, one a reference, and at least one pair.
+
+    Raises:
+        ValueError: anything else, by the number of the text.
+    """
+    for name, texts in (("predictions", predictions), ("references", references)):
+        if isinstance(texts, str) or not hasattr(texts, "__len__"):
+            raise ValueError(f"{name} must be a list of texts, not {shown(texts)}")
+    if len(predictions) != len(references) or not len(references):
+        raise ValueError(
+            f"{len(predictions)} predictions and {len(references)} references: pass one reference a prediction, and "
+            "at least one pair"
+        )
+    for name, texts in (("prediction", predictions), ("reference", references)):
+        for number, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise ValueError(f"{name} {number} must be a text, not {shown(text)}")
+
+
+def _words(text: str, split: Tokenizer) -> list[str]:
+    words = split(text)
+    if isinstance(words, str) or not all(isinstance(word, str) for word in words):
+        raise ValueError(f"the tokenizer must give a list of words, not {shown(words)}")
+    return list(words)
+
+
+def _rouge_score(
+    predictions: Sequence[str], references: Sequence[str], tokenizer: Tokenizer | None
+) -> list[dict[str, float]]:
     try:
+        from rouge_score import tokenizers
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise ImportError(
             "variant='rouge_score' needs the package rouge-score: pip install 'peft-read[examples]', or use "
             "variant='easy_rouge', another definition that needs nothing"
         ) from error
-    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False)
+
+    class Own(tokenizers.Tokenizer):
+        """The tokenizer that was passed, as the package wants it."""
+
+        def tokenize(self, text: str) -> list[str]:
+            return _words(text, tokenizer or str.split)
+
+    names = ["rouge1", "rouge2", "rougeL"]
+    scorer = RougeScorer(names, use_stemmer=False, tokenizer=None if tokenizer is None else Own())
+    if tokenizer is None:
+        _warn_of_lost_texts([*predictions, *references], tokenizers.DefaultTokenizer(use_stemmer=False).tokenize)
     scores = (scorer.score(b, a) for a, b in zip(predictions, references, strict=True))
     return [{name: score.fmeasure for name, score in pair.items()} for pair in scores]
+
+
+def _warn_of_lost_texts(texts: Sequence[str], tokenize: Callable[[str], Sequence[str]]) -> None:
+    # Only a text with letters outside ASCII can lose all of its words, so that the others need no second pass.
+    lost = [text for text in texts if not text.isascii() and any(map(str.isalnum, text)) and not tokenize(text)]
+    if lost:
+        warnings.warn(
+            f"{len(lost)} of {len(texts)} texts have no word of ASCII letters or digits and score 0, such as "
+            f"{shown(lost[0])}; pass tokenizer=, for example str.split",
+            stacklevel=4,
+        )
 
 
 def _easy_rouge(prediction: list[str], reference: list[str]) -> dict[str, float]:
@@ -125,6 +189,8 @@ def content_f1(alignment_text: str) -> float:
     Raises:
         ValueError: there is no item, or a line is not where the format has it.
     """
+    if not isinstance(alignment_text, str):
+        raise ValueError(f"content_f1 takes the content of METEOR's alignment file, not {shown(alignment_text)}")
     items: list[list[str]] = [[]]
     for line in io.StringIO(alignment_text, newline=None):
         if line == "\n":
@@ -141,6 +207,19 @@ def content_f1(alignment_text: str) -> float:
     return sum(_content_f1(number, item) for number, item in enumerate(items)) / len(items)
 
 
+def _alignment(item: int, row: str, reference: int, hypothesis: int) -> tuple[int, int, int, int]:
+    """Position and length in the reference, position and length in the hypothesis."""
+    match = re.match(r"(\d+):(\d+)\s+(\d+):(\d+)(\s|$)", row)
+    there, length_there, here, length_here = map(int, match.groups()[:4]) if match else (0, 0, 0, 0)
+    inside = there + length_there <= reference and here + length_here <= hypothesis
+    if not (length_there and length_here and inside):
+        raise ValueError(
+            f"item {item} of the alignment text: {shown(row.strip())} is no row '<reference position>:<length> "
+            f"<hypothesis position>:<length> ...' of a reference of {reference} and a hypothesis of {hypothesis} words"
+        )
+    return there, length_there, here, length_here
+
+
 def _content_f1(number: int, item: list[str]) -> float:
     if len(item) < 4:
         raise ValueError(
@@ -151,7 +230,7 @@ def _content_f1(number: int, item: list[str]) -> float:
     aligned = {"hypothesis": 0, "reference": 0}
     left_out: dict[str, set[str]] = {"hypothesis": set(), "reference": set()}
     for row in item[4:]:
-        (there, length_there), (here, length_here) = (map(int, field.split(":")) for field in row.split()[:2])
+        there, length_there, here, length_here = _alignment(number, row, len(reference), len(hypothesis))
         if reference[there] in _TEMPLATE_WORDS and length_there == 1:
             left_out["reference"].add(reference[there])
             left_out["hypothesis"].add(hypothesis[here])

@@ -1,22 +1,8 @@
 """Recurrences for adapters: sequences in, sequences out."""
 
-from .adapter_operator import adapter_fits, adapter_in_one_pass
-from .backends import show_backends, use_backend, warm_up
 from .cells import CELLS, GRU, LSTM, RNN, Cell, Identity, build_cell
+from .fused_adapter import adapt_in_one
 from .segments import Segments
+from .warm_up import warm_up
 
-__all__ = [
-    "CELLS",
-    "GRU",
-    "LSTM",
-    "RNN",
-    "Cell",
-    "Identity",
-    "Segments",
-    "adapter_fits",
-    "adapter_in_one_pass",
-    "build_cell",
-    "show_backends",
-    "use_backend",
-    "warm_up",
-]
+__all__ = ["CELLS", "GRU", "LSTM", "RNN", "Cell", "Identity", "Segments", "adapt_in_one", "build_cell", "warm_up"]

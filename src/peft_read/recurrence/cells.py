@@ -7,8 +7,8 @@ import math
 import torch
 from torch import nn
 
-from . import fast
-from .operators import compiled_scan, scan_fits
+from .arguments import GATES, ScanArguments, state_width
+from .scan import recur
 
 __all__ = ["CELLS", "GRU", "LSTM", "RNN", "Cell", "Identity", "build_cell"]
 
@@ -44,8 +44,6 @@ class Cell(nn.Module):
     bias_ih: nn.Parameter | None
     bias_hh: nn.Parameter | None
     kind: str
-    gates: int
-    state_width: int = 1  # the state of one step is this many vectors of width k
 
     def __init__(self, size: int, *, bias: bool = True, bidirectional: bool = False) -> None:
         super().__init__()
@@ -55,12 +53,12 @@ class Cell(nn.Module):
             raise ValueError(f"A bidirectional cell splits its width in two, so it must be even, got {size}.")
         self.size = size
         self.bidirectional = bidirectional
-        width = size // 2 if bidirectional else size
+        width, gates = size // 2 if bidirectional else size, GATES[self.kind]
         for suffix in self._suffixes:
-            self.register_parameter(f"weight_ih{suffix}", nn.Parameter(torch.empty(self.gates * width, size)))
-            self.register_parameter(f"weight_hh{suffix}", nn.Parameter(torch.empty(self.gates * width, width)))
+            self.register_parameter(f"weight_ih{suffix}", nn.Parameter(torch.empty(gates * width, size)))
+            self.register_parameter(f"weight_hh{suffix}", nn.Parameter(torch.empty(gates * width, width)))
             for name in ("bias_ih", "bias_hh"):
-                vector = nn.Parameter(torch.empty(self.gates * width)) if bias else None
+                vector = nn.Parameter(torch.empty(gates * width)) if bias else None
                 self.register_parameter(name + suffix, vector)
         self.reset_parameters()
 
@@ -85,7 +83,7 @@ class Cell(nn.Module):
     @property
     def state_size(self) -> int:
         """How many numbers the state of one token has; none if it cannot be carried over."""
-        return 0 if self.bidirectional else self.state_width * self.size
+        return 0 if self.bidirectional else state_width(self.kind, self.size)
 
     def forward(
         self,
@@ -140,115 +138,30 @@ class Cell(nn.Module):
         for name in NAMES[suffix]:
             # A parameter need not be one: torch's parametrizations and FSDP put other tensors in its place.
             parameter = own[name] if name in own else getattr(self, name)
-            if parameter is not None:
-                weights.append(parameter if parameter.dtype == dtype else parameter.to(dtype))
-        if fast.scan_fits(self.kind, x, state, weights, mask, keep_states):
-            run = fast.compiled_scan
-        elif scan_fits(self.kind, x, state, weights, mask, keep_states):
-            run = compiled_scan
-        else:
-            if state is None:
-                state = x.new_zeros(x.shape[0], self.state_width * weights[1].shape[1])
-            return self.run_in_torch(x, state, weights, mask, keep_states)
-        outputs, memories = run(self.kind, x, state, weights, mask, self.run_in_torch)
-        if self.state_width == 1:
-            return outputs, outputs
-        return outputs, torch.cat((outputs, memories), dim=-1) if keep_states else None
-
-    def run_in_torch(
-        self,
-        x: torch.Tensor,
-        state: torch.Tensor,
-        weights: list[torch.Tensor],
-        mask: torch.Tensor | None,
-        keep_states: bool = True,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The recurrence by torch's own functions: for every device and dtype, and for all derivatives."""
-        if mask is None:
-            return self._scan(x, state, weights, keep_states)
-        return self._masked_scan(x, state, mask, weights, keep_states)
-
-    def _masked_scan(
-        self, x: torch.Tensor, state: torch.Tensor, mask: torch.Tensor, weights: list[torch.Tensor], keep_states: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Move the real tokens of every row to its front, scan, and move the results back."""
-        front = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)  # (B, T)
-        outputs, states = self._scan(_take(x, front), state, weights, keep_states)
-        seen = mask.cumsum(dim=1)  # (B, T): real tokens up to and including this one; 0 = the initial state
-        outputs = _take(torch.cat((state[:, None, : outputs.shape[-1]], outputs), dim=1), seen)
-        if states is not None:
-            states = _take(torch.cat((state[:, None], states), dim=1), seen)
-        return outputs, states
-
-    def _scan(
-        self, x: torch.Tensor, state: torch.Tensor, weights: list[torch.Tensor], keep_states: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        raise NotImplementedError
+            weights.append(parameter if parameter is None or parameter.dtype == dtype else parameter.to(dtype))
+        return recur(self.kind, ScanArguments(x, state, mask, *weights), keep_states=keep_states)
 
     def extra_repr(self) -> str:
         """The width, and what kind of cell it is."""
         return f"{self.size}, bias={self.bias_ih is not None}, bidirectional={self.bidirectional}"
 
 
-def _take(sequence: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Select steps of a sequence (B, L, S) by an index (B, T), row by row: (B, T, S)."""
-    return sequence.gather(1, index[..., None].expand(-1, -1, sequence.shape[-1]))
-
-
 class RNN(Cell):
     """The Elman recurrence h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), equation (5)'s RNN."""
 
     kind = "rnn"
-    gates = 1
-
-    def _scan(
-        self, x: torch.Tensor, state: torch.Tensor, weights: list[torch.Tensor], keep_states: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        outputs, _ = torch.rnn_tanh(x, state[None], weights, len(weights) == 4, 1, 0.0, self.training, False, True)
-        return outputs, outputs
 
 
 class GRU(Cell):
     """The gated recurrent unit, with PyTorch's gates (reset, update, new)."""
 
     kind = "gru"
-    gates = 3
-
-    def _scan(
-        self, x: torch.Tensor, state: torch.Tensor, weights: list[torch.Tensor], keep_states: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        outputs, _ = torch.gru(x, state[None], weights, len(weights) == 4, 1, 0.0, self.training, False, True)
-        return outputs, outputs
 
 
 class LSTM(Cell):
     """The long short-term memory, with PyTorch's gates (input, forget, cell, output); its state is (h, c)."""
 
     kind = "lstm"
-    gates = 4
-    state_width = 2
-
-    def _scan(
-        self, x: torch.Tensor, state: torch.Tensor, weights: list[torch.Tensor], keep_states: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        hidden, memory = state.chunk(2, dim=-1)
-        first = (hidden[None].contiguous(), memory[None].contiguous())
-        outputs, _, _ = torch.lstm(x, first, weights, len(weights) == 4, 1, 0.0, self.training, False, True)
-        if not keep_states:
-            return outputs, None
-        # The fused kernel keeps the memories c_t to itself. All gates follow from the outputs it returned, so only
-        # c_t = f_t c_{t-1} + i_t g_t is left to do step by step.
-        previous = torch.cat((hidden[:, None], outputs[:, :-1]), dim=1)
-        biases = weights[2:] or (None, None)
-        gates = nn.functional.linear(x, weights[0], biases[0]) + nn.functional.linear(previous, weights[1], biases[1])
-        opened, kept, new, _ = gates.chunk(4, dim=-1)
-        kept, added = kept.sigmoid(), opened.sigmoid() * new.tanh()
-        memories = []
-        step = memory
-        for t in range(x.shape[1]):
-            step = kept[:, t] * step + added[:, t]
-            memories.append(step)
-        return outputs, torch.cat((outputs, torch.stack(memories, dim=1)), dim=-1)
 
 
 class Identity(nn.Module):

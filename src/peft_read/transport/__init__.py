@@ -2,7 +2,15 @@
 
 from .costs import cosine_cost, squared_euclidean_cost
 from .fast import warm_up
+from .masks import real_entries
 from .partial import partial_optimal_transport
 from .plan import TransportPlan
 
-__all__ = ["TransportPlan", "cosine_cost", "partial_optimal_transport", "squared_euclidean_cost", "warm_up"]
+__all__ = [
+    "TransportPlan",
+    "cosine_cost",
+    "partial_optimal_transport",
+    "real_entries",
+    "squared_euclidean_cost",
+    "warm_up",
+]

@@ -1,7 +1,11 @@
 """Pairwise costs between two token sequences: one matrix per example, safe on padding and on zero vectors."""
 
+import math
+
 import torch
 from torch import Tensor
+
+from .masks import real_entries
 
 __all__ = ["cosine_cost", "squared_euclidean_cost"]
 
@@ -83,13 +87,9 @@ def _prepared(
 def _without_padding(features: Tensor, mask: Tensor | None, name: str) -> Tensor:
     if mask is None:
         return features
-    try:
-        real = (mask != 0).broadcast_to(features.shape[:-1])
-    except RuntimeError as error:
-        raise ValueError(
-            f"{name} must have the shape {tuple(features.shape[:-1])} of its features (or broadcast to it), "
-            f"got {tuple(mask.shape)}."
-        ) from error
+    real, wrong = real_entries(name, mask, tuple(features.shape[:-1]))
+    if wrong is not None:  # nobody may look at values on a device: the cost says it, as NaN
+        features = torch.where(wrong.unsqueeze(-1), math.nan, features)
     # `where`, not a product: padding may hold NaN, and NaN * 0 is NaN in both directions.
     return torch.where(real.unsqueeze(-1), features, features.new_zeros(()))
 

@@ -15,6 +15,7 @@ from .problem import Kernel, Problem, Scaling, finite_log
 __all__ = ["solve_dykstra"]
 
 CHECK_EVERY = 10
+OVERFULL = 1e-4  # share of the mass that converged columns may hold too much; it is cut off
 
 
 def solve_dykstra(problem: Problem, kernel: Kernel, *, tol: float, max_iter: int) -> Scaling:
@@ -57,7 +58,9 @@ def solve_dykstra(problem: Problem, kernel: Kernel, *, tol: float, max_iter: int
                 moved = (now * change.expm1().abs()).sum(-1) / now.sum(-1).clamp_min(torch.finfo(now.dtype).tiny)
                 # What is still to come is a geometric series: a slow rate makes a small step a large error.
                 rate = (moved / last_moved).clamp(0, 0.9999) ** (1 / CHECK_EVERY)
-                done = ~converged & (moved / (1 - rate) <= tol)
+                # A sweep that hardly moves may stand on a plateau, with columns that hold too much.
+                over = (now - problem.cols).clamp_min(0).sum(-1) / now.sum(-1).clamp_min(torch.finfo(now.dtype).tiny)
+                done = ~converged & (moved / (1 - rate) <= tol) & (over <= OVERFULL)
                 n_iter[done], last_moved = sweep, moved
                 converged |= done
                 if bool(converged.all()):

@@ -1,114 +1,106 @@
-"""Which solver answers a stack of problems fastest here: compiled loops, a fused kernel, or plain torch."""
+"""Which solver answers a stack of problems here: compiled loops, a fused kernel, or plain torch."""
 
-import importlib.util
-import logging
+from __future__ import annotations
+
 import os
-import threading
 from collections.abc import Callable
-from functools import cache
 
 import torch
+from torch import Tensor
 
+from .. import backends
 from .newton import solve_newton
 from .problem import Kernel, Problem, Scaling
 
-__all__ = ["solver_for", "warm_up"]
+__all__ = ["LARGEST_FUSED_SIDE", "runs_kernel", "solve_on_host", "warm_up"]
 
-logger = logging.getLogger(__name__)
-Solver = Callable[..., Scaling]
 LARGEST_FUSED_SIDE = 1024  # the vectors of a problem stay in registers
+Solver = Callable[..., Scaling]
 
 
-def solver_for(method: str, problem: Problem, kernel: Kernel) -> Solver:
-    """The solver to call for "auto", "newton", "numba" or "triton".
+def runs_kernel(cost: Tensor) -> bool:
+    """Whether the Triton kernel solves problems (..., N, M): on CUDA, or with TRITON_INTERPRET=1 on the CPU."""
+    if backends.backend(cost.device.type) != "triton":
+        return False
+    refusal = ""
+    if not cost.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        refusal = "its tensors are on the CPU"
+    elif cost.dtype == torch.float64:
+        refusal = "it is float64"
+    elif max(cost.shape[-2:]) > LARGEST_FUSED_SIDE:
+        refusal = f"a side is longer than {LARGEST_FUSED_SIDE}"
+    if refusal:
+        _say("triton", refusal)
+        return False
+    device = cost.device
+    return backends.passes(("the triton transport", device), lambda: _try_kernel(device))
 
-    Raises:
-        ImportError: where a fast path that was asked for by name is not installed.
-        ValueError: where it does not fit the problem.
-    """
-    if method == "newton":
+
+def solve_on_host(problem: Problem, kernel: Kernel) -> Solver:
+    """The solver for problems whose values may be looked at: the compiled loops, or torch."""
+    if backends.backend(problem.cost.device.type) != "numba":
         return solve_newton
-    if method == "numba":
-        if not is_installed("numba"):
-            raise ImportError('method="numba" needs numba (`pip install "peft-read[fast]"`); "newton" does not.')
-        if not _numba_fits(problem, kernel):
-            raise ValueError(
-                'method="numba" works on the CPU, in float32, and where (max cost - min cost) / reg is at most 42; '
-                'use method="newton".'
-            )
-        from .compiled import solve_compiled
+    refusal = ""
+    if problem.cost.device.type != "cpu":
+        refusal = "its tensors are not on the CPU"
+    elif kernel.dtype != torch.float32:
+        refusal = "it is float64" if problem.cost.dtype == torch.float64 else "it ranges over more than 42 temperatures"
+    if refusal:
+        _say("numba", refusal)
+    elif backends.passes(("the numba transport",), _try_loops):
+        from .numba_kernels import solve_compiled
 
         return solve_compiled
-    if method == "triton" or (problem.cost.is_cuda and _triton_fits(problem, kernel) and is_installed("triton")):
-        if not is_installed("triton"):
-            raise ImportError('method="triton" needs triton (it comes with torch for CUDA); "newton" does not.')
-        if not _triton_fits(problem, kernel):
-            raise ValueError(
-                'method="triton" works on CUDA, in float32, on sides up to 1024, and where (max cost - min cost) / '
-                'reg is at most 42; use method="newton".'
-            )
-        from .triton import solve_fused
-
-        return solve_fused
-    if _numba_fits(problem, kernel) and is_installed("numba"):
-        return _numba_once_compiled() or solve_newton
     return solve_newton
 
 
 def warm_up() -> None:
-    """Waits until the compiled loops for the CPU are there, so that `auto` makes the same choice from now on.
-
-    Training calls it once: with loops that arrive in the middle of a run, a resumed run, or another process of the
-    same run, would differ from an uninterrupted one in the last digits. Without numba it does nothing. The first call
-    on a machine compiles for some seconds, later ones load.
-    """
-    if not is_installed("numba"):
-        return
-    from . import compiled
-
-    if compiled.is_ready():
-        return
-    with _lock:
-        for thread in _threads:
-            thread.join()
-        if not compiled.is_ready():
-            logger.warning("compiling the transport loops, once for this installation (some 20 seconds)")
-            compiled.compile_now()
+    """Compile the loops for the CPU before anything needs them; optional, and nothing without numba."""
+    if backends.backend("cpu") == "numba":
+        backends.passes(("the numba transport",), _try_loops)
 
 
-@cache
-def is_installed(package: str) -> bool:
-    """Whether a package can be imported."""
-    return importlib.util.find_spec(package) is not None
+def _say(name: str, refusal: str) -> None:
+    if backends.is_forced():
+        backends.say_once(
+            ("transport", name, refusal),
+            f'The backend "{name}" cannot take this transport problem: {refusal}. Torch\'s Newton takes it; '
+            'use_backend("auto") says nothing of such cases.',
+        )
 
 
-def _numba_fits(problem: Problem, kernel: Kernel) -> bool:
-    return problem.cost.device.type == "cpu" and kernel.dtype == torch.float32 and not kernel.log_domain
+def _example(device: torch.device) -> Problem:
+    """Two small problems whose answer is known."""
+    cost = torch.tensor([[[0.0, 1.0], [1.0, 0.2], [0.5, 0.5]]], device=device).expand(2, 3, 2).contiguous()
+    rows, cols = cost.new_full((2, 3), 1 / 3).double(), cost.new_full((2, 2), 1 / 2).double()
+    total = torch.tensor([0.5, 0.9], dtype=torch.float64, device=device)
+    no = torch.zeros(2, dtype=torch.bool, device=device)
+    return Problem(cost, rows, cols, total, cost.amin((1, 2)), cost.amax((1, 2)), 0.05, None, 20.0, False, no, no)
 
 
-def _triton_fits(problem: Problem, kernel: Kernel) -> bool:
-    on_device = problem.cost.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"  # the interpreter runs on the CPU
-    fits = max(problem.cost.shape[-2:]) <= LARGEST_FUSED_SIDE
-    return on_device and fits and kernel.dtype == torch.float32 and not kernel.log_domain
+def _try_loops() -> str:
+    from . import numba_kernels
+
+    problem = _example(torch.device("cpu"))
+    kernel = Kernel(problem, torch.float32, False)
+    with backends.compiling("the transport loops", numba_kernels.solve_all):
+        found = numba_kernels.solve_compiled(problem, kernel, tol=1e-5, max_iter=20)
+    return _compare(problem, kernel, found)
 
 
-def _numba_once_compiled() -> Solver | None:
-    """The numba solver, unless that would keep the caller waiting for a compiler.
+def _try_kernel(device: torch.device) -> str:
+    from .triton_kernels import solve_fused
 
-    Compiling takes many seconds, once per machine: numba keeps the machine code beside the package. Where it is
-    there, it is used from the first call on. Where it is not, a thread compiles it, and torch answers until then. It
-    is no daemon: a process that ends early waits for it, instead of pulling the compiler down under its feet.
-    """
-    from . import compiled
-
-    if compiled.is_ready():
-        return compiled.solve_compiled
-    with _lock:
-        if not _threads:
-            _threads.append(threading.Thread(target=compiled.compile_now, name="peft_read-compile"))
-            _threads[0].start()
-    return None
+    problem = _example(device)
+    left, right, _, n_iter, done = solve_fused(
+        problem.cost, problem.rows, problem.cols, problem.total, problem.reg, None, tol=1e-5
+    )
+    found = Scaling(left, right, n_iter.long(), done > 0)
+    return _compare(problem, Kernel(problem, torch.float32, False), found)
 
 
-_lock = threading.Lock()
-_threads: list[threading.Thread] = []
+def _compare(problem: Problem, kernel: Kernel, found: Scaling) -> str:
+    known = solve_newton(problem, kernel, tol=1e-6, max_iter=50)
+    plans = [kernel.plan(one.log_left, one.log_right) for one in (found, known)]
+    close = bool(((plans[0] - plans[1]).abs() <= 1e-4).all())  # false of a NaN too
+    return "" if close and bool(found.converged.all()) else "its plan differs from that of torch"

@@ -133,8 +133,10 @@ def fill_rows(rows: Tensor, level: Tensor, total: Tensor, rows_full: Tensor, sta
         if last_full is not None and bool((full == last_full).all()):
             break
         held = (rows * full).sum(-1, keepdim=True)
-        flow = torch.where(full, 0, rows * gap.clamp_max(0).exp()).sum(-1, keepdim=True)
-        step = ((total - held) / flow).log()
+        below = torch.where(full, -math.inf, gap)
+        nearest = below.amax(-1, keepdim=True)  # rows may be further from full than an exponential reaches
+        flow = (rows * (below - nearest).exp()).sum(-1, keepdim=True)
+        step = ((total - held) / flow).log() - nearest
         if start is not None and last_full is None:
             bound = _lower_bound(rows, level, total)
             log_mass = torch.where(step.isfinite(), log_mass + step, bound)
@@ -150,7 +152,9 @@ def _lower_bound(rows: Tensor, level: Tensor, total: Tensor) -> Tensor:
     return lowest + (total / (rows * (lowest - level).exp()).sum(-1, keepdim=True)).log()
 
 
-def solve_newton(problem: Problem, kernel: Kernel, *, tol: float, max_iter: int) -> Scaling:
+def solve_newton(
+    problem: Problem, kernel: Kernel, *, tol: float, max_iter: int, start: Tensor | None = None
+) -> Scaling:
     """Solves every problem until one more half sweep would move less than `tol` of its mass.
 
     Args:
@@ -158,6 +162,7 @@ def solve_newton(problem: Problem, kernel: Kernel, *, tol: float, max_iter: int)
         kernel: their kernel; the vectors are float64 whatever its dtype.
         tol: the relative mass at which a problem is done.
         max_iter: Newton steps at most.
+        start: log column scalings (P, M) to begin with; 0 if absent.
     """
     dtype = kernel.dtype
     count = len(problem.cost)
@@ -168,7 +173,7 @@ def solve_newton(problem: Problem, kernel: Kernel, *, tol: float, max_iter: int)
 
     dual = _Dual.of(problem, kernel)
     floor = ROUNDING[dtype] * (1 + problem.rows.shape[-1] / 128)
-    y, log_mass = torch.zeros_like(problem.cols), None
+    y, log_mass = torch.zeros_like(problem.cols) if start is None else start, None
     for _ in range(WARM_SWEEPS):
         _, log_mass, pull = dual.rows_at(y, log_mass)
         y = dual.feasible(dual.ascent(pull))

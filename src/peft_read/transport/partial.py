@@ -2,26 +2,32 @@
 
 import math
 import warnings
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from . import exact, fast
+from .certificate import keeps_promises
 from .dykstra import solve_dykstra
 from .gradients import ImplicitPlan
+from .masks import broadcasts, real_entries, shape_of
+from .newton import solve_newton
 from .paper import printed_algorithm
 from .plan import TransportPlan
-from .problem import Kernel, Problem, domain_for
+from .problem import Kernel, Problem, Scaling, domain_for
 
 __all__ = ["partial_optimal_transport"]
 
-METHODS = ("auto", "newton", "numba", "triton", "dykstra", "paper", "exact")
+METHODS = ("auto", "newton", "dykstra", "paper", "exact")
 GRADIENTS = ("envelope", "implicit", "unrolled")
 MARGINALS = ("uniform", "count")
 DEFAULT_ITERATIONS = {"dykstra": 20_000, "paper": 1_000}
 NEWTON_STEPS = 100
 LARGEST_RELATIVE_RANGE = 1e4  # of (max C - min C) / reg: beyond it float64 log potentials lose the fourth digit
 FULL = {torch.float32: 1e-6, torch.float64: 1e-12}  # a mass closer to everything than this is everything
+COARSEST = 20.0  # range of the cost in temperatures from which the way down begins, in halves
+COARSE, COARSE_STEPS = 1e-3, 30  # how well, and in how many Newton steps, the higher temperatures are solved
 SAFETY = 0.05  # of `tol`: moved mass is a first-order quantity, its price can be above the mean cost
 
 _warned = False
@@ -42,6 +48,7 @@ def partial_optimal_transport(
     tol: float = 1e-4,
     max_iter: int | None = None,
     gradient: str = "envelope",
+    check: bool | None = None,
 ) -> TransportPlan:
     """Moves a fraction of the mass between two weighted sets at the least cost, for a stack of problems at once.
 
@@ -62,14 +69,16 @@ def partial_optimal_transport(
             reg·KL(T | a b' · min(Σa, Σb) / (Σa Σb)) takes the place of the entropy.
         row_mask: (..., N), non-zero = real; any dtype. Masks and weights broadcast over the leading shape.
         col_mask: (..., M), likewise.
-        method: "newton" (any device), "dykstra" (the plain reference), "paper" (Algorithm 1 as printed: moves the
-            whole mass 1, ignores `mass` and `tol`), "exact" (no entropy; POT), or "auto", the fastest that is
-            installed and fits, with the same answer; "numba" and "triton" insist on one of the fast paths.
+        method: the algorithm. "newton" (in torch, any device), "dykstra" (the plain reference), "paper" (Algorithm 1
+            as printed: moves the whole mass 1, ignores `mass` and `tol`), "exact" (no entropy; POT), or "auto":
+            Newton's dual by the fastest implementation that is installed and fits; `use_backend` steers which.
         tol: relative accuracy asked of the cost.
         max_iter: at most so many Newton steps or sweeps; the default depends on the method.
         gradient: "envelope": ∂cost/∂C = T, the exact gradient of the regularised value; "implicit": the exact
             gradient of <T, C> itself, and a differentiable plan; "unrolled": automatic differentiation through the
             sweeps of "dykstra" or "paper".
+        check: whether to look at values before solving, which waits for a device. By default on the CPU only; what
+            is wrong on a device then shows in its result: NaN in `cost` and `plan`, False in `converged`.
 
     Returns:
         A `TransportPlan`, in float64 for a float64 cost and in float32 otherwise. Problems without a real row or
@@ -95,56 +104,116 @@ def partial_optimal_transport(
         matrix = cost if cost.dtype == torch.float64 else cost.float()
         if not matrix.numel():
             return _nothing(matrix, leading)
+        fused = chosen == "auto" and tol > 1e-6 and fast.runs_kernel(matrix)
+        check = (not fused if check is None else check) or cost.device.type == "cpu" and not fused
         matrix = matrix.reshape(-1, n_rows, n_cols)
-        rows = _weights("row", row_weights, row_mask, marginals, (*leading, n_rows), cost.device)
-        cols = _weights("col", col_weights, col_mask, marginals, (*leading, n_cols), cost.device)
-        if row_mask is not None or col_mask is not None or row_weights is not None or col_weights is not None:
-            real = (rows > 0)[:, :, None] & (cols > 0)[:, None, :]
-            matrix = torch.where(real, matrix, 0)
-            low = matrix.detach().masked_fill(~real, math.inf).amin((-2, -1))
-            high = matrix.detach().masked_fill(~real, -math.inf).amax((-2, -1))
-            exists = (rows > 0).any(-1) & (cols > 0).any(-1)
-            low, high = torch.where(exists, low, 0), torch.where(exists, high, 0)
-        else:
-            flat = matrix.detach().flatten(1)
-            low, high = flat.amin(1), flat.amax(1)
-            exists = None
-        span = _span(low, high, penalty) / reg
-        if not math.isfinite(span):
-            raise ValueError("cost must be finite on every real row and column, got NaN or infinity.")
-        fraction = _fraction(mass, leading, cost.device) if chosen != "paper" else rows.new_ones(())
+        rows, bad_rows = _weights("row", row_weights, row_mask, marginals, (*leading, n_rows), cost.device, check)
+        cols, bad_cols = _weights("col", col_weights, col_mask, marginals, (*leading, n_cols), cost.device, check)
+        padded = row_mask is not None or col_mask is not None or row_weights is not None or col_weights is not None
+        if padded:
+            matrix = torch.where((rows > 0)[:, :, None] & (cols > 0)[:, None, :], matrix, 0)
+        fraction, bad_mass = _fraction(mass, leading, cost.device, check)
+        if chosen == "paper":
+            fraction, bad_mass = rows.new_ones(()), None
         row_sums, col_sums = rows.sum(-1), cols.sum(-1)
+        unit = None
+        if row_weights is not None or col_weights is not None:
+            # Weights of any size: the plan of a hundredth of all weights is a hundredth of the plan.
+            unit = torch.minimum(row_sums, col_sums)
+            unit = torch.where(unit > 0, unit, 1).log2().floor().exp2()
+            rows, cols = rows / unit[:, None], cols / unit[:, None]
+            row_sums, col_sums = row_sums / unit, col_sums / unit
         total = fraction * torch.minimum(row_sums, col_sums)
-        problem = Problem(
-            matrix,
-            rows,
-            cols,
-            total,
-            low,
-            high,
-            float(reg),
-            penalty,
-            span=span,
-            padded=exists is not None,
-            rows_full=_takes_all(total, row_sums, matrix.dtype, penalty),
-            cols_full=_takes_all(total, col_sums, matrix.dtype, penalty),
-        )
-        if exists is None or bool(exists.all()):
-            plan, n_iter, converged = _solved(problem, chosen, tol, max_iter, gradient)
+        if check:
+            _check_size(total if unit is None else total * unit, matrix, penalty)
+        if fused:
+            if check and not bool(matrix.isfinite().all()):
+                raise ValueError(NOT_FINITE)
+            solved = _by_kernel(matrix, rows, cols, total, float(reg), penalty, padded, tol, gradient)
+            bad = [one for one in (bad_rows, bad_cols, bad_mass) if one is not None]
+            poison = torch.stack(bad).any(0) if bad else None
         else:
-            kept = (exists.nonzero()[:, 0],)
-            found = _solved(problem.select(kept[0]), chosen, tol, max_iter, gradient)
-            plan = torch.zeros_like(matrix).index_put(kept, found[0])
-            n_iter = torch.zeros_like(total).long().index_put(kept, found[1])
-            converged = torch.ones_like(exists).index_put(kept, found[2])
-        return _result(problem, plan, n_iter, converged, leading, chosen)
+            solved = _by_method(
+                matrix, rows, cols, total, row_sums, col_sums, float(reg), penalty, padded, chosen, tol, max_iter,
+                gradient,
+            )  # fmt: skip
+            poison = None
+        problem, plan, scaling = solved
+        return _result(problem, plan, scaling, unit, poison, leading, chosen, tol, warn=check)
+
+
+NOT_FINITE = "cost must be finite on every real row and column, got NaN or infinity."
+Solved = tuple[Problem, Tensor, Scaling]  # the problems, their plans with the gradient asked for, and how they came
+
+
+def _by_kernel(
+    matrix: Tensor, rows: Tensor, cols: Tensor, total: Tensor, reg: float, penalty: float | None, padded: bool,
+    tol: float, gradient: str,
+) -> Solved:  # fmt: skip
+    """By the fused kernel, without a word to the host."""
+    from .triton_kernels import solve_fused
+
+    turned = matrix.shape[-2] < matrix.shape[-1]
+    with torch.no_grad():
+        given = (matrix.mT, cols, rows) if turned else (matrix, rows, cols)
+        left, right, bounds, n_iter, done = solve_fused(
+            given[0].contiguous(), given[1], given[2], total, reg, penalty, tol=tol * SAFETY
+        )
+        if turned:
+            left, right = right, left
+        nothing = torch.zeros_like(done, dtype=torch.bool)
+        problem = Problem(
+            matrix, rows, cols, total, bounds[:, 0], bounds[:, 1], reg, penalty, 0.0, padded, nothing, nothing
+        )
+        scaling = Scaling(left, right, n_iter.long(), done > 0)
+        plan = Kernel.exponents(problem, torch.float64)
+        plan = (plan + left[:, :, None] + right[:, None, :]).exp().to(matrix.dtype)
+        # Costs that are no numbers must not come out as a plan.
+        plan = torch.where((done < 0)[:, None, None], math.nan, plan)
+    if gradient == "implicit":
+        plan = ImplicitPlan.apply(matrix, plan, left, right, problem)
+    return problem, plan, scaling
+
+
+def _by_method(
+    matrix: Tensor, rows: Tensor, cols: Tensor, total: Tensor, row_sums: Tensor, col_sums: Tensor, reg: float,
+    penalty: float | None, padded: bool, method: str, tol: float, max_iter: int | None, gradient: str,
+) -> Solved:  # fmt: skip
+    """By the method named, and on the values."""
+    flat = matrix.detach()
+    exists = None
+    if padded:
+        real = (rows > 0)[:, :, None] & (cols > 0)[:, None, :]
+        low, high = flat.masked_fill(~real, math.inf).amin((-2, -1)), flat.masked_fill(~real, -math.inf).amax((-2, -1))
+        exists = (rows > 0).any(-1) & (cols > 0).any(-1)
+        low, high = torch.where(exists, low, 0), torch.where(exists, high, 0)
+    else:
+        low, high = flat.amin((-2, -1)), flat.amax((-2, -1))
+    span = _span(low, high, penalty) / reg
+    if not math.isfinite(span):
+        raise ValueError(NOT_FINITE)
+    problem = Problem(
+        matrix, rows, cols, total, low, high, reg, penalty, span=span, padded=padded,
+        rows_full=_takes_all(total, row_sums, matrix.dtype, penalty),
+        cols_full=_takes_all(total, col_sums, matrix.dtype, penalty),
+    )  # fmt: skip
+    if exists is None or bool(exists.all()):
+        return problem, *_solved(problem, method, tol, max_iter, gradient)
+    kept = (exists.nonzero()[:, 0],)
+    plan, scaling = _solved(problem.select(kept[0]), method, tol, max_iter, gradient)
+    return problem, torch.zeros_like(matrix).index_put(kept, plan), Scaling(
+        torch.full_like(rows, -math.inf).index_put(kept, scaling.log_left),
+        torch.full_like(cols, -math.inf).index_put(kept, scaling.log_right),
+        torch.zeros_like(total).long().index_put(kept, scaling.n_iter),
+        torch.ones_like(exists).index_put(kept, scaling.converged),
+    )  # fmt: skip
 
 
 def _span(low: Tensor, high: Tensor, penalty: float | None) -> float:
     """The largest range of the real costs of a problem; a penalty counts as one more cost."""
     if penalty is not None:
         low, high = low.clamp_max(penalty), high.clamp_min(penalty)
-    return float((high - low).amax())
+    return float((high.double() - low.double()).amax())
 
 
 def _takes_all(total: Tensor, weight_sum: Tensor, dtype: torch.dtype, penalty: float | None) -> Tensor:
@@ -154,11 +223,12 @@ def _takes_all(total: Tensor, weight_sum: Tensor, dtype: torch.dtype, penalty: f
 
 def _solved(
     problem: Problem, method: str, tol: float, max_iter: int | None, gradient: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(plan, n_iter, converged); the plan carries the gradient that was asked for."""
+) -> tuple[Tensor, Scaling]:
+    """The plan, which carries the gradient that was asked for, and the scalings (of plans that have them)."""
     max_iter = DEFAULT_ITERATIONS.get(method, NEWTON_STEPS) if max_iter is None else max_iter
     if not len(problem.cost):
-        return problem.cost, problem.total.long(), problem.total > 0
+        nothing = problem.total.long()
+        return problem.cost, Scaling(problem.rows, problem.cols, nothing, nothing > 0)
     if method != "exact" and problem.span > LARGEST_RELATIVE_RANGE:
         raise ValueError(
             f"reg={problem.reg} is too small for a cost that ranges over {problem.span * problem.reg:.6g}: "
@@ -166,33 +236,51 @@ def _solved(
             'method="exact".'
         )
     with torch.set_grad_enabled(gradient == "unrolled" and torch.is_grad_enabled()):
-        scaling = None
         if method == "exact":
             plan = exact.solve_exact(problem).to(problem.cost)
-            n_iter, converged = torch.zeros_like(problem.total).long(), torch.ones_like(problem.total).bool()
-        elif method == "paper":
-            plan, n_iter, converged = _paper(problem, tol, max_iter)
+            found = torch.zeros_like(problem.total).long()
+            return plan, Scaling(_no_scaling(problem.rows), _no_scaling(problem.cols), found, found == 0)
+        if method == "paper":
+            return _paper(problem, tol, max_iter)
+        at_least = problem.cost.dtype if tol > 1e-6 else torch.float64
+        dtype, log_domain = domain_for(problem, at_least)
+        # Every solver but Dykstra's works on the shorter side, as columns.
+        tall = problem if problem.cost.shape[-2] >= problem.cost.shape[-1] or method == "dykstra" else problem.mT
+        kernel = Kernel(tall, dtype, log_domain)
+        if method == "dykstra":
+            scaling = solve_dykstra(tall, kernel, tol=tol * SAFETY, max_iter=max_iter)
         else:
-            at_least = problem.cost.dtype if tol > 1e-6 else torch.float64
-            dtype, log_domain = domain_for(problem, at_least)
-            # Every solver but Dykstra's works on the shorter side, as columns.
-            tall = problem if problem.cost.shape[-2] >= problem.cost.shape[-1] or method == "dykstra" else problem.mT
-            kernel = Kernel(tall, dtype, log_domain)
-            if method == "dykstra":
-                scaling = solve_dykstra(tall, kernel, tol=tol * SAFETY, max_iter=max_iter)
-            else:
-                solver = fast.solver_for(method, tall, kernel)
-                scaling = solver(tall, kernel, tol=tol * SAFETY, max_iter=max_iter)
-            plan = kernel.plan(scaling.log_left, scaling.log_right).to(problem.cost.dtype)
-            if tall is not problem:
-                plan, scaling = plan.mT, scaling.mT
-            n_iter, converged = scaling.n_iter, scaling.converged
-    if gradient == "implicit" and scaling is not None:
+            solver = fast.solve_on_host(tall, kernel) if method == "auto" else solve_newton
+            start = {"start": _from_above(tall)} if log_domain else {}
+            scaling = solver(tall, kernel, tol=tol * SAFETY, max_iter=max_iter, **start)
+        plan = kernel.plan(scaling.log_left, scaling.log_right).to(problem.cost.dtype)
+        if tall is not problem:
+            plan, scaling = plan.mT, scaling.mT
+    if gradient == "implicit":
         plan = ImplicitPlan.apply(problem.cost, plan, scaling.log_left, scaling.log_right, problem)
-    return plan, n_iter, converged
+    return plan, scaling
 
 
-def _paper(problem: Problem, tol: float, max_iter: int) -> tuple[Tensor, Tensor, Tensor]:
+def _no_scaling(weights: Tensor) -> Tensor:
+    return torch.full_like(weights, math.nan)
+
+
+def _from_above(problem: Problem) -> Tensor:
+    """Log column scalings to start from where the temperature is far below the range of the cost.
+
+    The same problem is solved roughly at higher temperatures first, each half of the one before: a potential that is
+    a thousand temperatures long would take Newton's bounded steps too long from nothing.
+    """
+    start, stretch = torch.zeros_like(problem.cols), 2.0 ** math.ceil(math.log2(problem.span / COARSEST))
+    while stretch > 1:
+        coarse = replace(problem, reg=problem.reg * stretch, span=problem.span / stretch)
+        kernel = Kernel(coarse, torch.float64, True)
+        found = solve_newton(coarse, kernel, tol=COARSE, max_iter=COARSE_STEPS, start=start).log_right
+        start, stretch = torch.where(problem.cols > 0, found, 0) * 2, stretch / 2
+    return start
+
+
+def _paper(problem: Problem, tol: float, max_iter: int) -> tuple[Tensor, Scaling]:
     dtype, log_domain = domain_for(problem, problem.cost.dtype)
     if log_domain:
         raise ValueError(
@@ -204,26 +292,48 @@ def _paper(problem: Problem, tol: float, max_iter: int) -> tuple[Tensor, Tensor,
     plan = printed_algorithm(shifted, problem.rows.to(dtype), problem.cols.to(dtype), problem.reg, max_iter)
     plan = plan.to(problem.cost.dtype)
     error = (plan.detach().sum(-1) - problem.rows).abs().sum(-1) + (plan.detach().sum(-2) - problem.cols).abs().sum(-1)
-    return plan, torch.full_like(problem.total, max_iter).long(), error <= tol
+    n_iter = torch.full_like(problem.total, max_iter).long()
+    return plan, Scaling(_no_scaling(problem.rows), _no_scaling(problem.cols), n_iter, error <= tol)
 
 
 def _result(
-    problem: Problem, plan: Tensor, n_iter: Tensor, converged: Tensor, leading: torch.Size, method: str
-) -> TransportPlan:
+    problem: Problem, plan: Tensor, scaling: Scaling, unit: Tensor | None, poison: Tensor | None, leading: torch.Size,
+    method: str, tol: float, *, warn: bool,
+) -> TransportPlan:  # fmt: skip
+    """What the caller gets; whether a problem converged is read off the plan, whatever its solver says."""
+    certificate = keeps_promises(problem, plan.detach(), scaling, tol)
+    converged, mass, excess = certificate.converged, certificate.mass, certificate.excess
+    if unit is not None:
+        plan = (plan.double() * unit[:, None, None]).to(plan.dtype)
+        mass, excess = mass * unit, excess * unit
+    if poison is not None:
+        plan, converged = torch.where(poison[:, None, None], math.nan, plan), converged & ~poison
     value = (plan * problem.cost).sum((-2, -1))
-    found = plan.detach()
-    row_sums, col_sums = found.sum(-1), found.sum(-2)
-    excess = torch.maximum((row_sums - problem.rows).amax(-1), (col_sums - problem.cols).amax(-1)).clamp_min(0)
-    if method != "paper" and not bool(converged.all()):
+    if warn and method != "paper" and not bool(converged.all()):
         _warn_once(int((~converged).sum()), len(converged))
     return TransportPlan(
         plan.reshape(*leading, *plan.shape[-2:]),
         value.reshape(leading),
-        row_sums.sum(-1).reshape(leading),
-        n_iter.reshape(leading),
+        mass.to(plan.dtype).reshape(leading),
+        scaling.n_iter.reshape(leading),
         converged.reshape(leading),
-        excess.to(found.dtype).reshape(leading),
+        excess.to(plan.dtype).reshape(leading),
     )
+
+
+def _check_size(total: Tensor, matrix: Tensor, penalty: float | None) -> None:
+    """Raises if the mass to move, or its cost, is no normal number of the plan's dtype."""
+    limits = torch.finfo(matrix.dtype)
+    largest = matrix.detach().abs().amax((-2, -1)).double().nan_to_num(1.0, 1.0)  # what is no number is said later
+    small = total < limits.tiny * matrix.shape[-2] * matrix.shape[-1] / limits.eps
+    small |= (largest > 0) & (total * largest < limits.tiny / limits.eps)
+    wrong = (total > 0) & (small | (total * largest.clamp_min(1) > limits.max))
+    if penalty is None and bool(wrong.any()):
+        raise ValueError(
+            f"a mass of {float(total[wrong][0]):.4g} at costs up to {float(largest[wrong][0]):.4g}: {matrix.dtype} cannot "
+            f"hold it in {matrix.shape[-2]} x {matrix.shape[-1]} parts, or not its cost. Scale row_weights, col_weights "
+            "or the cost, or pass a float64 cost."
+        )
 
 
 def _nothing(matrix: Tensor, leading: torch.Size) -> TransportPlan:
@@ -239,59 +349,69 @@ def _weights(
     marginals: str,
     shape: tuple[int, ...],
     device: torch.device,
-) -> Tensor:
-    """The capacities of one side, (P, N) float64, 0 on padding."""
+    check: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The capacities of one side, (P, N) float64, 0 on padding; and the problems (P,) where they are wrong, if any.
+
+    Wrong values raise where `check` allows to look at them.
+    """
+    count = math.prod(shape[:-1])
     if mask is None and weights is None:
         weight = 1.0 if marginals == "count" else 1 / shape[-1]
-        return torch.full((math.prod(shape[:-1]), shape[-1]), weight, dtype=torch.float64, device=device)
-    real = torch.ones(shape[-1], dtype=torch.bool, device=device)
+        return torch.full((count, shape[-1]), weight, dtype=torch.float64, device=device), None
+    real, wrong = torch.ones((), dtype=torch.bool, device=device), None
     if mask is not None:
-        _check_mask(f"{side}_mask", mask, shape)
-        real = mask.to(device) != 0
+        real, wrong = real_entries(f"{side}_mask", mask, shape, check=check)
+        real = real.to(device)
+        wrong = None if wrong is None else wrong.to(device).broadcast_to(shape).reshape(count, -1).any(-1)
     if weights is None:
         found = real.double()
         if marginals == "uniform":
             found = found / found.sum(-1, keepdim=True).clamp_min(1)
-        return found.broadcast_to(shape).reshape(-1, shape[-1])
+        return found.broadcast_to(shape).reshape(-1, shape[-1]), wrong
     name = f"{side}_weights"
     if marginals == "count":
         raise ValueError(f'{name} cannot be given with marginals="count", which sets every weight to 1.')
-    if not isinstance(weights, Tensor) or weights.is_complex() or not _broadcasts(weights.shape, shape):
-        raise ValueError(f"{name} must be a real tensor of shape {shape}, or broadcast to it, got {_shape(weights)}.")
+    if not isinstance(weights, Tensor) or weights.is_complex() or not broadcasts(weights.shape, shape):
+        raise ValueError(f"{name} must be a real tensor of shape {shape}, or broadcast to it, got {shape_of(weights)}.")
     found = weights.detach().to(device).double()
-    if not bool(((found >= 0) & found.isfinite()).all()):
+    good = (found >= 0) & found.isfinite()
+    if check and not bool(good.all()):
         raise ValueError(f"{name} must be finite and at least 0, got {float(found.nan_to_num(-math.inf).amin())}.")
     found, real = found.broadcast_to(shape), real.broadcast_to(shape)
     found = torch.where(real, found, 0).reshape(-1, shape[-1])
-    if bool(((found.sum(-1) <= 0) & real.reshape(-1, shape[-1]).any(-1)).any()):
+    sums = found.sum(-1)
+    empty = (sums <= 0) & real.reshape(-1, shape[-1]).any(-1)
+    if not check:
+        bad = empty | ~sums.isfinite() | ~good.broadcast_to(shape).reshape(count, -1).all(-1)
+        return found, bad if wrong is None else wrong | bad
+    if bool(empty.any()):
         raise ValueError(
             f"{name} sums to zero in a problem that has real entries: every problem needs a positive sum."
         )
-    return found
+    if not bool(sums.isfinite().all()):
+        raise ValueError(f"{name} sums to infinity: scale the weights.")
+    return found, None
 
 
-def _check_mask(name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
-    if not isinstance(mask, Tensor) or not _broadcasts(mask.shape, shape):
-        raise ValueError(f"{name} must be a tensor of shape {shape}, or broadcast to it, got {_shape(mask)}.")
-    if mask.is_complex():
-        raise ValueError(f"{name} must be boolean, integer or floating point (non-zero = real), got {mask.dtype}.")
-    if mask.is_floating_point() and not bool((mask >= 0).all()):
-        raise ValueError(
-            f"{name} has negative or NaN entries: it must be non-zero on real entries and 0 on padding, not a mask to "
-            "be added to attention scores."
-        )
-
-
-def _fraction(mass: float | Tensor, leading: torch.Size, device: torch.device) -> Tensor:
+def _fraction(
+    mass: float | Tensor, leading: torch.Size, device: torch.device, check: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The fraction of each problem (P,), and where it is wrong, if nobody may look."""
     if isinstance(mass, int | float) and 0 < mass <= 1:
-        return torch.full((math.prod(leading),), mass, dtype=torch.float64, device=device)
+        return torch.full((math.prod(leading),), mass, dtype=torch.float64, device=device), None
     fraction = torch.as_tensor(mass, dtype=torch.float64, device=device).detach()
-    if not _broadcasts(fraction.shape, leading):
+    if not broadcasts(fraction.shape, leading):
         raise ValueError(f"mass must be a number or broadcast to shape {tuple(leading)}, got {tuple(fraction.shape)}.")
-    if not bool(((fraction > 0) & (fraction <= 1)).all()):
-        wrong = fraction[~((fraction > 0) & (fraction <= 1))][0]
-        raise ValueError(f"mass must be in (0, 1], the fraction of the smaller side to move, got {float(wrong)}.")
-    return fraction.broadcast_to(leading).reshape(-1)
+    good = (fraction > 0) & (fraction <= 1)
+    fraction, wrong = fraction.broadcast_to(leading).reshape(-1), None
+    if check or not isinstance(mass, Tensor):
+        if not bool(good.all()):
+            first = float(torch.as_tensor(mass, dtype=torch.float64)[~good.cpu()].flatten()[0])
+            raise ValueError(f"mass must be in (0, 1], the fraction of the smaller side to move, got {first}.")
+    else:
+        wrong = ~good.broadcast_to(leading).reshape(-1)
+    return fraction, wrong
 
 
 def _checked_options(
@@ -307,6 +427,11 @@ def _checked_options(
     for name, value, allowed in (
         ("method", method, METHODS), ("gradient", gradient, GRADIENTS), ("marginals", marginals, MARGINALS),
     ):  # fmt: skip
+        if name == "method" and value in ("numba", "triton"):
+            raise ValueError(
+                f'method={value!r} is no algorithm but an implementation: write method="auto" and '
+                f'use_backend("{value}"), or set PEFT_READ_BACKEND={value}.'
+            )
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
     for name, number in (("reg", reg), ("tol", tol)):
@@ -327,16 +452,6 @@ def _checked_options(
             raise ValueError(f'gradient="unrolled" needs method="dykstra" or "paper", got {method!r}.')
         return "dykstra" if method == "auto" else method
     return method
-
-
-def _broadcasts(shape: torch.Size, target: tuple[int, ...]) -> bool:
-    return len(shape) <= len(target) and all(
-        size in (1, full) for size, full in zip(reversed(shape), reversed(target), strict=False)
-    )
-
-
-def _shape(value: object) -> str:
-    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _warn_once(failed: int, count: int) -> None:

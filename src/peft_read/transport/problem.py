@@ -112,16 +112,23 @@ class Kernel:
 
     def __init__(self, problem: Problem, dtype: torch.dtype, log_domain: bool) -> None:
         self.dtype, self.log_domain = dtype, log_domain
-        low = problem.low.to(dtype)[:, None, None]
-        matrix = (low - problem.cost.to(dtype)) * (1 / problem.reg)
+        matrix = self.exponents(problem, dtype)
+        self.by_rows = (matrix if log_domain else matrix.exp_()).contiguous()
+
+    @staticmethod
+    def exponents(problem: Problem, dtype: torch.dtype) -> Tensor:
+        """-(C - low) / reg with what a penalty adds, -inf on padding, (P, N, M)."""
+        wide = dtype if 1e-30 < problem.reg < 1e30 else torch.float64  # float32 cannot hold 1 / reg
+        low = problem.low.to(wide)[:, None, None]
+        matrix = ((low - problem.cost.to(wide)) * (1 / problem.reg)).to(dtype)
         if problem.penalty is not None:
             left, right = problem.log_reference()
             # The shift by `low` has to be paid back here: under a penalty the scale of K is the answer.
-            matrix = matrix + (left[:, :, None] + (right - (problem.low / problem.reg)[:, None])[:, None, :]).to(dtype)
+            matrix = matrix + (left[:, :, None] + (right - (problem.low.double() / problem.reg)[:, None])[:, None, :]).to(dtype)
         if problem.padded:
             real = (problem.rows > 0)[:, :, None] & (problem.cols > 0)[:, None, :]
             matrix = torch.where(real, matrix, -math.inf)
-        self.by_rows = (matrix if log_domain else matrix.exp_()).contiguous()
+        return matrix
 
     @cached_property
     def by_cols(self) -> Tensor:

@@ -12,6 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
+from ..float32_heads import check_mask, in_float32
 from ..original_checkpoints import Checkpoint, load_original_weights
 from .configuration_moment_detr import MomentDetrConfig
 from .loss_moment_detr import moment_detr_losses, weighted_sum
@@ -30,13 +31,15 @@ class MomentDetrOutput(ModelOutput):
         pred_logits: (B, Q, 2), class 0 = foreground, 1 = background.
         pred_spans: (B, Q, 2) centre and width in [0, 1], or with `"ce"` spans (B, Q, 2 bins): logits of the first
             clip, then of the last.
-        saliency_scores: (B, L_v), unbounded; values at padded clips mean nothing.
+        saliency_scores: (B, L_v), unbounded; values at padded clips mean nothing, see `video_mask`.
         auxiliary_outputs: predictions of the earlier decoder layers, a list of dicts.
         encoder_hidden_states: the projected [video; text], then the raw output of every encoder layer, before any
             final norm; each (B, L_v + L_t, d).
         proj_queries: (B, Q, c), unit rows, where the contrastive loss is on.
         proj_txt_mem: (B, L_t, c), unit rows.
         proj_vid_mem: (B, L_v, c), unit rows.
+        video_mask: (B, L_v) int64, 1 = a real clip. A Trainer that joins batches of different lengths pads it with
+            -100, as it pads the scores.
     """
 
     loss: Tensor | None = None
@@ -49,6 +52,7 @@ class MomentDetrOutput(ModelOutput):
     proj_queries: Tensor | None = None
     proj_txt_mem: Tensor | None = None
     proj_vid_mem: Tensor | None = None
+    video_mask: Tensor | None = None
 
 
 class InputProjection(nn.Module):
@@ -152,9 +156,10 @@ class MomentDetrForTemporalGrounding(PreTrainedModel):
         video_mask: Tensor | None = None,
         text_features: Tensor | None = None,
         text_mask: Tensor | None = None,
-        span_labels: Sequence[Tensor] | None = None,
+        span_labels: Sequence[Tensor] | Tensor | None = None,
         saliency_pos_labels: Tensor | None = None,
         saliency_neg_labels: Tensor | None = None,
+        span_mask: Tensor | None = None,
     ) -> MomentDetrOutput:
         """Predict moments and highlight scores.
 
@@ -163,10 +168,12 @@ class MomentDetrForTemporalGrounding(PreTrainedModel):
             video_mask: (B, L_v), non-zero = real; None: all real.
             text_features: (B, L_t, text_feature_dim).
             text_mask: (B, L_t), non-zero = real; None: all real.
-            span_labels: the moments, one (n, 2) an example: centre and width as shares of the video, or with `"ce"`
-                spans the int64 indices of the first and last clip.
-            saliency_pos_labels: (B, P) indices of salient clips.
+            span_labels: the moments, (B, n, 2) padded with negative rows (the Trainer's -100), or one (n, 2) an
+                example: centre and width as shares of the video, or with `"ce"` spans the int64 indices of the first
+                and last clip.
+            saliency_pos_labels: (B, P) indices of salient clips; -1 = no pair.
             saliency_neg_labels: (B, P) indices of clips that shall score lower than their partners.
+            span_mask: (B, n), positive = a moment; None: the rows of `span_labels` that are not negative.
 
         Raises:
             ValueError: the text is missing, or shapes do not fit.
@@ -193,10 +200,10 @@ class MomentDetrForTemporalGrounding(PreTrainedModel):
         )
         layers = self._predictions(states, memory[:, clips:])
         supervised = [layers[-1], *layers[:-1]] if self.config.auxiliary_loss else layers[-1:]
-        saliency_scores = self.saliency_proj(memory[:, :clips]).squeeze(-1)
+        saliency_scores = in_float32(self.saliency_proj, memory[:, :clips]).squeeze(-1)
 
         loss_dict = None
-        if span_labels is not None or saliency_pos_labels is not None:
+        if any(labels is not None for labels in (span_labels, saliency_pos_labels, saliency_neg_labels)):
             loss_dict = moment_detr_losses(
                 supervised,
                 config=self.config,
@@ -205,6 +212,7 @@ class MomentDetrForTemporalGrounding(PreTrainedModel):
                 saliency_pos_labels=saliency_pos_labels,
                 saliency_neg_labels=saliency_neg_labels,
                 text_mask=text_mask,
+                span_mask=span_mask,
             )
         video_memory = None
         if self.config.contrastive_align:
@@ -216,6 +224,7 @@ class MomentDetrForTemporalGrounding(PreTrainedModel):
             auxiliary_outputs=layers[:-1] if self.config.auxiliary_loss else None,
             encoder_hidden_states=tuple(hidden_states),
             proj_vid_mem=video_memory,
+            video_mask=video_mask.long(),
             **layers[-1],
         )
 
@@ -230,13 +239,14 @@ class MomentDetrForTemporalGrounding(PreTrainedModel):
             mask = features.new_ones(features.shape[:2])
         if mask.shape != features.shape[:2]:
             raise ValueError(f"{kind}_mask must be {tuple(features.shape[:2])}, not {tuple(mask.shape)}")
+        check_mask(f"{kind}_mask", mask)
         return features.to(self.dtype), mask.to(features.device).ne(0)
 
     def _predictions(self, states: Tensor, text_memory: Tensor) -> list[dict[str, Tensor]]:
         """One dict a decoder layer, from the normalised states (layers, B, Q, d)."""
-        spans = self.span_embed(states)
+        spans = in_float32(self.span_embed, states)
         predictions = {
-            "pred_logits": self.class_embed(states),
+            "pred_logits": in_float32(self.class_embed, states),
             "pred_spans": spans.sigmoid() if self.config.span_loss_type == "l1" else spans,
         }
         shared = {}

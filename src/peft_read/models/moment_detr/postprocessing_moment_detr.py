@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from ...spans import centre_width_to_start_end, clips_to_seconds, temporal_nms
+from ...values import number
 from .configuration_moment_detr import MomentDetrConfig
 
 __all__ = ["highlight_scores", "ranked_windows"]
+
+ORIGINAL_LONGEST = 150.0  # seconds at which the original cuts every window, whatever the video
 
 
 @torch.no_grad()
@@ -21,14 +24,15 @@ def ranked_windows(
     *,
     config: MomentDetrConfig,
     clip_seconds: float | None = 2.0,
-    longest_seconds: float = 150.0,
+    longest_seconds: float | None = None,
     nms_threshold: float | None = None,
 ) -> list[list[list[float]]]:
     """Windows (start, end, score) of every video by descending score, in the numbers of the official submission.
 
     The score of a regressed span is its foreground probability; that of a classified span (`"ce"`) is the product of
-    the probabilities of its first and last clip. Every number is rounded to 4 decimals, windows are then clamped to
-    [0, longest_seconds] and rounded to whole clips (half to even), all in float32 as in the original.
+    the probabilities of its first and last clip, the likeliest pair that is in order. Every number is rounded to 4
+    decimals, windows are then clamped to [0, longest_seconds] and rounded to whole clips (half to even), all in
+    float32 as in the original. A window that begins behind the end is left out.
 
     Args:
         pred_logits: (B, Q, 2).
@@ -36,7 +40,7 @@ def ranked_windows(
         duration_seconds: length of each video; not used with `"ce"` spans, whose unit is the clip.
         config: the model's configuration.
         clip_seconds: length of a clip; None leaves windows of regressed spans as they are, not rounded to clips.
-        longest_seconds: upper end of every window.
+        longest_seconds: upper end of every window; None: 150 s as in the original, and of a longer video its duration.
         nms_threshold: drop windows that overlap a better one by more (see `temporal_nms`); None: keep all.
 
     Returns:
@@ -47,21 +51,34 @@ def ranked_windows(
     """
     if len(duration_seconds) != len(pred_logits):
         raise ValueError(f"{len(duration_seconds)} durations for {len(pred_logits)} videos")
+    durations = [number(seconds, f"the duration of video {i}", above=0) for i, seconds in enumerate(duration_seconds)]
+    if clip_seconds is not None:
+        number(clip_seconds, "clip_seconds", above=0)
+    if longest_seconds is not None and number(longest_seconds, "longest_seconds", above=0) < max(durations, default=0):
+        raise ValueError(
+            f"longest_seconds={longest_seconds:g} would cut the windows of a video of {max(durations):g} s"
+        )
+    if not (pred_logits.isfinite().all() and pred_spans.isfinite().all()):
+        raise ValueError("the predictions hold NaN or infinite numbers: their ranking would mean nothing")
     pred_logits, pred_spans = pred_logits.float().cpu(), pred_spans.float().cpu()
     if config.span_loss_type == "l1":
         scores = pred_logits.softmax(-1)[..., 0]
-        durations = torch.tensor(duration_seconds, dtype=torch.float32)
-        windows = centre_width_to_start_end(pred_spans) * durations[:, None, None]
+        windows = centre_width_to_start_end(pred_spans) * torch.tensor(durations, dtype=torch.float32)[:, None, None]
     else:
         if clip_seconds is None:
             raise ValueError("span_loss_type='ce' names clips: pass clip_seconds")
-        best, clips = pred_spans.unflatten(-1, (2, -1)).softmax(-1).max(-1)  # (B, Q, 2)
-        scores, windows = best.prod(-1), clips_to_seconds(clips, clip_seconds)
+        first, last = pred_spans.unflatten(-1, (2, -1)).softmax(-1).unbind(2)  # (B, Q, bins)
+        likeliest, where = first.cummax(-1)  # of the first clips that do not lie behind a last one
+        scores, end = (likeliest * last).max(-1)
+        clips = torch.stack((where.gather(-1, end.unsqueeze(-1)).squeeze(-1), end), dim=-1)
+        windows = clips_to_seconds(clips, clip_seconds)
     results = []
-    for rows in torch.cat((windows, scores.unsqueeze(-1)), dim=-1).tolist():
-        ranked = sorted(rows, key=lambda row: row[2], reverse=True)
+    for rows, seconds in zip(torch.cat((windows, scores.unsqueeze(-1)), dim=-1).tolist(), durations, strict=True):
+        limit = max(ORIGINAL_LONGEST, seconds) if longest_seconds is None else longest_seconds
+        ranked = sorted((row for row in rows if row[0] < limit), key=lambda row: row[2], reverse=True)
         table = torch.tensor([[_four_decimals(value) for value in row] for row in ranked], dtype=torch.float32)
-        bounds = table[:, :2].clamp(0, longest_seconds)
+        table = table.reshape(-1, 3)
+        bounds = table[:, :2].clamp(0, limit)
         if clip_seconds is not None:
             bounds = torch.round(bounds / clip_seconds) * clip_seconds
         final = [
@@ -77,12 +94,22 @@ def highlight_scores(saliency_scores: Tensor, video_mask: Tensor, *, half_precis
 
     Args:
         saliency_scores: (B, L).
-        video_mask: (B, L), non-zero = real, real clips first.
+        video_mask: (B, L), positive = real, real clips first; such as the model's output `video_mask`, also joined and
+            padded with -100 by a Trainer.
         half_precision: round to float16 first, as the original does before it writes a submission.
+
+    Raises:
+        ValueError: the shapes differ, or the score of a real clip is NaN, infinite, or too large for float16.
     """
+    if saliency_scores.shape != video_mask.shape:
+        raise ValueError(f"scores {tuple(saliency_scores.shape)} and mask {tuple(video_mask.shape)} differ in shape")
     scores = saliency_scores.half() if half_precision else saliency_scores
-    lengths = video_mask.ne(0).sum(1).tolist()
-    return [row[:length].tolist() for row, length in zip(scores.cpu(), lengths, strict=True)]
+    real = video_mask.gt(0)
+    if bad := (real & ~scores.isfinite()).any(1).nonzero().flatten().tolist():
+        raise ValueError(
+            f"the highlight scores of video {bad[0]} of the batch are not finite{' in float16' * half_precision}"
+        )
+    return [row[:length].tolist() for row, length in zip(scores.cpu(), real.sum(1).tolist(), strict=True)]
 
 
 def _four_decimals(value: float) -> float:

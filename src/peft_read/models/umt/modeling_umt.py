@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
+from ..float32_heads import check_mask, in_float32
 from ..original_checkpoints import Checkpoint, load_original_weights
 from .configuration_umt import UMTConfig
 from .loss_umt import boundary_losses, boundary_targets, saliency_loss
@@ -35,12 +36,15 @@ class UMTOutput(ModelOutput):
         loss_dict: the terms under the original's names (`d2.saliency_loss` ...), weights inside.
         saliency_scores: (B, L) in [0, 1], 0 at padded clips.
         boundaries: (B, K, 3) windows (start, end, score) in seconds by descending score, K = min(100, L).
+        video_mask: (B, L) int64, 1 = a real clip. A Trainer that joins batches of different lengths pads it with -100,
+            as it pads the scores and the windows.
     """
 
     loss: Tensor | None = None
     loss_dict: dict[str, Tensor] | None = None
     saliency_scores: Tensor | None = None
     boundaries: Tensor | None = None
+    video_mask: Tensor | None = None
 
 
 class SaliencyHead(nn.Module):
@@ -87,12 +91,12 @@ class BoundaryHead(nn.Module):
         """
         clips = center.shape[1]
         scores, best = center.topk(min(self.config.max_moments, clips))
-        middle = best + offset.gather(1, best).clamp(min=0)
-        half = window.gather(1, best).clamp(min=0) / 2
+        middle = best + offset.float().gather(1, best).clamp(min=0)
+        half = window.float().gather(1, best).clamp(min=0) / 2
         bounds = torch.stack((middle - half, middle + half), dim=-1).clamp(min=0, max=clips - 1)
         unit = self.config.clip_seconds
         seconds = bounds * unit + bounds.new_tensor([0.0, unit])
-        return torch.cat((seconds, scores.unsqueeze(-1)), dim=-1)
+        return torch.cat((seconds, scores.float().unsqueeze(-1)), dim=-1)
 
 
 class UMTForTemporalGrounding(PreTrainedModel):
@@ -168,7 +172,7 @@ class UMTForTemporalGrounding(PreTrainedModel):
                 infinity).
             saliency_labels: (B, L) in [0, 1], negative = no label.
             boundary_labels: (B, n, 2) windows in seconds.
-            boundary_mask: (B, n), non-zero = a window. None: the rows that do not start at -1.
+            boundary_mask: (B, n), positive = a window. None: the rows that do not start below 0.
 
         Raises:
             ValueError: a stream is missing, or shapes do not fit. Labels without their head are ignored.
@@ -193,13 +197,13 @@ class UMTForTemporalGrounding(PreTrainedModel):
         for head in self.pred_head:
             for i in sorted({*predicting, *supervised}):
                 if isinstance(head, SaliencyHead):
-                    logits = head(layers[i])
+                    logits = in_float32(head, layers[i])
                     if i in predicting:
                         saliencies.append(logits.sigmoid() * mask)
                     if saliency_labels is not None and i in supervised:
                         losses[f"d{i}.saliency_loss"] = saliency_loss(logits, saliency_labels, mask, config)
                 elif isinstance(head, BoundaryHead):
-                    center, window, offset = head(layers[i], mask)
+                    center, window, offset = in_float32(head, layers[i], mask)
                     if i in predicting:
                         boundaries.append(head.decode(center, window, offset))
                     if boundary_labels is not None and i in supervised:
@@ -212,6 +216,7 @@ class UMTForTemporalGrounding(PreTrainedModel):
             loss_dict=losses or None,
             saliency_scores=torch.stack(saliencies).mean(0) if saliencies else None,
             boundaries=torch.cat(boundaries, dim=1) if boundaries else None,
+            video_mask=mask.long(),
         )
 
     def _checked(self, kind: str, features: Tensor | None, clips: Tensor | None) -> Tensor | None:
@@ -237,10 +242,11 @@ class UMTForTemporalGrounding(PreTrainedModel):
             shape = None if text is None else tuple(text.shape)
             raise ValueError(f"text_features must be (batch, tokens, text_feature_dim={width}), not {shape}")
         finite = text.isfinite()
-        text_mask = finite[..., 0] if text_mask is None else text_mask.to(text.device).ne(0)
+        text_mask = finite[..., 0] if text_mask is None else text_mask.to(text.device)
+        check_mask("text_mask", text_mask)
         if text_mask.shape != text.shape[:2]:
             raise ValueError(f"text_mask must be {tuple(text.shape[:2])}, not {tuple(text_mask.shape)}")
-        return text.where(finite, 0).to(self.dtype), text_mask
+        return text.where(finite, 0).to(self.dtype), text_mask.ne(0)
 
     @staticmethod
     def _clip_mask(video: Tensor | None, video_mask: Tensor | None, saliency_labels: Tensor | None) -> Tensor:
@@ -249,6 +255,7 @@ class UMTForTemporalGrounding(PreTrainedModel):
             if given is not None and given.shape != video.shape[:2]:
                 raise ValueError(f"{name} must be {tuple(video.shape[:2])}, not {tuple(given.shape)}")
         if video_mask is not None:
+            check_mask("video_mask", video_mask)
             return video_mask.to(video.device).ne(0)
         if saliency_labels is not None:
             return saliency_labels.to(video.device) >= 0

@@ -65,13 +65,14 @@ class VGBartEncoder(VisionGuidance, BartEncoder):
             **kwargs: what transformers passes to attention, and `output_hidden_states`, `output_attentions`.
 
         Raises:
-            ValueError: not exactly one of `input_ids` and `inputs_embeds` is given, or the video is missing or has
-                another shape.
+            ValueError: not exactly one of `input_ids` and `inputs_embeds` is given, the text is longer than the
+                position table, or the video is missing or has another shape.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        _check_length("transcript", inputs_embeds.shape[1], self.config)
         hidden_states = inputs_embeds + self.embed_positions(inputs_embeds[:, :, -1]).to(inputs_embeds.device)
         hidden_states = self._dropout(self.layernorm_embedding(hidden_states))
 
@@ -95,6 +96,14 @@ class VGBartEncoder(VisionGuidance, BartEncoder):
 
     def _dropout(self, states: Tensor) -> Tensor:
         return nn.functional.dropout(states, p=self.dropout or 0.0, training=self.training)
+
+
+def _check_length(name: str, tokens: int, config: BartConfig) -> None:
+    if tokens > config.max_position_embeddings:
+        raise ValueError(
+            f"a {name} of {tokens} tokens, but the position table has {config.max_position_embeddings} rows: cut it "
+            "(How2Collator's max_source_length, max_target_length), or raise max_position_embeddings"
+        )
 
 
 class VGBartModel(BartModel):
@@ -129,6 +138,9 @@ class VGBartModel(BartModel):
         **kwargs: Any,
     ) -> Seq2SeqModelOutput:
         """`BartModel.forward` with the two video inputs of `VGBartEncoder.forward`."""
+        for target in (decoder_input_ids, decoder_inputs_embeds):
+            if target is not None:
+                _check_length("summary", target.shape[1], self.config)
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
                 input_ids=input_ids,

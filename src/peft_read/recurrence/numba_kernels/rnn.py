@@ -2,13 +2,14 @@
 
 Every sixteen tokens, the inputs of the eight sequences are turned round, so that a step works on whole vectors, and
 the outputs are turned back. Sums and activations are float64, states are rounded to float32 after every step, so that
-going on from a state equals going through. Optional: needs numba (`pip install "peft-read[fast]"`).
+going on from a state equals going through. Tensors are named as in `arguments.py` and given by the addresses of
+contiguous float32, absent ones by 0; `real` is the mask, one byte a token.
 """
 
 # mypy: allow-untyped-defs
 import numpy as np
 
-from .lanes import (
+from .simd import (
     LANES,
     at,
     bytes_at,
@@ -160,24 +161,7 @@ def copied(address, count):
 
 @compiled_loop
 def rnn_forward(x, weight_ih, weight_hh, bias_ih, bias_hh, state, real, outputs, batch, length, inputs, k):
-    """h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh).
-
-    Tensors are given by the addresses of contiguous float32, absent ones by 0.
-
-    Args:
-        x: (B, T, I); where there is no `weight_ih`, W_ih x + both biases, (B, T, k).
-        weight_ih: (k, I), or absent.
-        weight_hh: (k, k).
-        bias_ih: (k,), or absent.
-        bias_hh: (k,), or absent.
-        state: the state before the first token, (B, k); zero if absent.
-        real: (B, T), one byte a token; every token is real if absent.
-        outputs: (B, T, k), written.
-        batch: B.
-        length: T.
-        inputs: I.
-        k: the width.
-    """
+    """h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh); without `weight_ih`, x is all but W_hh h, (B, T, k)."""
     rows, targets, befores = floats_at(x, 0), floats_at(outputs, 0), floats_at(state, 0)
     marks, by_state = bytes_at(real, 0), copied(weight_hh, k * k)
     by_input = copied(weight_ih, k * inputs if weight_ih else 0)
@@ -262,26 +246,7 @@ def rnn_backward(
     grad, x, weight_ih, weight_hh, state, real, outputs, grad_x, grad_state, grad_weight_ih, grad_weight_hh,
     grad_bias, batch, length, inputs, k,
 ):  # fmt: skip
-    """The gradients, from that of the outputs.
-
-    Args:
-        grad: (B, T, k).
-        x: this and the next five as in `rnn_forward`.
-        weight_ih: W_ih; if absent, only the gradients of `x` and `state` are computed.
-        weight_hh: W_hh.
-        state: the state before the first token.
-        real: the mask.
-        outputs: the outputs.
-        grad_x: like `x`, written; zero at padding.
-        grad_state: (B, k), written.
-        grad_weight_ih: (k, I), written; not computed where there is no `weight_ih`.
-        grad_weight_hh: (k, k), written; the same.
-        grad_bias: (k,), written; the same.
-        batch: B.
-        length: T.
-        inputs: I.
-        k: the width.
-    """
+    """Sets the gradients; without `weight_ih` only those of `x` and `state`."""
     grads, rows, states, befores = floats_at(grad, 0), floats_at(x, 0), floats_at(outputs, 0), floats_at(state, 0)
     marks, by_state = bytes_at(real, 0), copied(weight_hh, k * k)
     turned_state = np.empty(k * k)

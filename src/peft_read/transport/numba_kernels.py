@@ -6,25 +6,23 @@ sweep costs two passes over the kernel; most problems of training need about ten
 in `newton.py`, where the comments explain them. Optional: needs numba (`pip install "peft-read[fast]"`).
 """
 
-from pathlib import Path
-
 # mypy: allow-untyped-defs
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
+from ..backends import compiled_loop
 from .newton import CHEAPEST, FLAT, LINE_SEARCH_TRIALS, LONGEST_STEP, RIDGE, ROUNDING, UNIFORM_RIDGE, solve_newton
 from .problem import Kernel, Problem, Scaling
 
-__all__ = ["solve_compiled"]
+__all__ = ["solve_all", "solve_compiled"]
 
 MIXED_SWEEPS = 40
 MEMORY = 5  # of Anderson's mixing
 LOOSER = 2.0  # times the tolerance of Newton: measured errors stay ten times below what is promised
 LARGEST_NEWTON_SIDE = 96  # beyond it the matrix products of torch are faster than these loops
 # Reassociation lets the sums vectorise; infinities keep their meaning.
-_compiled = njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "arcp", "nsz"})
+_compiled = compiled_loop(fastmath={"reassoc", "contract", "arcp", "nsz"})
 
 
 def solve_compiled(problem: Problem, kernel: Kernel, *, tol: float, max_iter: int) -> Scaling:
@@ -44,7 +42,7 @@ def solve_compiled(problem: Problem, kernel: Kernel, *, tol: float, max_iter: in
     n_iter = np.zeros(count, dtype=np.int64)
     converged = np.zeros(count, dtype=np.bool_)
     total = problem.total.numpy() if problem.penalty is None else np.full(count, -1.0)  # a negative total: penalty
-    _solve_all(
+    solve_all(
         matrix,
         _array(problem.cost),
         _array(problem.rows),
@@ -70,41 +68,12 @@ def solve_compiled(problem: Problem, kernel: Kernel, *, tol: float, max_iter: in
     return found
 
 
-def is_ready() -> bool:
-    """Whether the machine code exists: in this process, or on disk from an earlier one."""
-    if _solve_all.signatures:
-        return True
-    stored = Path(_solve_all.stats.cache_path or "").glob(f"{Path(__file__).stem}._solve_all*.nbi")
-    return any(index.stat().st_mtime >= Path(__file__).stat().st_mtime for index in stored)
-
-
-def compile_now() -> None:
-    """Compiles the solver, by solving one small problem."""
-    half = torch.full((1, 2), 0.5, dtype=torch.float64)
-    no = torch.zeros(1, dtype=torch.bool)
-    problem = Problem(
-        cost=torch.eye(2)[None],
-        rows=half,
-        cols=half,
-        total=half[:, 0],
-        low=torch.zeros(1),
-        high=torch.ones(1),
-        reg=1.0,
-        penalty=None,
-        span=1.0,
-        padded=False,
-        rows_full=no,
-        cols_full=no,
-    )
-    solve_compiled(problem, Kernel(problem, torch.float32, False), tol=1e-4, max_iter=1)
-
-
 def _array(tensor: Tensor) -> np.ndarray:
     return tensor.detach().contiguous().numpy()
 
 
 @_compiled
-def _solve_all(
+def solve_all(
     matrix, cost, rows, cols, total, spread, rows_full, cols_full, settings, max_newton, left, right, n_iter, converged
 ):
     for p in range(matrix.shape[0]):

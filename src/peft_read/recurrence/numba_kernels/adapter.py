@@ -11,8 +11,8 @@ by the addresses of contiguous float32, absent ones by 0. Optional: needs numba 
 # mypy: allow-untyped-defs
 import numpy as np
 
-from .compiled import tanh
-from .lanes import WIDE, at, bytes_at, compiled_loop, filled, floats_at, inlined, put_at, total_of
+from .gated import tanh
+from .simd import WIDE, at, bytes_at, compiled_loop, filled, floats_at, inlined, put_at, total_of
 
 __all__ = ["adapter_backward", "adapter_forward"]
 
@@ -88,14 +88,14 @@ def _project(rows, tokens, weight, ranks, d, products, block):
 def _spread_at(out, rows, tokens, factors, block, weight, ranks, bias, j, width):
     p, q, u, v = _four(weight, ranks, j, width)
     a, b, c, e = _four(rows, tokens, j, width)
-    shift = at(bias, j, width)
-    a = (a + shift) + ((p * factors[0, block] + q * factors[0, block + 1])
+    shift, last = at(bias, j, width), factors.shape[1] - 1
+    a = (a + shift * factors[0, last]) + ((p * factors[0, block] + q * factors[0, block + 1])
                        + (u * factors[0, block + 2] + v * factors[0, block + 3]))  # fmt: skip
-    b = (b + shift) + ((p * factors[1, block] + q * factors[1, block + 1])
+    b = (b + shift * factors[1, last]) + ((p * factors[1, block] + q * factors[1, block + 1])
                        + (u * factors[1, block + 2] + v * factors[1, block + 3]))  # fmt: skip
-    c = (c + shift) + ((p * factors[2, block] + q * factors[2, block + 1])
+    c = (c + shift * factors[2, last]) + ((p * factors[2, block] + q * factors[2, block + 1])
                        + (u * factors[2, block + 2] + v * factors[2, block + 3]))  # fmt: skip
-    e = (e + shift) + ((p * factors[3, block] + q * factors[3, block + 1])
+    e = (e + shift * factors[3, last]) + ((p * factors[3, block] + q * factors[3, block + 1])
                        + (u * factors[3, block + 2] + v * factors[3, block + 3]))  # fmt: skip
     put_at(out, tokens[0] + j, a)
     put_at(out, tokens[1] + j, b)
@@ -105,7 +105,7 @@ def _spread_at(out, rows, tokens, factors, block, weight, ranks, bias, j, width)
 
 @compiled_loop
 def _spread(out, rows, tokens, factors, block, weight, ranks, bias, d):
-    """Set out[s] = rows[s] + bias + factors[s, block:block + 4] · weight for four rows; rows may be out itself."""
+    """Set out[s] = rows[s] + factors[s, block:block + 4] · weight + factors[s, -1] bias; rows may be out itself."""
     whole = d // WIDE * WIDE
     for j in range(0, whole, WIDE):
         _spread_at(out, rows, tokens, factors, block, weight, ranks, bias, j, WIDE)
@@ -139,10 +139,13 @@ def _add_at(total, rows, row, j, width):
 
 
 @compiled_loop
-def _gather_sum(total, rows, first, count, d):
-    """Add some rows to the total."""
+def _gather_sum(total, rows, first, count, marks, masked, d):
+    """Add those of some rows that are real to the total."""
     whole = d // WIDE * WIDE
-    for row in range(first * d, (first + count) * d, d):
+    for n in range(first, first + count):
+        if masked and not marks[n]:
+            continue
+        row = n * d
         for j in range(0, whole, WIDE):
             _add_at(total, rows, row, j, WIDE)
         for j in range(whole, d):
@@ -175,28 +178,7 @@ def adapter_forward(
     x, down, down_bias, weight_ih, weight_hh, bias_ih, bias_hh, up, up_bias, state, real, out, narrow, hidden, batch,
     length, d, width,
 ):  # fmt: skip
-    """O + GELU(RNN(O W_down)) W_up.
-
-    Args:
-        x: O, (B, T, d).
-        down: W_down, (k, d).
-        down_bias: (k,), or absent.
-        weight_ih: (k, k).
-        weight_hh: (k, k).
-        bias_ih: (k,), or absent.
-        bias_hh: (k,), or absent.
-        up: W_up, (d, k).
-        up_bias: (d,), or absent.
-        state: the state before the first token, (B, k); zero if absent.
-        real: (B, T), one byte a token; every token is real if absent.
-        out: (B, T, d), written.
-        narrow: O W_down + b_down, (B, T, k), written.
-        hidden: the outputs of the recurrence, (B, T, k), written.
-        batch: B.
-        length: T.
-        d: d.
-        width: k.
-    """
+    """O + GELU(RNN(O W_down)) W_up, and O at padding; sets out, narrow and hidden, named as in `arguments.py`."""
     k, count = (width + 3) // 4 * 4, batch * length
     masked, continued = real != 0, state != 0
     rows, targets = floats_at(x, count * d), floats_at(out, count * d)
@@ -209,7 +191,7 @@ def adapter_forward(
         bias[i] += bias_more[i]
     states, marks = floats_at(state, (batch, width)), bytes_at(real, count)
     narrow, hidden = floats_at(narrow, (count, width)), floats_at(hidden, (count, width))
-    products, factors = np.empty((TOKENS, k), dtype=np.float32), np.empty((TOKENS, k), dtype=np.float32)
+    products, factors = np.empty((TOKENS, k), dtype=np.float32), np.empty((TOKENS, k + 1), dtype=np.float32)
     step, before = np.empty(k), np.zeros(k)
     for start in range(0, count, TOKENS):
         tokens = _rows(start, count - 1, d)
@@ -219,9 +201,10 @@ def adapter_forward(
         for s in range(TOKENS):
             n = start + s
             if n >= count:
-                for i in range(k):
+                for i in range(k + 1):
                     factors[s, i] = factors[s - 1, i]
                 continue
+            is_real = not masked or marks[n]
             if n % length == 0:
                 for i in range(width):
                     before[i] = states[n // length, i] if continued else 0
@@ -229,7 +212,7 @@ def adapter_forward(
                 products[s, i] += first_shift[i]
             for i in range(width):
                 narrow[n, i] = products[s, i]
-            if not masked or marks[n]:
+            if is_real:
                 for i in range(k):
                     total = np.float64(bias[i])
                     for j in range(k):
@@ -238,7 +221,8 @@ def adapter_forward(
                 for i in range(k):
                     before[i] = np.float32(tanh(step[i]))
             for i in range(k):
-                factors[s, i] = before[i] * _normal_cdf(before[i])
+                factors[s, i] = before[i] * _normal_cdf(before[i]) if is_real else 0.0
+            factors[s, k] = 1.0 if is_real else 0.0
             for i in range(width):
                 hidden[n, i] = before[i]
         for block in range(0, k, 4):
@@ -254,34 +238,7 @@ def adapter_backward(
     grad, grad_hidden, x, down, weight_ih, weight_hh, up, state, real, narrow, hidden, grad_x, grad_state, grad_down,
     grad_down_bias, grad_weight_ih, grad_weight_hh, grad_bias, grad_up, grad_up_bias, batch, length, d, width,
 ):  # fmt: skip
-    """The gradients, from that of the output.
-
-    Args:
-        grad: the gradient of `out`, (B, T, d).
-        grad_hidden: that of `hidden`, (B, T, k), or absent.
-        x: this and the next eight as in `adapter_forward`.
-        down: W_down.
-        weight_ih: the recurrence's.
-        weight_hh: the recurrence's.
-        up: W_up.
-        state: the state before the first token, or absent.
-        real: the mask, or absent.
-        narrow: O W_down + b_down.
-        hidden: the outputs of the recurrence.
-        grad_x: (B, T, d), written; absent if it is not wanted.
-        grad_state: (B, k), written.
-        grad_down: (k, d), written; absent if it is not wanted.
-        grad_down_bias: (k,), written.
-        grad_weight_ih: (k, k), written.
-        grad_weight_hh: (k, k), written.
-        grad_bias: that of either bias of the recurrence, (k,), written.
-        grad_up: (d, k), written; absent if it is not wanted.
-        grad_up_bias: (d,), written; absent if it is not wanted.
-        batch: B.
-        length: T.
-        d: d.
-        width: k.
-    """
+    """Sets the gradients; those of x, W_down, W_up and its bias may be absent, which means not wanted."""
     k, count = (width + 3) // 4 * 4, batch * length
     masked, continued, seen = real != 0, state != 0, grad_hidden != 0
     rows, grads, targets = floats_at(x, count * d), floats_at(grad, count * d), floats_at(grad_x, count * d)
@@ -293,8 +250,8 @@ def adapter_backward(
     no_shift, up_shift = np.zeros(d, dtype=np.float32), np.zeros(d, dtype=np.float32)
     down_totals, up_totals = np.zeros(k * d, dtype=np.float32), np.zeros(k * d, dtype=np.float32)
     input_sums, state_sums, sums, narrow_sums = np.zeros((k, k)), np.zeros((k, k)), np.zeros(k), np.zeros(k)
-    products, factors = np.empty((TOKENS, k), dtype=np.float32), np.empty((TOKENS, k), dtype=np.float32)
-    narrowed = np.empty((TOKENS, k), dtype=np.float32)
+    products, factors = np.empty((TOKENS, k), dtype=np.float32), np.empty((TOKENS, k + 1), dtype=np.float32)
+    narrowed = np.zeros((TOKENS, k + 1), dtype=np.float32)
     carried, inner, now, before, wide = np.zeros(k), np.empty(k), np.zeros(k), np.zeros(k), np.zeros(k)
     for start in range((count - 1) // TOKENS * TOKENS, -1, -TOKENS):
         tokens = _rows(start, count - 1, d)
@@ -302,7 +259,7 @@ def adapter_backward(
         for s in range(TOKENS):
             for i in range(k):
                 factors[s, i] = 0
-            if s < real_tokens:
+            if s < real_tokens and (not masked or marks[start + s]):
                 for i in range(width):
                     h = np.float64(hidden[start + s, i])
                     factors[s, i] = h * _normal_cdf(h)
@@ -312,7 +269,7 @@ def adapter_backward(
             if grad_up:
                 _gather(up_totals, ranks, grads, tokens, factors, block, d)
         if grad_up_bias:
-            _gather_sum(up_shift, grads, start, real_tokens, d)
+            _gather_sum(up_shift, grads, start, real_tokens, marks, masked, d)
         for s in range(real_tokens - 1, -1, -1):
             n = start + s
             if n % length == length - 1:
@@ -320,7 +277,8 @@ def adapter_backward(
                     carried[i] = 0
             for i in range(width):
                 now[i] = hidden[n, i]
-                carried[i] += products[s, i] * (_normal_cdf(now[i]) + now[i] * _normal_density(now[i]))
+                if not masked or marks[n]:
+                    carried[i] += products[s, i] * (_normal_cdf(now[i]) + now[i] * _normal_density(now[i]))
                 if seen:
                     carried[i] += slopes[n, i]
                 wide[i] = narrow[n, i]

@@ -16,6 +16,8 @@ from numba.core import cgutils
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
+from ... import backends
+
 __all__ = [
     "LANES",
     "WIDE",
@@ -40,7 +42,7 @@ __all__ = [
 LANES = 8
 WIDE = 16
 # Sums may be reordered and contracted; infinities and not-a-number keep their meaning.
-compiled_loop: Any = njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+compiled_loop: Any = backends.compiled_loop(fastmath={"reassoc", "contract", "nsz"})
 inlined: Any = njit(forceinline=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
 VECTOR = ir.VectorType(ir.DoubleType(), LANES)
 

@@ -9,7 +9,7 @@ by the addresses of contiguous float32, absent ones by 0. Optional: needs numba 
 # mypy: allow-untyped-defs
 import numpy as np
 
-from .lanes import bytes_at, compiled_loop, floats_at, inlined, tanh_ratio
+from .simd import bytes_at, compiled_loop, floats_at, inlined, tanh_ratio
 
 __all__ = ["gru_backward", "gru_forward", "lstm_backward", "lstm_forward", "tanh"]
 
@@ -69,19 +69,9 @@ def in_float64(address, batch, width):
 
 @compiled_loop
 def gru_forward(inner, weight_hh, bias_hh, state, real, outputs, gates, batch, length, k):
-    """h_t = (1 - z) n + z h_{t-1}, with n = tanh(inner_n + r (W_hn h_{t-1} + b_hn)).
+    """h_t = (1 - z) n + z h_{t-1}, with n = tanh(inner_n + r (W_hn h_{t-1} + b_hn)); gates are r, z, n, W_hn h + b_hn.
 
-    Args:
-        inner: W_ih x + b_ih, (B, T, 3k).
-        weight_hh: (3k, k).
-        bias_hh: (3k,); zero if absent.
-        state: the state before the first token, (B, k); zero if absent.
-        real: (B, T), one byte a token; every token is real if absent.
-        outputs: (B, T, k), written.
-        gates: (B, T, 4k), written for the backward pass: r, z, n, and W_hn h + b_hn.
-        batch: B.
-        length: T.
-        k: the width.
+    `inner` is W_ih x + b_ih, (B, T, 3 k).
     """
     by_input = turned(weight_hh, 3 * k, k)
     hidden, bias, masked = in_float64(state, batch, k), in_float64(bias_hh, 1, 3 * k), real != 0
@@ -164,20 +154,7 @@ def gru_backward(
 
 @compiled_loop
 def lstm_forward(inner, weight_hh, state, real, outputs, memories, gates, batch, length, k):
-    """c_t = f c_{t-1} + i g and h_t = o tanh(c_t).
-
-    Args:
-        inner: W_ih x + both biases, (B, T, 4k).
-        weight_hh: (4k, k).
-        state: h and c before the first token, (B, 2k); zero if absent.
-        real: (B, T), one byte a token; every token is real if absent.
-        outputs: h_t, (B, T, k), written.
-        memories: c_t, (B, T, k), written.
-        gates: (B, T, 4k), written for the backward pass: i, f, g, o.
-        batch: B.
-        length: T.
-        k: the width.
-    """
+    """c_t = f c_{t-1} + i g and h_t = o tanh(c_t); gates are i, f, g, o; `inner` is W_ih x + both biases, (B, T, 4 k)."""
     by_input, states, masked = turned(weight_hh, 4 * k, k), in_float64(state, batch, 2 * k), real != 0
     hidden, memory = np.empty((batch, k)), np.empty((batch, k))
     for b in range(batch):

@@ -1,0 +1,137 @@
+"""The whole RNN adapter O + GELU(RNN(O W_down)) W_up as one operation, and when it is one.
+
+| | CPU, `numba` | CUDA, `triton` |
+|---|---|---|
+| forward and backward | width <= 8, one pass over the tokens: 0.41 (k=4) and 0.48 (k=8) of the time of the adapter without a recurrence | width <= 16, three launches each way, parallel over tokens but for the scan; on no GPU yet |
+
+O stays as it is where the mask is False. GRU, LSTM, both directions, dropout in training and modules that something
+hooks into run in their parts. docs/recurrence.md has the rows.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .arguments import Adapted, AdapterArguments, numbers, some_padding
+from .cells import RNN
+from .numba_kernels.launch import ADAPTER as BY_LOOPS
+from .operation import Operation
+from .torch_scan import adapter_in_torch
+from .triton_kernels.launch import ADAPTER as BY_KERNELS
+
+__all__ = ["adapt_in_one"]
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def adapt_in_one(
+    output: Tensor,
+    down: nn.Module,
+    cell: nn.Module,
+    dropout: nn.Module,
+    up: nn.Module,
+    *,
+    state: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """O + GELU(RNN(O W_down)) W_up in one operation, if there is one that takes this adapter.
+
+    Args:
+        output: O, (B, T, d).
+        down: W_down, a linear layer.
+        cell: the recurrence.
+        dropout: between GELU and W_up.
+        up: W_up, a linear layer.
+        state: the state before the first token, (B, k), an earlier output of the recurrence; zero if absent.
+        mask: (B, T), True = a real token; every token is real if absent.
+
+    Returns:
+        The adapted (B, T, d), which is O where the mask is False, and the states after each token (B, T, k); None
+        where the parts have to be run one by one.
+    """
+    if not (
+        type(down) is nn.Linear
+        and type(up) is nn.Linear
+        and type(cell) is RNN
+        and not cell.bidirectional
+        and (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training))
+        and output.dim() == 3
+        and output.is_contiguous()
+        and output.numel() > 0
+        and output.shape[-1] == down.in_features == up.out_features
+        and down.out_features == cell.size == up.in_features
+    ):
+        return None
+    for module in (down, cell, dropout, up):
+        if _is_watched(module):
+            return None
+    arguments = AdapterArguments(
+        output, None if state is None else state.float(), mask, down.weight, down.bias, cell.weight_ih,
+        cell.weight_hh, cell.bias_ih, cell.bias_hh, up.weight, up.bias,
+    )  # fmt: skip
+    if not _is_whole(arguments):
+        return None
+    implementation = OPERATION.choose(arguments)
+    if implementation is None:
+        return None
+    out, hidden = OPERATION(implementation, arguments)
+    return out, hidden
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class says: hooks, or a `forward` put in its place."""
+    own = module.__dict__
+    if "forward" in own:
+        return True
+    for name in HOOKS:
+        if own[name]:
+            return True
+    everywhere = nn.modules.module
+    return bool(
+        everywhere._global_forward_hooks
+        or everywhere._global_forward_pre_hooks
+        or everywhere._global_backward_hooks
+        or everywhere._global_backward_pre_hooks
+    )
+
+
+def _is_whole(arguments: AdapterArguments) -> bool:
+    """Whether weights are where they belong: wrappers such as FSDP put flat or empty ones in their place."""
+    width, d = arguments.down.shape[0], arguments.x.shape[-1]
+    shapes = (
+        (width, d), (width,), (width, width), (width, width), (width,), (width,), (d, width), (d,),
+    )  # fmt: skip
+    for weight, shape in zip(arguments[3:], shapes, strict=True):
+        if weight is not None and weight.shape != shape:
+            return False
+    return (arguments.down_bias is None) == (arguments.up_bias is None) and (arguments.bias_ih is None) == (
+        arguments.bias_hh is None
+    )
+
+
+def _shapes(arguments: AdapterArguments) -> Adapted:
+    x, down = arguments.x, arguments.down
+    narrow = down.new_empty(x.shape[0], x.shape[1], down.shape[0])
+    return Adapted(x.new_empty(x.shape), narrow, torch.empty_like(narrow))
+
+
+def _example(width: int, dtype: torch.dtype, device: torch.device) -> AdapterArguments:
+    square, vector = numbers(device, width, width), numbers(device, width)
+    return AdapterArguments(
+        numbers(device, 3, 5, 24).to(dtype), numbers(device, 3, width), some_padding(device), numbers(device, width, 24),
+        vector, square, square.T.contiguous(), vector.clone(), vector.clone(), numbers(device, 24, width),
+        numbers(device, 24),
+    )  # fmt: skip
+
+
+OPERATION = Operation(
+    "adapter",
+    AdapterArguments,
+    Adapted,
+    visible=2,
+    shapes=_shapes,
+    reference=adapter_in_torch,
+    example=_example,
+    implementations={"numba": BY_LOOPS, "triton": BY_KERNELS},
+)

@@ -1,0 +1,252 @@
+"""A function of tensors with several implementations: chosen once a call, differentiable, one node of a graph.
+
+`scan.py` and `fused_adapter.py` make one `Operation` each of what they compute. Eager calls go through one autograd
+function; while torch.compile traces, the operation is one operator of torch, which runs what eager mode would run.
+Second derivatives go through the definition in torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
+
+import torch
+from torch import Tensor, _C, nn
+from torch.autograd import forward_ad
+
+from .. import backends
+
+__all__ = ["Implementation", "Operation"]
+
+A = TypeVar("A", bound=NamedTuple)
+R = TypeVar("R", bound=NamedTuple)
+PLAIN = (Tensor, nn.Parameter)
+TOLERANCE = 1e-2  # relative, of a trial; cuBLAS may round to TF32 on either side, a wrong kernel is off by far more
+INFRASTRUCTURE = tuple(_C._TorchDispatchModeKey.__members__.values())  # modes that fake or trace: no memory, no values
+
+
+OPERATIONS: dict[str, Operation[Any, Any]] = {}
+
+
+@dataclass(frozen=True)
+class Implementation(Generic[A, R]):
+    """One way to compute an operation.
+
+    Attributes:
+        refusal: why it cannot take some arguments, "" if it can; torch.compile traces it.
+        forward: computes the results.
+        backward: (arguments, results, gradients of the visible results, which arguments need one) -> the gradients in
+            the order of the arguments, None where none is needed.
+        width: (the arguments) -> the width whose trial speaks for them.
+        preparing: what the trial runs in, such as a lock for compilers.
+    """
+
+    refusal: Callable[[A], str]
+    forward: Callable[[A], R]
+    backward: Callable[[A, R, Sequence[Tensor | None], A], Sequence[Tensor | None]]
+    width: Callable[[A], int]
+    preparing: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+class Operation(Generic[A, R]):
+    """Ties implementations to autograd and torch.compile.
+
+    Args:
+        name: of the operator in `torch.ops.peft_read`.
+        arguments: the class of the arguments; the first one, `x`, says where all happens.
+        results: the class of the results.
+        visible: how many of the results have gradients and are given to the caller.
+        shapes: makes empty results for some arguments.
+        reference: the definition in torch.
+        example: (width, dtype of x, device) -> small arguments for a trial.
+        implementations: by backend.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        arguments: type[A],
+        results: type[R],
+        *,
+        visible: int,
+        shapes: Callable[[A], R],
+        reference: Callable[[A], R],
+        example: Callable[[int, torch.dtype, torch.device], A],
+        implementations: Mapping[str, Implementation[A, R]],
+    ) -> None:
+        self.name, self.arguments, self.results, self.visible = name, arguments, results, visible
+        self.shapes, self.reference, self.example = shapes, reference, example
+        self.implementations = implementations
+        OPERATIONS[name] = self
+        self._define_operator()
+
+    def choose(self, arguments: A) -> Implementation[A, R] | None:
+        """The implementation that takes these arguments, None for torch."""
+        x: Tensor = arguments[0]
+        name = backends.backend("cpu" if x.is_cpu else x.device.type)
+        if name == "torch":
+            return None
+        implementation = self.implementations.get(name)
+        refusal = "it has no loop or kernel" if implementation is None else implementation.refusal(arguments)
+        if torch.compiler.is_compiling():
+            if refusal or torch.compiler.is_exporting():  # an exported program must run without this package
+                return None
+        else:
+            refusal = refusal or _observer()
+            if refusal:
+                if backends.is_forced():
+                    backends.say_once(
+                        (self.name, name, refusal),
+                        f'The backend "{name}" cannot take this {self.name}: {refusal}. Torch takes it; '
+                        f'use_backend("auto") says nothing of such cases.',
+                    )
+                return None
+        assert implementation is not None
+        works = _passes(self.name, name, implementation.width(arguments), x.dtype, x.device)
+        return implementation if works else None
+
+    def __call__(self, implementation: Implementation[A, R], arguments: A) -> tuple[Tensor, ...]:
+        """The visible results of arguments that `choose` found an implementation for."""
+        if torch.compiler.is_compiling():
+            return self._operator(*arguments)[: self.visible]
+        if torch.is_grad_enabled():
+            for tensor in arguments:
+                if tensor is not None and tensor.requires_grad:
+                    return _Function.apply(self, implementation, *arguments)
+        return implementation.forward(arguments)[: self.visible]
+
+    def trial(self, implementation: Implementation[A, R], width: int, dtype: torch.dtype, device: torch.device) -> str:
+        """What is wrong with the values and gradients of a small problem."""
+        small = self.arguments(*(_as_leaf(one) for one in self.example(width, dtype, device)))
+        leaves = [one for one in small if one is not None and one.requires_grad]
+        both = []
+        with implementation.preparing():
+            for results in (_Function.apply(self, implementation, *small), self.reference(small)[: self.visible]):
+                probes = [torch.linspace(-1, 1, one.numel(), device=one.device).view(one.shape) for one in results]
+                total = torch.stack([(one.float() * probe).sum() for one, probe in zip(results, probes, strict=True)])
+                both.append([*results, *torch.autograd.grad(total.sum(), leaves)])
+        for ours, theirs in zip(*both, strict=True):
+            # False of a NaN too.
+            if not bool((ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max().clamp_min(1e-3)):
+                return "its values or gradients differ from those of torch"
+        return ""
+
+    def _define_operator(self) -> None:
+        hints = get_type_hints(self.arguments)
+        parameters = [f"Tensor{'' if hints[name] is Tensor else '?'} {name}" for name in self.arguments._fields]
+        returned = ", ".join("Tensor" for _ in self.results._fields)
+        name, count = f"peft_read::{self.name}", len(self.arguments._fields)
+
+        def present(results: R) -> tuple[Tensor, ...]:
+            """What is absent has no elements, and nothing is a view: the rules for operators."""
+            first = results[0]
+            return tuple(first.new_empty(0) if one is None else one.contiguous() for one in results)
+
+        def absent(results: Sequence[Tensor], arguments: A) -> R:
+            return self.results(*(None if one.numel() == 0 else one for one in results))
+
+        def run(*arguments: Tensor | None) -> tuple[Tensor, ...]:
+            given = self.arguments(*arguments)
+            return present(self._working(given).forward(given))
+
+        def run_backward(needs: list[bool], grads: Any, saved: Any) -> list[Tensor]:
+            arguments = self.arguments(*saved[:count])
+            results = absent(saved[count:], arguments)
+            found = self._working(arguments).backward(arguments, results, grads, self.arguments(*needs))
+            kept: list[Tensor] = []
+            for one in found:
+                if one is not None:  # an operator may return neither views nor a tensor twice
+                    seen = one._is_view() or any(one is other for other in kept)
+                    kept.append(one.clone() if seen else one)
+            return kept
+
+        def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            ctx.save_for_backward(*inputs, *output)
+            ctx.set_materialize_grads(False)
+
+        def differentiate(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+            needs = list(ctx.needs_input_grad)
+            found = iter(backward(needs, list(grads[: self.visible]), list(ctx.saved_tensors)))
+            return tuple(next(found) if need else None for need in needs)
+
+        custom_op = torch.library.custom_op
+        forward = custom_op(name, run, mutates_args=(), schema=f"({', '.join(parameters)}) -> ({returned})")
+        schema = "(bool[] needs, Tensor?[] grads, Tensor?[] saved) -> Tensor[]"
+        backward = custom_op(f"{name}_backward", run_backward, mutates_args=(), schema=schema)
+        forward.register_fake(lambda *arguments: present(self.shapes(self.arguments(*arguments))))
+        backward.register_fake(
+            lambda needs, grads, saved: [
+                torch.empty_like(one, memory_format=torch.contiguous_format)
+                for one, need in zip(saved, needs, strict=False)
+                if need
+            ]
+        )
+        forward.register_autograd(differentiate, setup_context=keep)
+        self._operator = getattr(torch.ops.peft_read, self.name).default
+
+    def _working(self, arguments: A) -> Implementation[A, R]:
+        """What an operator of a graph runs; the graph was traced for this backend."""
+        return self.implementations[backends.backend(arguments[0].device.type)]
+
+
+@torch.compiler.assume_constant_result
+def _passes(operation: str, backend: str, width: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether an implementation works here; for torch.compile a constant."""
+    tried = OPERATIONS[operation]
+    return backends.passes(
+        (f"the {backend} {operation}", width, dtype, device),
+        lambda: tried.trial(tried.implementations[backend], width, dtype, device),
+    )
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, operation: Any, implementation: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        ctx.operation, ctx.implementation = operation, implementation
+        results = implementation.forward(operation.arguments(*arguments))
+        ctx.save_for_backward(*arguments, *results)
+        ctx.set_materialize_grads(False)
+        return results[: operation.visible]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        operation, saved = ctx.operation, ctx.saved_tensors
+        count = len(operation.arguments._fields)
+        arguments = operation.arguments(*saved[:count])
+        needs = ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled():  # somebody wants second derivatives
+            return None, None, *_again(operation.reference(arguments), grads, arguments, needs)
+        results = operation.results(*saved[count:])
+        return None, None, *ctx.implementation.backward(arguments, results, grads, operation.arguments(*needs))
+
+
+def _again(results: Sequence[Any], grads: Sequence[Any], inputs: Sequence[Any], needs: Any) -> list[Tensor | None]:
+    """Gradients that can be differentiated again, None for inputs that need none."""
+    pairs = [(one, grad) for one, grad in zip(results, grads, strict=False) if grad is not None]
+    wanted = [one for one, need in zip(inputs, needs, strict=True) if need]
+    outputs, known = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(outputs, wanted, known, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needs]
+
+
+def _as_leaf(tensor: Tensor | None) -> Tensor | None:
+    if tensor is None or not tensor.is_floating_point():
+        return tensor
+    return tensor.detach().requires_grad_()
+
+
+def _observer() -> str:
+    """What else than eager autograd is looking on. None of these has a public door; each is checked by a test."""
+    if _C._are_functorch_transforms_active():
+        return "it is inside a transform of functorch"
+    if forward_ad._current_level >= 0:
+        return "it is inside forward-mode differentiation"
+    if _C._get_tracing_state():
+        return "it is being traced"
+    if _C._len_torch_dispatch_stack():
+        for key in INFRASTRUCTURE:
+            if _C._get_dispatch_mode(key) is not None:
+                return "its tensors have no values"
+    return ""

@@ -1,0 +1,1 @@
+"""Triton kernels for CUDA. Optional: they need triton, which comes with torch for CUDA."""

@@ -1,0 +1,83 @@
+"""The scan of the RNN as Triton kernels: one program a sequence, the state and W_hh in its registers.
+
+The width k is filled up with zeros to a power of two. The loads of later tokens do not depend on the state, so they
+are pipelined. Sums and states are float32.
+"""
+
+# mypy: allow-untyped-defs
+import triton
+import triton.language as tl
+
+__all__ = ["rnn_backward", "rnn_forward", "square"]
+
+STAGES = tl.constexpr(4)  # tokens whose loads are in flight
+
+
+@triton.jit
+def tanh(x):
+    """The hyperbolic tangent to the rounding of float32, as x P(x²) / Q(x²).
+
+    Written with comparisons that are false for a not-a-number, which therefore stays one.
+    """
+    x = tl.where(x > 9.0, 9.0, x)  # 1 - tanh(9) = 3e-8 is below the rounding of float32
+    x = tl.where(x < -9.0, -9.0, x)
+    s = x * x
+    over = (((5.085660236345205e-08 * s + 3.161581273037254e-05) * s + 0.004009736066679887) * s
+            + 0.1378632610983273) * s + 0.9999999990746035  # fmt: skip
+    under = ((((7.393481490187737e-10 * s + 1.619563201722467e-06) * s + 0.00042096284728284576) * s
+              + 0.027741946000058647) * s + 0.47119658535608844) * s + 1.0  # fmt: skip
+    return x * over / under
+
+
+@triton.jit
+def square(weight, k, K: tl.constexpr):
+    """A matrix (k, k), with zeros to (K, K)."""
+    row, column = tl.arange(0, K)[:, None], tl.arange(0, K)[None, :]
+    return tl.load(weight + row * k + column, (row < k) & (column < k), 0.0)
+
+
+@triton.jit
+def rnn_forward(
+    inner, weight_hh, state, real, outputs, length, k,
+    CONTINUED: tl.constexpr, MASKED: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """h_t = tanh(inner_t + W_hh h_{t-1}); padding repeats the state before it."""
+    b = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, K)
+    inside = i < k
+    weight = square(weight_hh, k, K)
+    hidden = tl.zeros([K], tl.float32)
+    if CONTINUED:
+        hidden = tl.load(state + b * k + i, inside, 0.0)
+    for t in tl.range(length, num_stages=STAGES):
+        token = b * length + t
+        new = tanh(tl.load(inner + token * k + i, inside, 0.0) + tl.sum(weight * hidden[None, :], 1))
+        if MASKED:
+            new = tl.where(tl.load(real + token) != 0, new, hidden)
+        hidden = new
+        tl.store(outputs + token * k + i, hidden, inside)
+
+
+@triton.jit
+def rnn_backward(
+    grad_outputs, weight_hh, real, outputs, grad_inner, grad_state, length, k, MASKED: tl.constexpr, K: tl.constexpr
+):
+    """The gradients of `inner`, zero at padding, and of the state before the first token."""
+    b = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, K)
+    inside = i < k
+    weight = square(weight_hh, k, K)
+    carried = tl.zeros([K], tl.float32)
+    for back in tl.range(length, num_stages=STAGES):
+        token = b * length + length - 1 - back
+        h = tl.load(outputs + token * k + i, inside, 0.0)
+        carried += tl.load(grad_outputs + token * k + i, inside, 0.0)
+        d = carried * (1 - h * h)
+        before = tl.sum(weight * d[:, None], 0)
+        if MASKED:
+            is_real = tl.load(real + token) != 0
+            d = tl.where(is_real, d, 0.0)
+            before = tl.where(is_real, before, carried)
+        carried = before
+        tl.store(grad_inner + token * k + i, d, inside)
+    tl.store(grad_state + b * k + i, carried, inside)

@@ -1,0 +1,69 @@
+"""Whether a plan keeps its promises, read off the plan itself: constraints, mass, and how far it is from the optimum.
+
+With T = exp((f_i + g_j + h - C_ij) / reg) and f, g <= 0, primal and dual value of a plan differ by
+
+    Σ f_i (T 1 - a)_i + Σ g_j (T' 1 - b)_j + h (Σ T - s):
+
+a constraint that is not met with equality where it has a price. For a plan that exceeds nothing and moves the mass s
+the sum is the distance to the optimum of the regularised problem, whatever solver the plan came from.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .newton import CHEAPEST, ROUNDING
+from .problem import Problem, Scaling
+
+__all__ = ["Certificate", "keeps_promises"]
+
+LARGEST_EXCESS = 1e-5  # of a weight, relative to the mean weight of the longer side if that is more
+LARGEST_MISSING = 1e-3  # of the mass
+GAP = 4.0  # times the tolerance
+
+
+class Certificate(NamedTuple):
+    """One number a problem."""
+
+    converged: Tensor  # (P,) bool
+    mass: Tensor  # (P,) float64
+    excess: Tensor  # (P,) float64, by how much the plan exceeds a weight at the worst place
+
+
+def keeps_promises(problem: Problem, plan: Tensor, scaling: Scaling, tol: float) -> Certificate:
+    """Judge plans (P, N, M); nothing waits for a device.
+
+    Plans of a linear programme or of the printed algorithm have no scalings (NaN): their own test stands in for the
+    distance to the optimum. A problem with nothing real has nothing to promise.
+    """
+    row_sums, col_sums = plan.sum(-1, dtype=torch.float64), plan.sum(-2, dtype=torch.float64)
+    over_rows, over_cols = row_sums - problem.rows, col_sums - problem.cols
+    mass = row_sums.sum(-1)
+    excess = torch.maximum(over_rows.amax(-1), over_cols.amax(-1)).clamp_min(0)
+    real_rows, real_cols = problem.rows > 0, problem.cols > 0
+    left, right = (torch.where(real, log, 0) for real, log in
+                   ((real_rows, scaling.log_left), (real_cols, scaling.log_right)))  # fmt: skip
+    if problem.penalty is None:
+        highest = [
+            log.masked_fill(~real, -torch.inf).amax(-1) for log, real in ((left, real_rows), (right, real_cols))
+        ]
+        left, right = left - highest[0][:, None], right - highest[1][:, None]
+        level = problem.reg * (highest[0] + highest[1]) + problem.low
+        missing = mass - problem.total
+        kept_mass = missing.abs() <= LARGEST_MISSING * problem.total
+    else:
+        level, missing, kept_mass = torch.zeros_like(mass), torch.zeros_like(mass), mass >= 0
+    gap = problem.reg * (
+        torch.where(real_rows, left * over_rows, 0).sum(-1) + torch.where(real_cols, right * over_cols, 0).sum(-1)
+    )
+    gap = gap + level * missing
+    value = (plan * torch.where(plan > 0, problem.cost.detach(), 0)).sum((-2, -1), dtype=torch.float64)
+    spread = (problem.high.double() - problem.low.double()) * mass
+    noise = ROUNDING[plan.dtype] * (1 + sum(plan.shape[-2:]) / 128)
+    allowed = GAP * (tol * torch.maximum(value.abs(), CHEAPEST * spread) + noise * (spread + problem.reg * mass))
+    optimal = (gap.abs() <= allowed) | gap.isnan()
+    largest = LARGEST_EXCESS * torch.maximum(problem.rows.amax(-1), problem.cols.amax(-1)).clamp_min(1)
+    promised = kept_mass & (excess <= largest) & optimal
+    nothing = ~(real_rows.any(-1) & real_cols.any(-1))
+    return Certificate(scaling.converged & (promised | nothing), mass, excess)

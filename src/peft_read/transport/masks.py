@@ -1,0 +1,51 @@
+"""Masks as the whole package means them: non-zero is real, zero is padding, and nothing is added to anything."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["broadcasts", "real_entries", "shape_of"]
+
+
+def real_entries(name: str, mask: Tensor, shape: tuple[int, ...], *, check: bool | None = None) -> tuple[Tensor, Tensor | None]:
+    """Which entries a mask of any dtype calls real.
+
+    Args:
+        name: what the mask is called in errors.
+        mask: non-zero = real.
+        shape: what it must broadcast to.
+        check: whether to look at the values, which waits for a device; by default on the CPU only.
+
+    Returns:
+        The mask as booleans, and where it was not looked at and may hold anything, which entries are no mask at all.
+
+    Raises:
+        ValueError: for another shape, and for negative or NaN entries, which are those of a mask that is added to
+            attention scores: it would call the padding real.
+    """
+    if not isinstance(mask, Tensor) or not broadcasts(mask.shape, shape):
+        raise ValueError(f"{name} must be a tensor of shape {shape}, or broadcast to it, got {shape_of(mask)}.")
+    if mask.is_complex():
+        raise ValueError(f"{name} must be boolean, integer or floating point (non-zero = real), got {mask.dtype}.")
+    if mask.dtype in (torch.bool, torch.uint8):
+        return mask != 0, None
+    good = mask >= 0
+    if check or (check is None and mask.device.type == "cpu"):
+        if not bool(good.all()):
+            raise ValueError(
+                f"{name} has negative or NaN entries: it must be non-zero on real entries and 0 on padding, not a "
+                "mask to be added to attention scores."
+            )
+        return mask != 0, None
+    return mask != 0, ~good
+
+
+def broadcasts(shape: torch.Size, target: tuple[int, ...]) -> bool:
+    """Whether a shape broadcasts to another without making it larger."""
+    return len(shape) <= len(target) and all(
+        size in (1, full) for size, full in zip(reversed(shape), reversed(target), strict=False)
+    )
+
+
+def shape_of(value: object) -> str:
+    """The shape of a tensor, or what else it is, for errors."""
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -1,0 +1,270 @@
+"""Triton kernels without a GPU: compiled for three generations of cards, over all settings, loops compared with source.
+
+Triton's interpreter runs a kernel as Python, so it cannot see what the compiler makes of it.
+"""
+
+import ast
+import inspect
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from peft_read.recurrence.triton_kernels import launch
+
+CARDS = (70, 80, 90)
+# Compiles kernels for a card and prints, for each, the names that every loop of its IR carries. A process of its own:
+# Triton reads TRITON_INTERPRET once, when it is imported.
+COMPILE = r"""
+import importlib, importlib.util, json, re, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+jobs = json.loads(sys.stdin.read())
+found = []
+for job in jobs:
+    if job["source"]:
+        spec = importlib.util.spec_from_file_location("faulty", job["source"])
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        module = importlib.import_module(job["module"])
+    kernel = getattr(module, job["name"])
+    fixed = {name: value for name, value in job["fixed"].items() if name in kernel.arg_names}
+    signature = {name: "constexpr" if name in fixed else job["types"].get(name, "*fp32") for name in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=fixed)
+    built = triton.compile(source, target=GPUTarget("cuda", job["card"], 32), options={"num_warps": job["warps"]})
+    assert "cubin" in built.asm
+    loops = []
+    for line in built.asm["ttir"].splitlines():
+        carried = re.search(r"scf[.]while \(([^)]*)\)|scf[.]for .*iter_args\(([^)]*)\)", line)
+        if carried:
+            names = re.findall(r"%(\w+?)(?:_\d+)? = ", carried.group(1) or carried.group(2))
+            loops.append(sorted(names))
+    found.append({"loops": loops, "ahead": "async_copy_global" in built.asm["ttgir"]})
+print(json.dumps(found))
+"""
+
+
+def compiled(jobs, folder):
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COMPILE], input=json.dumps(jobs), env=environment, capture_output=True,
+        text=True, timeout=900,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+class Loop(ast.NodeVisitor):
+    """The names that a loop of a kernel hands from one pass to the next: assigned in it, and read before that.
+
+    What is read after the loop counts too. Names that are only assigned to (`start`, `e`) live within one pass.
+    """
+
+    def __init__(self, function, constants):
+        self.loops = []
+        self.constants = constants
+        self.body = [statement for statement in function.body if not isinstance(statement, ast.Expr)]
+        self.walk(self.body, set(), {argument.arg for argument in function.args.args})
+
+    def walk(self, statements, later, defined):
+        """Collects the loops of a list of statements; `later` are names read behind it, `defined` those before it."""
+        defined = set(defined)
+        for number, statement in enumerate(statements):
+            behind = later | self.first_reads(statements[number + 1 :])
+            if isinstance(statement, (ast.While, ast.For)):
+                test = self.reads(statement.test) if isinstance(statement, ast.While) else set()
+                read = self.first_reads(statement.body) | test | behind
+                self.loops.append((statement.lineno, sorted(self.assigned(statement.body) & read & defined)))
+                self.walk(statement.body, read, defined)
+            elif isinstance(statement, ast.If):
+                taken = self.branches(statement)
+                for branch in taken:
+                    self.walk(branch, behind, defined)
+                defined |= set.intersection(*(self.assigned(branch) for branch in taken))
+            else:
+                defined |= self.assigned([statement])
+
+    def branches(self, statement):
+        """The branches that are compiled: both, or the one that a constant chooses."""
+        if isinstance(statement.test, ast.UnaryOp) and isinstance(statement.test.operand, ast.Name):
+            name, negated = statement.test.operand.id, True
+        elif isinstance(statement.test, ast.Name):
+            name, negated = statement.test.id, False
+        else:
+            return [statement.body, statement.orelse]
+        if name not in self.constants:
+            return [statement.body, statement.orelse]
+        return [statement.body if self.constants[name] != negated else statement.orelse]
+
+    def reads(self, node):
+        return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+
+    def assigned(self, statements):
+        found = set()
+        for statement in statements:
+            if isinstance(statement, ast.If):
+                for branch in self.branches(statement):
+                    found |= self.assigned(branch)
+            elif isinstance(statement, (ast.While, ast.For)):
+                found |= self.assigned(statement.body)
+            else:
+                found |= {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        return found
+
+    def first_reads(self, statements):
+        """Names that are read before they are surely assigned."""
+        read, known = set(), set()
+        for statement in statements:
+            if isinstance(statement, ast.If):
+                taken = self.branches(statement)
+                dynamic = len(taken) == 2
+                read |= (self.reads(statement.test) if dynamic else set()) - known
+                for branch in taken:
+                    read |= self.first_reads(branch) - known
+                if dynamic:  # what only one branch assigns keeps its value in the other
+                    both = [self.assigned(branch) for branch in taken]
+                    read |= (both[0] ^ both[1]) - known
+                    known |= both[0] & both[1]
+                else:
+                    known |= self.assigned(taken[0])
+            elif isinstance(statement, (ast.While, ast.For)):
+                inner = self.reads(statement.test if isinstance(statement, ast.While) else statement.iter)
+                read |= (inner | self.first_reads(statement.body)) - known
+            elif isinstance(statement, ast.AugAssign):
+                read |= (self.reads(statement.value) | {statement.target.id}) - known
+                known |= {statement.target.id}
+            else:
+                value = getattr(statement, "value", statement)
+                read |= self.reads(value) - known
+                known |= {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        return read
+
+
+def carried_by_source(kernel, constants):
+    """(carried names) of every loop, in the order of the source."""
+    source = textwrap.dedent(inspect.getsource(kernel.fn))
+    function = next(n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef))
+    return [names for _, names in sorted(Loop(function, constants).loops)]
+
+
+SIZES = dict.fromkeys(("n", "m", "limit", "length", "k", "d", "tokens"), "i32")
+NUMBERS = ("inverse_first", "inverse_rest", "penalty_first", "penalty_rest", "tol", "floor")
+TRANSPORT_TYPES = SIZES | dict.fromkeys(NUMBERS, "fp32") | dict.fromkeys(("n_iter", "converged"), "*i32")
+TRANSPORT_TYPES |= dict.fromkeys(("rows", "cols", "totals", "scratch", "left", "right", "bounds"), "*fp64")
+
+
+def transport_jobs(card):
+    from peft_read.transport import triton_kernels as transport
+
+    jobs = []
+    for n, m in ((75, 32), (256, 256), (9, 1), (1024, 1024)):
+        for wide in (False, True):
+            for penalised in (False, True):
+                settings = transport.launch_settings(n, m, wide)
+                warps = settings.pop("num_warps")
+                fixed = {"FILLS": 100, "LOWEST_PRICE": 0.01, "LARGEST": 42.0, "PENALISED": penalised, "WIDE": wide}
+                if (n, m) != (75, 32) and penalised:
+                    continue
+                jobs.append({"module": transport.__name__, "name": "sweeps", "source": None, "fixed": fixed | settings,
+                             "types": TRANSPORT_TYPES, "card": card, "warps": warps})  # fmt: skip
+    return jobs
+
+
+def recurrence_jobs(card):
+    from peft_read.recurrence.triton_kernels import adapter, scan
+
+    jobs, seen = [], set()
+    for k in range(1, 65):
+        for masked in (False, True):
+            for name in ("rnn_forward", "rnn_backward"):
+                settings = launch.scan_settings(k)
+                key = (name, masked, *settings.values())
+                if key not in seen:
+                    seen.add(key)
+                    warps = settings.pop("num_warps")
+                    fixed = {"MASKED": masked, "CONTINUED": masked, **settings}
+                    jobs.append({"module": scan.__name__, "name": name, "source": None, "fixed": fixed, "card": card,
+                                 "types": SIZES | {"real": "*u8"}, "warps": warps})  # fmt: skip
+    half = "*fp16" if card < 80 else "*bf16"
+    for k in (1, 4, 8, 16):
+        for d in (24, 768):
+            for kind in ("*fp32", half):
+                if kind == half and (k, d) != (4, 768):
+                    continue
+                settings = launch.tile_settings(k, d)
+                warps = settings.pop("num_warps")
+                types = SIZES | {"real": "*u8"} | dict.fromkeys(("x", "out", "grad", "grad_x"), kind)
+                options = {"MASKED": True, "SHIFTED": True, "BIASED": True, "LIFTED": True, "SEEN": True, **settings}
+                for name in adapter.__all__:
+                    jobs.append({"module": adapter.__name__, "name": name, "source": None, "fixed": options,
+                                 "types": types, "card": card, "warps": warps})  # fmt: skip
+    return jobs
+
+
+def compare_loops(jobs, found):
+    import importlib
+
+    for job, built in zip(jobs, found, strict=True):
+        kernel = getattr(importlib.import_module(job["module"]), job["name"])
+        expected = [set(names) for names in carried_by_source(kernel, job["fixed"])]
+        carried = [set(names) for names in built["loops"]]
+        assert len(carried) >= len(expected) - 1, (job["name"], expected, carried)
+        for names in expected:
+            # Nothing that the source hands on may be missing from the loop (a constant that never changes may).
+            assert any(names <= one for one in carried), (job["name"], job["fixed"], names, carried)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", CARDS)
+def test_every_kernel_compiles_for_every_setting_and_carries_what_its_source_carries(card, tmp_path):
+    jobs = recurrence_jobs(card) + transport_jobs(card)
+    compare_loops(jobs, compiled(jobs, tmp_path))
+
+
+def test_the_transport_kernel_carries_what_its_source_carries(tmp_path):
+    jobs = transport_jobs(90)[:2]
+    compare_loops(jobs, compiled(jobs, tmp_path))
+
+
+def test_the_comparison_sees_names_that_start_as_one_value(tmp_path):
+    source = tmp_path / "faulty.py"
+    source.write_text(
+        "import triton\nimport triton.language as tl\n"
+        "@triton.jit\n"
+        "def rotating(x, n, K: tl.constexpr):\n"
+        "    y = tl.zeros([K], tl.float32)\n"
+        "    y1, y2 = y, y\n"
+        "    step = 0\n"
+        "    while step < n:\n"
+        "        y2 = y1\n"
+        "        y1 = y\n"
+        "        y = y + tl.load(x + tl.arange(0, K)) * y2\n"
+        "        step += 1\n"
+        "    tl.store(x + tl.arange(0, K), y)\n"
+    )
+    job = {"module": "", "name": "rotating", "source": str(source), "fixed": {"K": 16}, "types": {"n": "i32"},
+           "card": 90, "warps": 1}  # fmt: skip
+    function = next(n for n in ast.walk(ast.parse(source.read_text())) if isinstance(n, ast.FunctionDef))
+    [(_, expected)] = Loop(function, {"K": 16}).loops
+    assert expected == ["step", "y", "y1"]
+    (built,) = compiled([job], tmp_path)
+    assert not any(set(expected) <= set(names) for names in built["loops"])
+
+
+def test_settings_are_powers_of_two_for_every_width():
+    for k in range(1, 65):
+        settings = launch.scan_settings(k)
+        assert settings["K"] >= k and all(value & (value - 1) == 0 for value in settings.values())
+    for k in range(1, 17):
+        for d in (1, 24, 768, 1024, 5120):
+            settings = launch.tile_settings(k, d)
+            assert all(value & (value - 1) == 0 for value in settings.values()), (k, d)
+            assert settings["TOKENS"] * settings["K"] * settings["COLUMNS"] <= launch.TILE_NUMBERS * 2
