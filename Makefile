@@ -2,14 +2,32 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# What pip takes for torch may be a build of several GB; TORCH=torch==2.13.0, or a wheel's path, chooses another.
+TORCH_OLDEST := torch==2.6.0
+TORCH_NEWEST := torch
+FAST_TESTS := $(addprefix tests/test_,adapter.py adapter_lifecycle.py adapter_generation.py alignment.py \
+	alignment_trainer.py versions.py)
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-oldest test-newest lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/accelerate launch --num_processes 1 --cpu examples/how2_summarize.py --output_dir outputs/how2_mini
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests
+
+# The lowest versions of the window, in an environment of their own.
+test-oldest: .venv-oldest/.installed
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist worksteal -m "not slow" $(FAST_TESTS)
+
+# What pip resolves today: made anew on every call.
+test-newest:
+	rm -rf .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install -q --no-compile "$(or $(TORCH),$(TORCH_NEWEST))"
+	.venv-newest/bin/python -m pip install -q --no-compile -e . pytest pytest-xdist
+	.venv-newest/bin/python -m pip list
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 2 --dist worksteal -m "not slow" $(FAST_TESTS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -21,7 +39,7 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) outputs build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest .venv-newest outputs build dist .pytest_cache .mypy_cache .ruff_cache
 
 # The demo needs less than the tests; --no-compile leaves byte-compiling to the first import of what is used.
 $(VENV)/.demo: pyproject.toml constraints.txt
@@ -31,4 +49,11 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 
 $(VENV)/.installed: $(VENV)/.demo
 	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e ".[examples,fast,test,lint]"
+	touch $@
+
+.venv-oldest/.installed: pyproject.toml constraints-oldest.txt
+	rm -rf .venv-oldest
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -q --no-compile -c constraints-oldest.txt "$(or $(TORCH),$(TORCH_OLDEST))"
+	.venv-oldest/bin/python -m pip install -q --no-compile -c constraints-oldest.txt -e . pytest pytest-xdist
 	touch $@

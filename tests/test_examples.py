@@ -45,8 +45,21 @@ def summarize(monkeypatch):
     return lambda *arguments: how2_summarize.main([*SMALL.split(), *map(str, arguments)])
 
 
+def readme_snippets():
+    return re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+
+
+def test_the_readme_runs_without_a_checkout(tmp_path, monkeypatch, capsys):
+    code = readme_snippets()[0]
+    assert len(code.splitlines()) <= 25
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    assert "trainable params: 1,240 " in capsys.readouterr().out
+    assert (tmp_path / "outputs/readme/adapter/adapter_model.safetensors").stat().st_size < 1e5
+
+
 def test_the_readme_runs_as_written(tmp_path, monkeypatch, capsys):
-    code = re.search(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL).group(1)
+    code = readme_snippets()[1]
     code = code.replace("outputs/readme", str(tmp_path)).replace("max_steps=20", "max_steps=2, report_to='none'")
     monkeypatch.chdir(REPOSITORY)
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})

@@ -5,6 +5,10 @@ classes. Not to be confused with "READ: Recurrent Adaptation of Large Transforme
 that is recurrent over layers.
 """
 
+from .versions import warn_outside_windows
+
+warn_outside_windows()  # before the imports that an older library would fail
+
 from . import models
 from .adapter import READConfig, READModel, sequence_scope
 from .alignment import Aligner, PVLAConfig, PVLALoss, PVLALossMixin, Stream
