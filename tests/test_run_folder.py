@@ -65,6 +65,14 @@ def interrupted(run_folder, folder, arguments):
     run.release()
 
 
+def test_what_a_finished_run_was_killed_before_removing_goes(run_folder, tmp_path):
+    interrupted(run_folder, tmp_path, {"seed": 0})
+    other = checkpoint(tmp_path, 9)
+    run_folder.clear_finished(tmp_path)
+    assert not (tmp_path / "checkpoint-4").exists() and other.is_dir()
+    assert json.loads((tmp_path / "run.json").read_text())["checkpoints"] == []
+
+
 def test_a_run_goes_on_with_its_own_arguments_only(run_folder, tmp_path):
     interrupted(run_folder, tmp_path, {"seed": 0, "weight_decay": 0.0})
     with pytest.raises(ValueError, match=r"weight_decay was 0\.0, is 0\.1"):
