@@ -217,6 +217,22 @@ class RunFolder:
             )
 
 
+def clear_finished(folder: Path) -> None:
+    """Removes the checkpoints that a run has claimed, where it was killed after its last file and before that."""
+    path = folder / "run.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        claimed = [name for name in content["checkpoints"] if re.fullmatch(r"([\w-]+/)?checkpoint-\d+", name)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for name in claimed:
+        if (folder / name).is_dir() and not (folder / name).is_symlink():
+            shutil.rmtree(folder / name)
+    if claimed:
+        with write_whole(path) as file:
+            file.write(json.dumps({**content, "checkpoints": []}, indent=2) + "\n")
+
+
 def lock_folder(folder: Path, name: str = ".lock") -> FileLock:
     """The folder's lock, which ends with the process that holds it.
 

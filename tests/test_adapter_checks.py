@@ -129,6 +129,11 @@ MISFITS = {
     "infinity": ({"change": lambda w: set_value(w, float("inf"))}, 2, "NaN or infinite"),
     "integers": ({"change": lambda w: w.update({k: v.int() for k, v in w.items()})}, 2, "torch.int32"),
     "an extra key": ({"change": lambda w: w.update({"base_model.model.other": torch.ones(1)})}, 2, "no place for"),
+    "a key outside the base": (
+        {"change": lambda w: w.update({"extra.lora_A.weight": torch.ones(2)})},
+        2,
+        "no place for",
+    ),
     "another part": ({"change": lambda w: rename(w, "readapter_down", "readapter_side")}, 2, "no place for"),
     "biases without use_bias": ({"use_bias": False}, 2, "no place for"),
     "a recurrence without a cell": ({"cell": "none"}, 2, "no place for"),

@@ -22,7 +22,7 @@ from typing import Any
 from peft_read.files import write_whole
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the other examples
-from run_folder import ENDS_WITH_STDIN, lock_folder
+from run_folder import ENDS_WITH_STDIN, clear_finished, lock_folder
 
 Result = dict[str, Any]
 Key = tuple[str, float, int, "str | None"]  # row, learning rate, seed, domain
@@ -177,6 +177,7 @@ class Comparison:
         arguments += ["--domain", domain] if domain else []
         arguments += [*self.fixed, *self.options.rest]
         if read_result(path) is not None:
+            clear_finished(path)
             return _other_arguments(path, arguments)
         path.mkdir(parents=True, exist_ok=True)
         with write_whole(path / "command.json") as file:

@@ -1,6 +1,6 @@
 """READ as a method of peft; importing this package registers `PeftType.READ`."""
 
-from .registration import add_peft_type, keep_cards_on_upload, register
+from .registration import add_peft_type, keep_cards_on_upload, refuse_unknown_weights, register
 
 add_peft_type()
 
@@ -10,5 +10,6 @@ from .scope import sequence_scope  # noqa: E402
 
 register(READConfig, READModel)
 keep_cards_on_upload()
+refuse_unknown_weights()
 
 __all__ = ["READConfig", "READModel", "sequence_scope"]

@@ -15,7 +15,7 @@ from .enum_extension import extend_str_enum
 
 TABLES: tuple[dict[Any, Any], dict[Any, Any]] = (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING)
 
-__all__ = ["PREFIX", "add_peft_type", "keep_cards_on_upload", "register"]
+__all__ = ["PREFIX", "add_peft_type", "keep_cards_on_upload", "refuse_unknown_weights", "register"]
 
 # Parameters, files and tables know READ by this prefix. The plain "read_" would match inside names such as
 # "thread_ff", and peft tests for prefixes with `in`.
@@ -80,3 +80,28 @@ def keep_cards_on_upload() -> None:
 
     upload_with_card.keeps_read_cards = True  # type: ignore[attr-defined]
     PeftModel._upload_modified_files = upload_with_card  # type: ignore[method-assign, assignment]
+
+
+def refuse_unknown_weights() -> None:
+    """Let `PeftModel.load_adapter` refuse a READ adapter with weights outside the base model.
+
+    The hooks of the base model see its own keys only, and peft drops what else a file holds without a word; other
+    methods pass through unchanged.
+    """
+    load = PeftModel.load_adapter
+    if getattr(load, "refuses_unknown_weights", False):
+        return
+
+    @functools.wraps(load)
+    def load_whole(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        result = load(self, model_id, adapter_name, *args, **kwargs)
+        if self.peft_config[adapter_name].peft_type == "READ" and result.unexpected_keys:
+            unknown = sorted(result.unexpected_keys)
+            raise ValueError(
+                f"the checkpoint {model_id} has {len(unknown)} weights that this model has no place for, such as "
+                f"{unknown[0]!r}"
+            )
+        return result
+
+    load_whole.refuses_unknown_weights = True  # type: ignore[attr-defined]
+    PeftModel.load_adapter = load_whole  # type: ignore[method-assign, assignment]
