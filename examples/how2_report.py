@@ -10,6 +10,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from peft_read.files import write_whole
+
 NAMES = {
     "rouge_score": "rouge-score 0.1.2 conventions: lower-case alphanumeric tokens, no stemming",
     "easy_rouge": "easy-rouge conventions: white-space tokens",
@@ -27,7 +29,8 @@ def write_report(folder: Path, result: dict[str, Any]) -> str:
     for example in result["examples"]:
         lines += [f"- reference: {example['reference']}"]
         lines += [f"  - before: {example['before']}", f"  - after: {example['after']}"]
-    (folder / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with write_whole(folder / "report.md") as file:
+        file.write("\n".join(lines) + "\n")
 
     short = ["", *_trained(result), *_rouge_table(result)]
     if result.get("log"):
@@ -99,5 +102,6 @@ def _draw(path: Path, log: list[dict[str, float]]) -> None:
     right.set_ylabel("alignment distance")
     handles = [axis.get_legend_handles_labels() for axis in (left, right)]
     left.legend(handles[0][0] + handles[1][0], handles[0][1] + handles[1][1], loc="center right")
-    figure.savefig(path, dpi=120)
+    with write_whole(path, "wb") as file:
+        figure.savefig(file, dpi=120, format="png")
     plt.close(figure)

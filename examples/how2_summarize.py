@@ -20,6 +20,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,25 @@ import torch
 import yaml
 from how2_report import write_report
 from peft import PeftModel
-from run_folder import prepare_output, remove_checkpoints
+from run_folder import (
+    KeepCheckpoints,
+    RunFolder,
+    ScriptParser,
+    check_at_least,
+    check_numbers,
+    check_training,
+    log_without_times,
+    run_arguments,
+    run_script,
+    written_whole,
+)
 from summarisation_models import (
     BACKBONES,
     METHODS,
     ModelArguments,
     apply_method,
     check_backbone,
+    check_weights,
     generation_config,
     load_backbone,
     load_prompts,
@@ -45,15 +58,15 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
     AutoTokenizer,
-    HfArgumentParser,
     PreTrainedTokenizerBase,
     Seq2SeqTrainingArguments,
     set_seed,
 )
 
-from peft_read import PVLAConfig
+from peft_read import PVLAConfig, READConfig
 from peft_read.alignment import last_whole_checkpoint
 from peft_read.data import FeatureStore, How2Collator, generate_how2_mini, load_how2, write_how2_mini
+from peft_read.files import write_whole
 from peft_read.metrics import rouge_scores
 
 VARIANTS = ("rouge_score", "easy_rouge")
@@ -108,7 +121,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     per_device_eval_batch_size: int = 32
     eval_strategy: str = "epoch"
     save_strategy: str = "epoch"
-    save_total_limit: int = 1
+    save_total_limit: int = 2  # the last one, and the one before it should the last be damaged
     logging_steps: float = 10
     remove_unused_columns: bool = False
     dataloader_pin_memory: bool = torch.cuda.is_available()  # torch warns where there is nothing to pin for
@@ -126,30 +139,60 @@ def prepare(argv: list[str]) -> Run:
     script, training = parse(argv)
     check_arguments(script, training)
     push, training.push_to_hub = training.push_to_hub, False  # once, at the end, instead of at every checkpoint
+    folder: RunFolder | None = None
     with training.main_process_first(desc="preparing the output folder"):
         if training.process_index == 0:
-            prepare_output(Path(training.output_dir), script, training)
-            if script.data_dir is None:
-                generate_data(Path(training.output_dir) / "how2_mini")
-    if script.data_dir is None:
-        use_how2_mini(script, training)
-    splits, store, width = load_data(script, training.seed)
-    check_backbone(script, width)
-    tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path)
-    return Run(script, training, tokenizer, store, splits, width, push)
+            parts = ("", "without_video")
+            folder = RunFolder(Path(training.output_dir), run_arguments(script, training), parts)
+    try:
+        if script.data_dir is None:
+            with training.main_process_first(desc="generating the data"):
+                if folder is not None:
+                    generate_data(folder.folder / "how2_mini")
+            use_how2_mini(script, training)
+        splits, store, width = load_data(script, training.seed)
+        check_backbone(script, width)
+        check_weights(script.model_name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path)
+        return Run(script, training, tokenizer, store, splits, width, push, folder)
+    except BaseException:
+        if folder is not None:
+            folder.release()
+        raise
 
 
 def parse(argv: list[str]) -> tuple[ScriptArguments, TrainingArguments]:
-    parser = HfArgumentParser((ScriptArguments, TrainingArguments))
+    parser = ScriptParser((ScriptArguments, TrainingArguments))
     if argv and argv[0].endswith((".yaml", ".yml")):
-        values = yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8")) or {}
-        known = {argument.name for kind in (ScriptArguments, TrainingArguments) for argument in fields(kind)}
-        if unknown := set(values) - known:
-            raise ValueError(f"{argv[0]} has unknown arguments {sorted(unknown)}")
-        parser.set_defaults(**values)
-        argv = argv[1:]
+        argv = [*as_options(argv[0]), *argv[1:]]
     script, training = parser.parse_args_into_dataclasses(argv)
     return script, training
+
+
+def as_options(path: str) -> list[str]:
+    """The values of a YAML file as options of the command line, so that both are read and checked alike."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold `argument: value` lines, not {type(values).__name__}")
+    known = {argument.name for kind in (ScriptArguments, TrainingArguments) for argument in fields(kind)}
+    if unknown := sorted(str(name) for name in set(values) - known):
+        raise ValueError(f"{path} has unknown arguments {unknown}")
+    options: list[str] = []
+    for name, value in values.items():
+        if value is None:
+            raise ValueError(f"{path}: {name} has no value")
+        parts = value if isinstance(value, list) else [value]
+        texts = [json.dumps(part) if isinstance(part, dict | bool) else str(part) for part in parts]
+        options += [f"--{name}", *texts] if isinstance(value, list) else [f"--{name}={texts[0]}"]
+    try:  # what is wrong in the file is said with its name
+        ScriptParser((ScriptArguments, TrainingArguments)).parse_args(options)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return options
 
 
 def check_arguments(script: ScriptArguments, training: TrainingArguments) -> None:
@@ -162,6 +205,17 @@ def check_arguments(script: ScriptArguments, training: TrainingArguments) -> Non
         value = getattr(script, name)
         if value is not None and value <= 0:
             raise ValueError(f"--{name} {value} must be positive")
+    check_numbers(script)
+    check_training(training)
+    samples = ("num_train_samples", "num_validation_samples", "num_test_samples")
+    check_at_least(script, dict.fromkeys((*samples, "max_source_length", "max_target_length", "max_frames"), 1))
+    check_at_least(training, {"generation_num_beams": 1, "generation_max_length": 1})
+    if script.subset not in ("random", "first"):
+        raise ValueError(f"--subset {script.subset!r} is neither 'random' nor 'first'")
+    if script.dropout is not None and not 0 <= script.dropout < 1:
+        raise ValueError(f"--dropout {script.dropout} is outside [0, 1)")
+    PVLAConfig(weight=script.pvla_weight, mass=script.pvla_mass, distance=script.pvla_distance)
+    READConfig(r=script.r, cell=script.cell)
     if script.method == "prompt" and script.pvla:
         raise ValueError("--method prompt with the alignment would align the prompts as frames; add --no_pvla")
     if script.lr_step_epochs is not None and training.lr_scheduler_type != "constant":
@@ -194,7 +248,7 @@ def generate_data(folder: Path) -> None:
 def use_how2_mini(script: ScriptArguments, training: TrainingArguments) -> None:
     """Points the arguments at the generated data."""
     script.data_dir = str(Path(training.output_dir) / "how2_mini")
-    script.num_train_samples = script.num_train_samples or 400
+    script.num_train_samples = 400 if script.num_train_samples is None else script.num_train_samples
     if script.compare_zero_video is None:
         script.compare_zero_video = not script.zero_video
 
@@ -238,22 +292,33 @@ class Run:
         splits: dict[str, Any],
         width: int,
         push: bool,
+        folder: RunFolder | None,
     ) -> None:
         self.script, self.training, self.tokenizer = script, training, tokenizer
         self.store, self.splits, self.width, self.push = store, splits, width, push
+        self.folder = folder  # of the main process
 
     def execute(self) -> dict[str, Any]:
         """Adapts, compares, reports; the numbers of the report."""
+        try:
+            return self._execute()
+        finally:
+            if self.folder is not None:
+                self.folder.release()
+
+    def _execute(self) -> dict[str, Any]:
         started, script, training = time.time(), self.script, self.training
         result = self.adapt(zero_video=script.zero_video, push=self.push)
         if script.compare_zero_video and script.method != "none":
             result["without_video"] = self.adapt(zero_video=True, compare=False)
-        result |= {"seconds": time.time() - started, "world_size": training.world_size, "arguments": asdict(script)}
-        if training.process_index == 0:
+        seconds = time.time() - started if self.folder is None else self.folder.seconds
+        result |= {"seconds": seconds, "world_size": training.world_size, "arguments": asdict(script)}
+        if self.folder is not None:
             folder = Path(training.output_dir)
-            (folder / "results.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
             print(write_report(folder, result))
-            remove_checkpoints(folder)
+            with write_whole(folder / "results.json") as file:  # the last file: with it, the run is finished
+                file.write(json.dumps(result, indent=2) + "\n")
+            self.folder.remove_checkpoints()
         return result
 
     def adapt(self, *, zero_video: bool, compare: bool = True, push: bool = False) -> dict[str, Any]:
@@ -262,8 +327,8 @@ class Run:
         `compare` also measures the backbone before adaptation, and the adapter on zeroed video.
         """
         script, training = self.script, copy.copy(self.training)
-        if not compare:
-            training.output_dir = str(Path(training.output_dir) / "without_video")
+        part = "" if compare else "without_video"
+        training.output_dir = str(Path(training.output_dir) / part)
         set_seed(training.seed)
         model, new_modules = self.backbone()
         collator = self.collator(model.config, zero_video)
@@ -282,6 +347,7 @@ class Run:
             lr_step_epochs=script.lr_step_epochs,
             lr_step_factor=script.lr_step_factor,
         )
+        trainer.add_callback(KeepCheckpoints(self.folder, part))
         result: dict[str, Any] = {
             "method": script.method + (" + PVLA" if pvla else ""),
             "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -299,7 +365,7 @@ class Run:
                 "log": [],
             }
         trainer.train(resume_from_checkpoint=last_whole_checkpoint(training.output_dir))
-        result["log"] = trainer.state.log_history
+        result["log"] = log_without_times(trainer.state.log_history)
         result["rouge_after"], after = self.measure(trainer, "after")
         result["examples"] = self.examples(before, after)
         result |= self.save(trainer, Path(training.output_dir) / "adapter", collator)
@@ -359,12 +425,14 @@ class Run:
         """Saves what was trained; an adapter is loaded into a fresh backbone and must give the same summaries."""
         script, model = self.script, trainer.accelerator.unwrap_model(trainer.model)
         if script.method != "prompt":
-            trainer.save_model(str(folder))
+            with written_whole(folder) if self.folder is not None else nullcontext(folder) as part:
+                trainer.save_model(str(part))  # on all processes; the main one writes
         if self.training.process_index != 0 or not (script.method == "prompt" or isinstance(model, PeftModel)):
             return {"adapter": str(folder)}
         fresh, _ = self.backbone()
         if script.method == "prompt":
-            save_prompts(model, folder)
+            with written_whole(folder) as part:
+                save_prompts(model, part)
             fresh = load_prompts(fresh, folder)
         else:
             fresh = PeftModel.from_pretrained(fresh, str(folder))
@@ -394,8 +462,4 @@ class Run:
 
 
 if __name__ == "__main__":
-    try:
-        prepared = prepare(sys.argv[1:])
-    except (ValueError, OSError) as error:  # bad input: one line, before any training time is spent
-        sys.exit(f"how2_summarize.py: {error}")
-    prepared.execute()
+    run_script("how2_summarize.py", prepare)

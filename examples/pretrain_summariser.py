@@ -13,7 +13,6 @@ JSON object a line, {"vid": ..., "captions": [...]}, an archive of features with
 from __future__ import annotations
 
 import json
-import lzma
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -23,9 +22,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from run_folder import ScriptParser, check_at_least, check_numbers, check_training, lock_folder, log_without_times
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    HfArgumentParser,
     PreTrainedTokenizerFast,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
@@ -33,6 +32,8 @@ from transformers import (
 )
 
 from peft_read.data import HOW2_MINI_DOMAINS, FeatureStore, How2Collator, generate_how2_mini, how2_mini_talk
+from peft_read.data.jsonl import read_jsonl
+from peft_read.files import write_whole
 from peft_read.models import (
     VGBartConfig,
     VGBartForConditionalGeneration,
@@ -96,17 +97,57 @@ class MemoryFeatures(dict):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = HfArgumentParser((Arguments, TrainingArguments))
-    arguments, training = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else list(argv))
+    arguments, training = parse(sys.argv[1:] if argv is None else list(argv))
+    Path(training.output_dir).mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(Path(training.output_dir))
+    try:
+        pretrain(arguments, training, *read_corpus(arguments, training.seed))
+    finally:
+        lock.release()
+
+
+def parse(argv: list[str]) -> tuple[Arguments, TrainingArguments]:
+    """The arguments; everything that can be wrong with them is said now."""
+    arguments, training = ScriptParser((Arguments, TrainingArguments)).parse_args_into_dataclasses(argv)
     if arguments.backbone not in SPECIAL_TOKENS:
         raise ValueError(f"--backbone {arguments.backbone!r} is neither 'vg_bart' nor 'vg_t5'")
-    set_seed(training.seed)
-    if arguments.corpus == "how2_mini":
-        items, features, tokenizer = how2_mini_corpus(arguments, seed=training.seed)
-    elif arguments.corpus == "captions":
-        items, features, tokenizer = caption_corpus(arguments, seed=training.seed)
-    else:
+    if arguments.corpus not in ("how2_mini", "captions"):
         raise ValueError(f"--corpus {arguments.corpus!r} is neither 'how2_mini' nor 'captions'")
+    if arguments.corpus == "captions" and (arguments.captions is None or arguments.features is None):
+        raise ValueError("--corpus captions needs --captions (jsonl) and --features (archive)")
+    check_numbers(arguments)
+    check_training(training)
+    sizes = ("num_items", "vocab_size", "d_model", "ffn_dim", "layers", "heads", "img_trans_layers")
+    check_at_least(arguments, {**dict.fromkeys(sizes, 1), "fusion_layer": -1, "dropout": 0})
+    if arguments.d_model % arguments.heads:
+        raise ValueError(f"--d_model {arguments.d_model} is no multiple of --heads {arguments.heads}")
+    if arguments.fusion_layer >= arguments.layers:
+        raise ValueError(f"--fusion_layer {arguments.fusion_layer}: there are {arguments.layers} --layers")
+    if arguments.dropout >= 1:
+        raise ValueError(f"--dropout {arguments.dropout} is outside [0, 1)")
+    if arguments.softmax_dim not in ("text", "video"):
+        raise ValueError(f"--softmax_dim {arguments.softmax_dim!r} is neither 'text' nor 'video'")
+    return arguments, training
+
+
+Corpus = tuple[list[dict], "MemoryFeatures", PreTrainedTokenizerFast]
+
+
+def read_corpus(arguments: Arguments, seed: int) -> Corpus:
+    """The items in the order of training, the features, and a tokenizer made for them."""
+    set_seed(seed)
+    make = how2_mini_corpus if arguments.corpus == "how2_mini" else caption_corpus
+    return make(arguments, seed=seed)
+
+
+def pretrain(
+    arguments: Arguments,
+    training: TrainingArguments,
+    items: list[dict],
+    features: MemoryFeatures,
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """Trains the backbone and saves it."""
     width = next(iter(features.values())).shape[1]
     if arguments.backbone == "vg_bart":
         model: Any = VGBartForConditionalGeneration(bart_configuration(arguments, len(tokenizer), width))
@@ -119,9 +160,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer.train()
     model.save_pretrained(training.output_dir)
     tokenizer.save_pretrained(training.output_dir)
-    (Path(training.output_dir) / "pretraining.json").write_text(
-        json.dumps({"log": trainer.state.log_history[-2:], "steps": trainer.state.global_step}, indent=2) + "\n"
-    )
+    record = {"log": log_without_times(trainer.state.log_history)[-2:], "steps": trainer.state.global_step}
+    with write_whole(Path(training.output_dir) / "pretraining.json") as file:
+        file.write(json.dumps(record, indent=2) + "\n")
 
 
 def bart_configuration(arguments: Arguments, vocab_size: int, width: int) -> VGBartConfig:
@@ -215,11 +256,11 @@ def how2_mini_corpus(arguments: Arguments, *, seed: int) -> tuple[list[dict], Me
 
 def caption_corpus(arguments: Arguments, *, seed: int) -> tuple[list[dict], MemoryFeatures, PreTrainedTokenizerFast]:
     """Passages of consecutive captions with spans masked; the video is the features of the passage's clips."""
-    if arguments.captions is None or arguments.features is None:
-        raise ValueError("--corpus captions needs --captions (jsonl) and --features (archive)")
-    opener = lzma.open if arguments.captions.endswith(".xz") else open
-    with opener(arguments.captions, "rt", encoding="utf-8") as file:
-        videos = {record["vid"]: [tokenize(c) for c in record["captions"]] for record in map(json.loads, file)}
+    assert arguments.captions is not None and arguments.features is not None
+    videos = {
+        record["vid"]: [tokenize(caption) for caption in record["captions"]]
+        for record in read_jsonl(arguments.captions, required=("vid", "captions"))
+    }
     store = FeatureStore(arguments.features)
     videos = {vid: captions for vid, captions in videos.items() if vid in store}
     if not videos:
@@ -277,4 +318,7 @@ def infill(words: Sequence[str], rng: np.random.Generator) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:  # bad input: one line
+        sys.exit(f"pretrain_summariser.py: {' '.join(str(error).split())}")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, GenerationConfig
@@ -83,6 +84,16 @@ def check_backbone(script: ModelArguments, width: int) -> None:
         raise ValueError(f"the video features are {width} wide, but {path} takes {expected}")
     if options_of_new_modules(script, kind) and config.model_type == kind:
         raise ValueError(f"--new_visual_modules is for plain checkpoints; {path} is a {kind} with its own")
+
+
+def check_weights(path: str) -> None:
+    """Whether the weights of a local checkpoint can be opened to their end."""
+    for file in sorted(Path(path).glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{file} holds no whole weights: {error}") from error
 
 
 def options_of_new_modules(script: ModelArguments, kind: str) -> dict[str, Any]:

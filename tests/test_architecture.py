@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "peft_read"
-FLOOR_0 = {"recurrence", "transport", "spans", "files", "values", "data", "metrics"}
+FLOOR_0 = {"recurrence", "transport", "spans", "files", "plain", "values", "data", "metrics"}
 MAY_IMPORT = {
     "recurrence": set(),
     "transport": set(),
     "spans": {"values"},
     "values": set(),
     "files": set(),
+    "plain": set(),
     "data": {"spans", "files", "values"},
     "metrics": {"spans", "files", "values"},
     "adapter": FLOOR_0,

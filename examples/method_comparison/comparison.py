@@ -19,6 +19,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from peft_read.files import write_whole
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the other examples
+from run_folder import ENDS_WITH_STDIN, lock_folder
+
 Result = dict[str, Any]
 Key = tuple[str, float, int, "str | None"]  # row, learning rate, seed, domain
 Results = dict[Key, Result]
@@ -90,13 +95,37 @@ class Comparison:
             parser.error(
                 f"--select_seeds {options.select_seeds} is not between 1 and the {len(options.seeds)} --seeds"
             )
+        if len(set(options.seeds)) != len(options.seeds) or min(options.seeds) < 0:
+            parser.error(f"--seeds {options.seeds} must be different and not negative")
+        if options.jobs < 1:
+            parser.error(f"--jobs {options.jobs} must be at least 1")
+        if wrong := [rate for rate in options.learning_rates or () if not 0 < rate < float("inf")]:
+            parser.error(f"--learning_rates {wrong} must be finite and above 0")
+        self.parser = parser
         self.rows = {name: row for name, row in rows.items() if not options.only or name in options.only}
         self.options, self.script, self.score = options, script, score
         self.fixed, self.domains, self.folder = fixed, domains, Path(options.output_dir)
         self.selection: list[int] = options.seeds[: options.select_seeds]
 
     def run(self) -> Results:
-        """Runs what has no result yet; the results of all."""
+        """Runs what has no result yet; the results of all.
+
+        A run ends when this process does: its standard input is a pipe that only this process holds open.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = lock_folder(self.folder)
+        except (ValueError, OSError) as error:
+            self.parser.error(f"--output_dir {self.folder}: {error}")
+        self.child_input, parent_output = os.pipe()
+        try:
+            return self._run_all()
+        finally:
+            os.close(parent_output)
+            os.close(self.child_input)
+            lock.release()
+
+    def _run_all(self) -> Results:
         results = self._run((name, rate, self.selection) for name in self.rows for rate in self._rates(name))
         chosen = []
         for name in self.rows:
@@ -110,7 +139,8 @@ class Comparison:
 
     def write(self, rows: list[Result], table: str) -> list[Result]:
         """`<suite>.json`, and the table on the terminal."""
-        (self.folder / f"{self.options.suite}.json").write_text(json.dumps(rows, indent=2) + "\n")
+        with write_whole(self.folder / f"{self.options.suite}.json") as file:
+            file.write(json.dumps(rows, indent=2) + "\n")
         print(table)
         return rows
 
@@ -135,27 +165,55 @@ class Comparison:
             for failed in pool.map(lambda job: self._run_one(*job), jobs.items()):
                 if failed:
                     print(failed, file=sys.stderr)
-        found = {key: path / "results.json" for key, path in keys.items()}
-        return {key: json.loads(path.read_text()) for key, path in found.items() if path.exists()}
+        found = {key: read_result(path) for key, path in keys.items()}
+        return {key: result for key, result in found.items() if result is not None}
 
     def _run_one(self, path: Path, key: Key) -> str | None:
         """Runs the script where there is no result yet; a message where it failed."""
         name, rate, seed, domain = key
-        if (path / "results.json").exists():
-            return None
         arguments = self.rows[name].arguments.split()
         arguments += ["--seed", str(seed), "--output_dir", str(path), "--disable_tqdm", "true"]
         arguments += ["--learning_rate", str(rate)] if rate else []
         arguments += ["--domain", domain] if domain else []
+        arguments += [*self.fixed, *self.options.rest]
+        if read_result(path) is not None:
+            return _other_arguments(path, arguments)
         path.mkdir(parents=True, exist_ok=True)
+        with write_whole(path / "command.json") as file:
+            json.dump(arguments, file)
         with (path / "log.txt").open("w") as log:
             done = subprocess.run(
-                [sys.executable, str(self.script), *arguments, *self.fixed, *self.options.rest],
-                env={"OMP_NUM_THREADS": "1", **os.environ},
+                [sys.executable, str(self.script), *arguments],
+                env={"OMP_NUM_THREADS": "1", **os.environ, ENDS_WITH_STDIN: "1"},
+                stdin=self.child_input,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
         return f"{path} failed, see its log.txt" if done.returncode else None
+
+
+def read_result(path: Path) -> Result | None:
+    """What a run has written at its end; None where there is nothing, or nothing whole, so that it is run again."""
+    try:
+        result = json.loads((path / "results.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return result if isinstance(result, dict) else None
+
+
+def _other_arguments(path: Path, arguments: Sequence[str]) -> str | None:
+    """A finished run is taken as it is, but not without a word where its arguments were others."""
+    try:
+        before = json.loads((path / "command.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None  # a run from before the arguments were written down
+    where = arguments.index("--output_dir") + 1  # the folder may have been moved
+    if [*arguments[:where], *arguments[where + 1 :]] == [*before[:where], *before[where + 1 :]]:
+        return None
+    return (
+        f"{path} holds the result of other arguments, {' '.join(before)}, which is taken as it is; choose another "
+        "--output_dir, or delete it"
+    )
 
 
 def run_folder(folder: Path, row: Experiment, rate: float, seed: int, domain: str | None = None) -> Path:

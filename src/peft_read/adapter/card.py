@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import safe_open
+
+from ..files import write_whole
 
 if TYPE_CHECKING:
     from .config import READConfig
@@ -34,8 +38,9 @@ AUTO_CLASSES = {
 def update_model_card(folder: str | os.PathLike, config: READConfig, auto_mapping: dict | None = None) -> None:
     """Write READ's part of the README.md in the folder of a saved adapter, anew each time; nothing without weights.
 
-    An adapter that is not called "default" lies in a folder of its own below the card that peft writes; both cards
-    are updated then.
+    An adapter that is not called "default" lies in a folder of its own, named as it is, below the card that peft
+    writes; both cards are updated then. A README above the adapter is left alone in every other case, and one that is
+    no card, or cannot be read as one, in this case too.
 
     Args:
         folder: where `adapter_config.json` lies.
@@ -47,20 +52,34 @@ def update_model_card(folder: str | os.PathLike, config: READConfig, auto_mappin
     if trained is None:  # a configuration alone is no adapter, and needs no card
         return
     section = _section(trained, config, auto_mapping)
-    for path in (folder / "README.md", folder.parent / "README.md"):
-        if path.exists():
-            card = ModelCard.load(path)
-        elif path.parent == folder:
-            card = ModelCard.from_template(ModelCardData(library_name="peft"))
-        else:
-            continue
-        if card.data.library_name != "peft":
-            continue  # a README above that is no card of peft's
-        card.data.tags = sorted({*(card.data.tags or []), *TAGS})
-        before, _, rest = card.text.partition(BEGIN)
-        after = rest.partition(END)[2] if rest else before
-        card.text = (before if rest else "") + section + (after if rest else f"\n\n{before.lstrip()}")
-        card.save(path)
+    if (folder / "README.md").exists():
+        _write_section(folder / "README.md", section)
+    else:
+        _save(ModelCard.from_template(ModelCardData(library_name="peft")), section, folder / "README.md")
+    name = getattr(config, "adapter_name", "default")
+    if name != "default" and folder.name == name and (folder.parent / "README.md").exists():
+        _write_section(folder.parent / "README.md", section)
+
+
+def _write_section(path: Path, section: str) -> None:
+    """Puts READ's part into a card; a file that is no card of peft's stays as it is."""
+    try:
+        card = ModelCard(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:  # an encoding error is a ValueError
+        warnings.warn(f"{path} is no model card ({error}): READ's part is not written into it", stacklevel=2)
+        return
+    if getattr(card.data, "library_name", None) == "peft":
+        _save(card, section, path)
+
+
+def _save(card: ModelCard, section: str, path: Path) -> None:
+    data: Any = card.data
+    data.tags = sorted({*(data.tags or []), *TAGS})
+    before, _, rest = card.text.partition(BEGIN)
+    after = rest.partition(END)[2] if rest else before
+    card.text = (before if rest else "") + section + (after if rest else f"\n\n{before.lstrip()}")
+    with write_whole(path) as file:
+        file.write(str(card))
 
 
 def renew_model_cards(folder: str | os.PathLike, configs: dict[str, Any]) -> None:

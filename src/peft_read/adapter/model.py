@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from .config import READConfig
 from .layer import CANNOT_MERGE, Linear, READLayer
+from .loaded import check_loaded_weights
 from .mixed import copies_in_generate, mixed_batch
 from .registration import PREFIX
 from .sequences import Notice
@@ -134,7 +135,10 @@ class READModel(BaseTuner):
     target_module_mapping = TARGET_MODULES
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        family = model_config.get("model_type")
+        if not isinstance(model_config, Mapping):  # a model's `config` may be anything, and peft hands it on
+            model_config = {"model_type": getattr(model_config, "model_type", None)}
+        model_config = {"model_type": None, **model_config}
+        family = model_config["model_type"]
         if peft_config.target_modules is None and peft_config.exclude_modules is None and family in EXCLUDED_MODULES:
             peft_config.exclude_modules = set(EXCLUDED_MODULES[family])  # type: ignore[assignment]
         if peft_config.cell_pattern is None and family in CELL_PATTERNS:
@@ -185,8 +189,10 @@ class READModel(BaseTuner):
         """Put the adapter's layers into the model, then hooks on the stacks around them."""
         if "_notice" not in self.__dict__:  # the first adapter is injected from within BaseTuner.__init__
             self._notice = Notice()
-        # Not a field: the card tells it, the configuration on disk does not.
+            self._load_check = model.register_load_state_dict_pre_hook(check_loaded_weights)
+        # No fields: the card tells them, the configuration on disk does not.
         self.peft_config[adapter_name].base_parameters = _base_parameters(model)  # type: ignore[attr-defined]
+        self.peft_config[adapter_name].adapter_name = adapter_name  # type: ignore[attr-defined]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for name, module in list(model.named_modules()):
             if not isinstance(module, READLayer):
@@ -200,6 +206,7 @@ class READModel(BaseTuner):
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[func-returns-value]
         remove_scopes(model)
+        self._load_check.remove()
         return model
 
     @contextmanager

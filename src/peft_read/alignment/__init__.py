@@ -1,10 +1,11 @@
 """Partial video-language alignment: a partial-optimal-transport loss between video and language states."""
 
 from .aligner import Aligner, PVLAConfig
+from .checkpoints import last_whole_checkpoint, seal_checkpoint
 from .loss import DISTANCES, AlignmentDistance, PVLALoss, alignment_distance
 from .recorder import AlignedBlock, Recording
 from .streams import PRESETS, Stream, preset_streams
-from .trainer import PVLALossMixin, last_whole_checkpoint
+from .trainer import PVLALossMixin
 
 __all__ = [
     "DISTANCES",
@@ -20,4 +21,5 @@ __all__ = [
     "alignment_distance",
     "last_whole_checkpoint",
     "preset_streams",
+    "seal_checkpoint",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,8 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..plain import plain_integers, plain_number
 from ..transport import warm_up
-from .loss import DISTANCES, AlignmentDistance, alignment_distance
+from .loss import (
+    AlignmentDistance,
+    alignment_distance,
+    checked_distance,
+    checked_mass,
+    checked_method,
+    checked_reg,
+)
 from .recorder import AlignedBlock, Recording, StreamPair
 from .streams import Stream, preset_streams, unwrap_model
 
@@ -35,8 +45,11 @@ class PVLAConfig:
             tuples; replaces the streams.
         method: the transport solver.
 
+    Numbers of numpy and torch become plain ones when the configuration is made; what a function returns is checked
+    at each step.
+
     Raises:
-        ValueError: a value out of range.
+        ValueError: a value out of range or of another kind, NaN and infinity included.
     """
 
     video: Stream | None = None
@@ -50,18 +63,31 @@ class PVLAConfig:
     method: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.distance not in DISTANCES:
-            raise ValueError(f"distance={self.distance!r} is not one of {DISTANCES}")
-        if not callable(self.mass) and not 0 < self.mass <= 1:
-            raise ValueError(f"mass={self.mass} is outside (0, 1]: it is the fraction of the mass to transport")
-        if not callable(self.weight) and not self.weight >= 0:
-            raise ValueError(f"weight={self.weight} must not be negative; pvla_config=None switches the loss off")
-        if not self.reg > 0:
-            raise ValueError(f"reg={self.reg} must be positive; the paper uses 0.05")
+        self.distance, self.method = checked_distance(self.distance), checked_method(self.method)
+        self.reg = checked_reg(self.reg)
+        if not callable(self.mass):
+            self.mass = checked_mass(self.mass)
+        if not callable(self.weight):
+            self.weight = _checked_weight(self.weight)
+        for name in ("video", "language"):
+            stream = getattr(self, name)
+            if stream is not None and not isinstance(stream, Stream):
+                raise ValueError(f"{name}={stream!r} is no Stream")
         if (self.video is None) != (self.language is None):
             raise ValueError("name both streams, video and language, or neither (then the model's preset is used)")
-        if isinstance(self.blocks, str) and self.blocks != "all":
-            raise ValueError(f"blocks={self.blocks!r} is neither 'all' nor a sequence of block indices")
+        if self.extractor is not None and not callable(self.extractor):
+            raise ValueError(f"extractor={self.extractor!r} is no function of batch and outputs")
+        if self.extractor is not None and self.video is not None:
+            raise ValueError("an extractor replaces the streams: give one or the other")
+        if isinstance(self.blocks, str):
+            if self.blocks != "all":
+                raise ValueError(f"blocks={self.blocks!r} is neither 'all' nor a sequence of block indices")
+            return
+        self.blocks = plain_integers("blocks", self.blocks)
+        if not self.blocks or len(set(self.blocks)) != len(self.blocks):
+            raise ValueError(f"blocks={self.blocks} must name at least one block, and each block once")
+        if self.extractor is not None:
+            raise ValueError("blocks picks from streams; an extractor returns the blocks to align itself")
 
     def record(self) -> dict[str, Any]:
         """The numbers that a model card should name, as plain JSON values."""
@@ -74,22 +100,53 @@ class PVLAConfig:
         }
 
     def weight_at(self, progress: float) -> float:
-        """The weight at a point of training, 0 = start, 1 = end."""
-        return float(self.weight(progress) if callable(self.weight) else self.weight)
+        """The weight at a point of training, 0 = start, 1 = end.
+
+        Raises:
+            ValueError: the schedule gave a weight that is negative or not finite.
+        """
+        return _scheduled(_checked_weight, self.weight, progress)
 
     def mass_at(self, progress: float) -> float:
-        """The mass fraction at a point of training, 0 = start, 1 = end."""
-        return float(self.mass(progress) if callable(self.mass) else self.mass)
+        """The mass fraction at a point of training, 0 = start, 1 = end.
+
+        Raises:
+            ValueError: the schedule gave a mass outside (0, 1].
+        """
+        return _scheduled(checked_mass, self.mass, progress)
+
+
+def _checked_weight(weight: Any) -> float:
+    number = plain_number("weight", weight)
+    if number < 0:
+        raise ValueError(f"weight={number} must not be negative; pvla_config=None switches the loss off")
+    return number
+
+
+def _scheduled(check: Callable[[Any], float], value: Schedule, progress: float) -> float:
+    if not callable(value):
+        return check(value)
+    try:
+        return check(value(progress))
+    except ValueError as error:
+        raise ValueError(f"the schedule at progress {progress:g}: {error}") from error
 
 
 class Aligner:
     """The alignment loss of one model: records a forward pass, then measures it.
 
-    Works with any training loop; `PVLALossMixin` is this inside a `Trainer`.
+    Works with any training loop; `PVLALossMixin` is this inside a `Trainer`. A copy of the model is another model:
+    its passes are not recorded, until `attach` moves the Aligner to it. The hooks go when the Aligner goes.
+
+    A block that runs several times in a pass (shared layers) counts once for each run. Blocks that do not run in a
+    pass (LayerDrop, early exit) are left out of its mean.
 
     Args:
         model: the model, wrapped (peft, DDP, compile) or not.
         config: what to align.
+
+    Raises:
+        ValueError: streams that do not fit the model, or no module or PVLAConfig.
 
     Example:
         ```python
@@ -102,35 +159,70 @@ class Aligner:
     """
 
     def __init__(self, model: nn.Module, config: PVLAConfig) -> None:
-        base = unwrap_model(model)
+        if not isinstance(config, PVLAConfig):
+            raise ValueError(f"the settings of the alignment must be a PVLAConfig, got {type(config).__name__}")
         self.config = config
-        self.model_name = type(base).__name__
-        on_cpu = all(parameter.device.type == "cpu" for parameter in base.parameters())
-        if on_cpu and config.distance == "partial_ot" and config.method == "auto":
-            warm_up()  # the same solver for every step, process and resumed run
         self.pair: StreamPair | None = None
-        if config.extractor is None:
-            if config.video is not None and config.language is not None:
-                video, language = config.video, config.language
+        self._model: weakref.ref[nn.Module] | None = None
+        self._has_aligned = False
+        self.attach(model)
+
+    def attach(self, model: nn.Module) -> bool:
+        """Moves the hooks to `model`, where they are not there already.
+
+        Args:
+            model: wrapped or not.
+
+        Returns:
+            Whether it is another model than before.
+
+        Raises:
+            ValueError: streams that do not fit the model.
+        """
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"an Aligner needs a torch.nn.Module, got {type(model).__name__}")
+        base = unwrap_model(model)
+        if self._model is not None and self._model() is base:
+            return False
+        pair = None
+        if self.config.extractor is None:
+            if self.config.video is not None and self.config.language is not None:
+                video, language = self.config.video, self.config.language
             else:
                 video, language = preset_streams(base)
-            self.pair = StreamPair(base, video, language, config.blocks)
+            pair = StreamPair(base, video, language, self.config.blocks)
+        self.remove()
+        self.pair, self._model, self.model_name = pair, weakref.ref(base), type(base).__name__
+        on_cpu = all(parameter.device.type == "cpu" for parameter in base.parameters())
+        if on_cpu and self.config.distance == "partial_ot" and self.config.method == "auto":
+            warm_up()  # the same solver for every step, process and resumed run
+        return True
 
     @contextmanager
     def record(self) -> Iterator[Recording]:
         """Records the one forward pass inside."""
         if self.pair is None:
-            yield Recording(owner=id(self), with_grad=torch.is_grad_enabled())
+            yield Recording(owner=None, with_grad=torch.is_grad_enabled())
         else:
             with self.pair.record() as recording:
                 yield recording
 
     def blocks(self, recording: Recording, batch: Mapping[str, Any], outputs: Any = None) -> list[AlignedBlock]:
-        """The states to align, one entry a block."""
+        """The states to align, one entry a run of a block; none where LayerDrop left none.
+
+        Raises:
+            RuntimeError: no module of the streams has run in this pass or in one before.
+            ValueError: the extractor returned no blocks, or something else.
+        """
         if self.pair is not None:
             return self.pair.blocks(recording, batch)
         assert self.config.extractor is not None
-        blocks = [AlignedBlock(*block) for block in self.config.extractor(batch, outputs)]  # type: ignore[arg-type]
+        try:
+            blocks = [AlignedBlock(*block) for block in self.config.extractor(batch, outputs)]  # type: ignore[arg-type]
+        except TypeError as error:
+            raise ValueError(
+                f"the extractor must return (video, language, video_mask, language_mask) for each block: {error}"
+            ) from error
         if not blocks:
             raise ValueError("the extractor returned no blocks")
         return blocks
@@ -144,12 +236,14 @@ class Aligner:
             RuntimeError: gradients are on and no aligned state has one, so the loss could train nothing.
         """
         blocks = self.blocks(recording, batch, outputs)
+        if not blocks:
+            return _nothing_aligned(batch)
         if recording.with_grad and not any(b.video.requires_grad or b.language.requires_grad for b in blocks):
             raise RuntimeError(
                 f"no aligned state of {self.model_name} has a gradient: no trainable parameter lies before the named "
                 "modules. Align blocks at or after an adapter, or set pvla_config=None"
             )
-        return alignment_distance(
+        result = alignment_distance(
             [block.video for block in blocks],
             [block.language for block in blocks],
             [block.video_mask for block in blocks],
@@ -159,22 +253,31 @@ class Aligner:
             reg=self.config.reg,
             method=self.config.method,
         )
+        if not self._has_aligned:
+            self._has_aligned = bool(result.mass.any())
+            if not self._has_aligned:
+                warnings.warn(
+                    "no example of the batch has both a real video token and a real word, so that there is nothing to "
+                    "align; if it should, look at the streams' masks (non-zero = real; invert_mask for the opposite)",
+                    stacklevel=2,
+                )
+        return result
 
     def loss(
         self, recording: Recording, batch: Mapping[str, Any], outputs: Any = None, *, progress: float = 0.0
     ) -> Tensor:
         """The weighted alignment loss, a scalar: weight x mean over blocks and examples."""
-        distance = self.distance(recording, batch, outputs, progress=progress).distance
-        return self.config.weight_at(progress) * distance.mean()
+        result = self.distance(recording, batch, outputs, progress=progress)
+        return self.config.weight_at(progress) * result.mean()
 
     def describe(self, model: nn.Module, batch: Mapping[str, Any]) -> str:
         """A table of what would be aligned with what, from one forward pass of `model` on `batch`."""
         with torch.no_grad(), self.record() as recording:
             outputs = model(**batch)
         blocks = self.blocks(recording, batch, outputs)
-        names = self.pair.names if self.pair is not None else [("extractor", "extractor")] * len(blocks)
         lines = [f"{self.model_name}: {len(blocks)} blocks"]
-        for index, (block, (video_name, language_name)) in enumerate(zip(blocks, names, strict=True)):
+        for index, block in enumerate(blocks):
+            video_name, language_name = block.names
             lines.append(
                 f"  block {index}: video {video_name} {_shape(block.video, block.video_mask)}"
                 f"  <->  language {language_name} {_shape(block.language, block.language_mask)}"
@@ -187,6 +290,12 @@ class Aligner:
             self.pair.remove()
 
 
+def _nothing_aligned(batch: Mapping[str, Any]) -> AlignmentDistance:
+    tensor = next(value for value in batch.values() if isinstance(value, Tensor) and value.dim())
+    empty = torch.zeros(0, len(tensor), device=tensor.device)
+    return AlignmentDistance(empty, empty)
+
+
 def _shape(states: Tensor, mask: Tensor | None) -> str:
-    real = "all real" if mask is None else f"{int(mask.sum())} of {mask.numel()} real"
+    real = "all real" if mask is None else f"{int((mask != 0).sum())} of {mask.numel()} real"
     return f"{tuple(states.shape)} ({real})"

@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..plain import plain_number
 from ..transport import cosine_cost, partial_optimal_transport
+from ..transport.partial import METHODS
 
-__all__ = ["DISTANCES", "AlignmentDistance", "PVLALoss", "alignment_distance"]
+__all__ = ["DISTANCES", "AlignmentDistance", "PVLALoss", "alignment_distance", "real_tokens"]
 
 DISTANCES = ("partial_ot", "avg_cosine", "max_cosine", "avg_l2", "max_l2")
 
 
 class AlignmentDistance(NamedTuple):
-    """One number per block and example."""
+    """One number per block and example; no blocks where none of them ran."""
 
     distance: Tensor  # (blocks, B), differentiable
     mass: Tensor  # (blocks, B), the transported mass; 1 for pooled distances, 0 where a side has no real token
+
+    def mean(self) -> Tensor:
+        """The mean distance over blocks and examples, a scalar; 0 where no block ran."""
+        return self.distance.mean() if self.distance.numel() else self.distance.sum()
+
+    def over_blocks(self) -> tuple[Tensor, Tensor]:
+        """The mean distance and mass of each example, (B,) each; 0 where no block ran."""
+        count = max(1, len(self.distance))
+        return self.distance.sum(0) / count, self.mass.sum(0) / count
 
 
 def alignment_distance(
@@ -53,15 +64,18 @@ def alignment_distance(
         method: see `partial_optimal_transport`.
 
     Raises:
-        ValueError: an unknown distance, or shapes that do not belong together (the block is named).
+        ValueError: an unknown distance or solver, a number out of range, shapes that do not belong together, a mask
+            to be added to attention scores, or a real token that is not finite (the block is named).
     """
-    if distance not in DISTANCES:
-        raise ValueError(f"distance={distance!r} is not one of {DISTANCES}")
+    distance, method = checked_distance(distance), checked_method(method)
+    mass, reg = checked_mass(mass), checked_reg(reg)
     blocks = _pair_blocks(video, language, video_mask, language_mask)
     device_type = blocks[0][0].device.type
     with torch.autocast(device_type=device_type, enabled=False):
         if distance == "partial_ot":
             return _transport_distance(blocks, mass=mass, reg=reg, method=method)
+        for index, block in enumerate(blocks):
+            _check_finite(block, index)  # the transport refuses such costs itself
         pooling, metric = distance.split("_")
         distances = torch.stack([_pooled_distance(*block, pooling=pooling, metric=metric) for block in blocks])
         return AlignmentDistance(distances, torch.stack([_both_present(vm, lm) for _, _, vm, lm in blocks]))
@@ -78,6 +92,9 @@ class PVLALoss(nn.Module):
         distance: "partial_ot" or a pooled distance of Table 9.
         method: solver, see `partial_optimal_transport`.
 
+    Raises:
+        ValueError: a number out of range, an unknown distance or solver.
+
     Example:
         >>> import torch
         >>> loss = PVLALoss(mass=0.5)
@@ -90,13 +107,8 @@ class PVLALoss(nn.Module):
         self, mass: float = 0.5, reg: float = 0.05, distance: str = "partial_ot", method: str = "auto"
     ) -> None:
         super().__init__()
-        if distance not in DISTANCES:
-            raise ValueError(f"distance={distance!r} is not one of {DISTANCES}")
-        if not 0 < mass <= 1:
-            raise ValueError(f"mass={mass} is outside (0, 1]: it is the fraction of the mass to transport")
-        if not reg > 0:
-            raise ValueError(f"reg={reg} must be positive; the paper uses 0.05")
-        self.mass, self.reg, self.distance, self.method = mass, reg, distance, method
+        self.mass, self.reg = checked_mass(mass), checked_reg(reg)
+        self.distance, self.method = checked_distance(distance), checked_method(method)
 
     def forward(
         self,
@@ -123,50 +135,120 @@ class PVLALoss(nn.Module):
         return f"mass={self.mass}, reg={self.reg}, distance={self.distance!r}, method={self.method!r}"
 
 
+def checked_mass(mass: Any) -> float:
+    """The mass fraction as a float in (0, 1]."""
+    number = plain_number("mass", mass)
+    if not 0 < number <= 1:
+        raise ValueError(f"mass={number} is outside (0, 1]: it is the fraction of the mass to transport")
+    return number
+
+
+def checked_reg(reg: Any) -> float:
+    """The temperature as a float above 0."""
+    number = plain_number("reg", reg)
+    if not number > 0:
+        raise ValueError(f"reg={number} must be positive; the paper uses 0.05")
+    return number
+
+
+def checked_distance(distance: Any) -> str:
+    """One of `DISTANCES`."""
+    if distance not in DISTANCES:
+        raise ValueError(f"distance={distance!r} is not one of {DISTANCES}")
+    return str(distance)
+
+
+def checked_method(method: Any) -> str:
+    """One of the transport solvers."""
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is not one of {METHODS}")
+    return str(method)
+
+
+def real_tokens(mask: Any, where: str) -> Tensor:
+    """A mask in which non-zero means real, as a boolean tensor.
+
+    Args:
+        mask: a tensor of any dtype, or an array.
+        where: whose mask it is, for the message.
+
+    Raises:
+        ValueError: no tensor, or negative or NaN entries.
+    """
+    try:
+        tensor = torch.as_tensor(mask)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{where}: a mask must be a tensor, got {type(mask).__name__}") from error
+    if tensor.is_complex() or (tensor.is_floating_point() and not bool((tensor >= 0).all())):
+        raise ValueError(
+            f"{where}: the mask has negative, NaN or complex entries; it must be non-zero on real tokens and 0 on "
+            "padding, not a mask to be added to attention scores"
+        )
+    return tensor != 0
+
+
 Block = tuple[Tensor, Tensor, Tensor, Tensor]  # video (B, N, d), language (B, M, d), their boolean masks
 
 
 def _pair_blocks(video: object, language: object, video_mask: object, language_mask: object) -> list[Block]:
     """Lists of equal length with boolean masks, every shape checked."""
-    videos, languages = _as_list(video), _as_list(language)
+    videos, languages = _as_list(video, "video"), _as_list(language, "language")
     if len(videos) != len(languages) or not videos:
         raise ValueError(f"{len(videos)} video blocks and {len(languages)} language blocks cannot be paired")
     count = len(videos)
     video_masks, language_masks = _masks_as_list(video_mask, count), _masks_as_list(language_mask, count)
     blocks = []
     for index, (v, t, vm, tm) in enumerate(zip(videos, languages, video_masks, language_masks, strict=True)):
-        if v.dim() != 3 or t.dim() != 3 or v.shape[0] != t.shape[0] or v.shape[2] != t.shape[2]:
+        for name, states in (("video", v), ("language", t)):
+            if not isinstance(states, Tensor) or not states.is_floating_point():
+                kind = states.dtype if isinstance(states, Tensor) else type(states).__name__
+                raise ValueError(f"block {index}: {name} states must be a floating-point tensor, got {kind}")
+        if v.dim() != 3 or t.dim() != 3 or v.shape[0] != t.shape[0] or v.shape[2] != t.shape[2] or not v.shape[2]:
             raise ValueError(
                 f"block {index}: video states {tuple(v.shape)} and language states {tuple(t.shape)} must be (B, N, d) "
                 "and (B, M, d); project one of them where the widths differ"
+            )
+        if 0 in v.shape or 0 in t.shape:
+            raise ValueError(
+                f"block {index}: video states {tuple(v.shape)} and language states {tuple(t.shape)} hold no token at "
+                "all; an example without video or text is one whose mask is 0"
             )
         blocks.append((_at_least_float32(v), _at_least_float32(t), _mask(vm, v, index), _mask(tm, t, index)))
     return blocks
 
 
-def _as_list(value: object) -> list[Tensor]:
+def _as_list(value: object, name: str) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
-    return list(value)  # type: ignore[call-overload]
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{name} must be a tensor or a list of tensors, one a block, got {type(value).__name__}")
+    return list(value)
 
 
 def _masks_as_list(value: object, count: int) -> list[Tensor | None]:
-    if value is None or isinstance(value, Tensor):
-        return [value] * count
-    masks = list(value)  # type: ignore[call-overload]
-    if len(masks) != count:
-        raise ValueError(f"{len(masks)} masks were given for {count} blocks")
-    return masks
+    if value is None or not isinstance(value, list | tuple):
+        return [value] * count  # type: ignore[list-item]
+    if len(value) != count:
+        raise ValueError(f"{len(value)} masks were given for {count} blocks")
+    return list(value)
 
 
-def _mask(mask: Tensor | None, states: Tensor, index: int) -> Tensor:
+def _mask(mask: Any, states: Tensor, index: int) -> Tensor:
     if mask is None:
         return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
-    if mask.shape != states.shape[:2]:
+    real = real_tokens(mask, f"block {index}")
+    if real.shape != states.shape[:2]:
         raise ValueError(
-            f"block {index}: a mask of shape {tuple(mask.shape)} does not fit states of shape {tuple(states.shape)}"
+            f"block {index}: a mask of shape {tuple(real.shape)} does not fit states of shape {tuple(states.shape)}"
         )
-    return mask.to(states.device) != 0
+    return real.to(states.device)
+
+
+def _check_finite(block: Block, index: int) -> None:
+    v, t, vm, tm = block
+    for name, states, mask in (("video", v, vm), ("language", t, tm)):
+        if not bool((states.isfinite().all(-1) | ~mask).all()):
+            raise ValueError(f"block {index}: a real token of the {name} states is NaN or infinite")
 
 
 def _at_least_float32(states: Tensor) -> Tensor:

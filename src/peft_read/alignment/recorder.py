@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,15 +26,45 @@ class AlignedBlock:
     language: Tensor
     video_mask: Tensor | None = None
     language_mask: Tensor | None = None
+    names: tuple[str, str] = ("extractor", "extractor")  # the modules that they come from
+
+
+class _Owner:
+    """What a recording and its hooks have in common: an object of its own, so that no two owners are ever the same.
+
+    A copied or unpickled model gets hooks with a copy of it, which no recording has: they record nothing.
+    """
 
 
 @dataclass
 class Recording:
-    """What the hooks saw in one forward pass: (side, module name) to states (B, L, d)."""
+    """What the hooks saw in one forward pass: (side, module name) to the states (B, L, d) of each run."""
 
-    owner: int
+    owner: _Owner | None
     with_grad: bool
-    states: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    training: bool = False
+    streams: Mapping[str, Stream] = field(default_factory=dict)
+    states: dict[tuple[str, str], list[Tensor]] = field(default_factory=dict)
+    passes: int = 0
+    depth: int = 0
+
+    def keep(self, side: str, name: str, output: Any) -> None:
+        """Adds the states of one run of a module."""
+        states = self.streams[side].select_output(output, name)
+        if self.with_grad and not torch.is_grad_enabled():
+            raise RuntimeError(
+                f"the states of {name!r} were captured where gradients are switched off (inside a reentrant gradient "
+                "checkpoint, or under no_grad), so the alignment loss would silently have no gradient. Use "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}, or name whole blocks instead of their parts"
+            )
+        runs = self.states.setdefault((side, name), [])
+        # Within one pass of the model a shared block runs several times; beyond it the states are of another pass.
+        if runs and not (self.depth and self.passes == 1):
+            raise RuntimeError(
+                f"module {name!r} ran twice in one recording, and not within one forward pass of the model, so its "
+                "states are ambiguous; record one forward pass at a time"
+            )
+        runs.append(states)
 
 
 # A ContextVar keeps threads apart; the hooks do nothing unless their own recording is open, so that generate(),
@@ -42,7 +73,7 @@ _RECORDING: ContextVar[Recording | None] = ContextVar("peft_read_alignment_recor
 
 
 class StreamPair:
-    """The video and the language stream of one model, with hooks on their modules.
+    """The video and the language stream of one model, with hooks on their modules for as long as the pair exists.
 
     Args:
         model: unwrapped base model.
@@ -50,25 +81,41 @@ class StreamPair:
         blocks: "all", or the indices of the blocks to align (negative ones count from the end).
 
     Raises:
-        ValueError: block counts that do not match, or a block that does not exist.
+        ValueError: block counts that do not match, or a block that does not exist or is named twice.
     """
 
     def __init__(self, model: nn.Module, video: Stream, language: Stream, blocks: str | Sequence[int] = "all") -> None:
-        self.video, self.language = video, language
+        self.streams = {"video": video, "language": language}
         pairs = _pair_names(video.module_names(model), language.module_names(model))
         self.names = pairs if isinstance(blocks, str) else [_pick(pairs, index) for index in blocks]
+        if not isinstance(blocks, str) and len({index % len(pairs) for index in blocks}) != len(blocks):
+            raise ValueError(f"blocks={list(blocks)} names a block twice: there are {len(pairs)}")
+        self.owner = _Owner()
+        self._drops_blocks = _drops_blocks(model)
+        self._model = weakref.ref(model)
+        self._have_run: set[tuple[str, str]] = set()
+        self._said: set[str] = set()
+        self.handles = [
+            model.register_forward_pre_hook(_PassBegins(self.owner)),
+            model.register_forward_hook(_PassEnds(self.owner), always_call=True),
+        ]
         modules = dict(model.named_modules())
-        self.handles = []
-        for side, stream in (("video", video), ("language", language)):
-            for name in {pair[side == "language"] for pair in self.names}:
-                self.handles.append(
-                    _install(modules[name], partial(_keep, id(self), side, stream, name), stream.input)
-                )
+        for side, stream in self.streams.items():
+            for name in sorted({pair[side == "language"] for pair in self.names}):
+                self.handles.append(_install(modules[name], self.owner, side, name, stream.input))
+        # Bound to the handles alone: whoever drops the pair drops its hooks.
+        self._finalizer = weakref.finalize(self, _remove, self.handles)
 
     @contextmanager
     def record(self) -> Iterator[Recording]:
-        """Records the forward passes inside; opening a second recording inside hides the first."""
-        recording = Recording(owner=id(self), with_grad=torch.is_grad_enabled())
+        """Records the forward pass inside; opening a second recording inside hides the first."""
+        model = self._model()
+        recording = Recording(
+            owner=self.owner,
+            with_grad=torch.is_grad_enabled(),
+            training=model is not None and model.training,
+            streams=self.streams,
+        )
         token = _RECORDING.set(recording)
         try:
             yield recording
@@ -76,33 +123,81 @@ class StreamPair:
             _RECORDING.reset(token)
 
     def blocks(self, recording: Recording, batch: Mapping[str, Any]) -> list[AlignedBlock]:
-        """The recorded states as blocks, tokens selected and masks attached.
+        """The recorded states as blocks, one a run, tokens selected and masks attached.
+
+        A pair of modules of which one did not run is left out (LayerDrop, early exit).
 
         Raises:
-            RuntimeError: a module of the streams did not run in the recorded forward pass.
+            RuntimeError: no pair ran, and not because of LayerDrop; or the two modules of a pair ran unequally often.
         """
-        blocks = []
-        for video_name, language_name in self.names:
-            sides = []
-            for side, stream, name in (
-                ("video", self.video, video_name),
-                ("language", self.language, language_name),
-            ):
-                if (side, name) not in recording.states:
-                    raise RuntimeError(
-                        f"the {side} stream's module {name!r} did not run in the recorded forward pass; recorded: "
-                        f"{sorted(name for _, name in recording.states) or 'nothing'}"
-                    )
-                sides.append(stream.select_tokens(recording.states[side, name], batch, name))
-            (video, video_mask), (language, language_mask) = sides
-            blocks.append(AlignedBlock(video, language, video_mask, language_mask))
+        blocks, absent = [], []
+        for names in self.names:
+            keys = list(zip(self.streams, names, strict=True))
+            runs = [recording.states.get(key, []) for key in keys]
+            if not all(runs):
+                absent += [key for key, found in zip(keys, runs, strict=True) if not found]
+                continue
+            for video, language in _pair_runs(names, *runs):
+                sides = [
+                    stream.select_tokens(states, batch, name)
+                    for stream, states, name in zip(self.streams.values(), (video, language), names, strict=True)
+                ]
+                blocks.append(AlignedBlock(sides[0][0], sides[1][0], sides[0][1], sides[1][1], names))
+        if absent:
+            self._judge_absent(absent, recording, any_ran=bool(blocks))
+        self._have_run |= set(recording.states)
         return blocks
+
+    def _judge_absent(self, absent: list[tuple[str, str]], recording: Recording, *, any_ran: bool) -> None:
+        dropped = recording.training and self._drops_blocks
+        # A module that has run before is one of this model's blocks, which this pass did without.
+        unknown = [key for key in absent if key not in self._have_run]
+        if not unknown or dropped:
+            return
+        side, name = unknown[0]
+        if not any_ran:
+            raise RuntimeError(
+                f"the {side} stream's module {name!r} did not run in the recorded forward pass; recorded: "
+                f"{sorted({name for _, name in recording.states}) or 'nothing'}. The Aligner knows one model object: "
+                "after a copy or a replacement call attach(model)"
+            )
+        if name not in self._said:
+            self._said.add(name)
+            warnings.warn(
+                f"the {side} stream's module {name!r} did not run, its block is left out of the alignment; name it "
+                "only if it is a block that runs at times (early exit)",
+                stacklevel=2,
+            )
 
     def remove(self) -> None:
         """Takes the hooks away."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
+        self._finalizer()
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+
+
+def _drops_blocks(model: nn.Module) -> bool:
+    """Whether blocks are skipped at random in training, as the models of transformers with LayerDrop say it."""
+    config = getattr(model, "config", None)
+    names = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+    holders = [*model.modules(), *([] if config is None else [config])]
+    found = [getattr(holder, name, None) for holder in holders for name in names]
+    return any(isinstance(value, int | float) and value > 0 for value in found)
+
+
+def _pair_runs(names: tuple[str, str], video: list[Tensor], language: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """The runs of two modules, the single run of one with each run of the other."""
+    if len(video) != len(language) and 1 not in (len(video), len(language)):
+        raise RuntimeError(
+            f"{names[0]!r} ran {len(video)} times and {names[1]!r} {len(language)} times in one forward pass, so that "
+            "their runs cannot be paired; PVLAConfig(extractor=...) can say which belong together"
+        )
+    count = max(len(video), len(language))
+    return list(zip(*(runs * count if len(runs) == 1 else runs for runs in (video, language)), strict=True))
 
 
 def _pair_names(video: list[str], language: list[str]) -> list[tuple[str, str]]:
@@ -124,34 +219,45 @@ def _pick(pairs: list[tuple[str, str]], index: int) -> tuple[str, str]:
     return pairs[index]
 
 
-def _install(module: nn.Module, keep: Any, take_input: bool) -> Any:
+def _install(module: nn.Module, owner: _Owner, side: str, name: str, take_input: bool) -> Any:
     if take_input:
-        return module.register_forward_pre_hook(partial(_pre_hook, keep), with_kwargs=True)
-    return module.register_forward_hook(partial(_post_hook, keep))
+        return module.register_forward_pre_hook(_InputHook(owner, side, name), with_kwargs=True)
+    return module.register_forward_hook(_OutputHook(owner, side, name))
 
 
-def _pre_hook(keep: Any, module: nn.Module, args: tuple, kwargs: dict) -> None:
-    keep(args or tuple(kwargs.values()))
+class _Hook:
+    """Knows its owner and nothing of the streams: a model can be pickled whatever functions its streams have."""
+
+    def __init__(self, owner: _Owner, side: str = "", name: str = "") -> None:
+        self.owner, self.side, self.name = owner, side, name
+
+    @property
+    def recording(self) -> Recording | None:
+        """The open recording, where it is the owner's."""
+        recording = _RECORDING.get()
+        return recording if recording is not None and recording.owner is self.owner else None
 
 
-def _post_hook(keep: Any, module: nn.Module, args: tuple, output: Any) -> None:
-    keep(output)
+class _InputHook(_Hook):
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if (recording := self.recording) is not None:
+            recording.keep(self.side, self.name, args or tuple(kwargs.values()))
 
 
-def _keep(owner: int, side: str, stream: Stream, name: str, output: Any) -> None:
-    recording = _RECORDING.get()
-    if recording is None or recording.owner != owner:
-        return
-    states = stream.select_output(output, name)
-    if recording.with_grad and not torch.is_grad_enabled():
-        raise RuntimeError(
-            f"the states of {name!r} were captured where gradients are switched off (inside a reentrant gradient "
-            "checkpoint, or under no_grad), so the alignment loss would silently have no gradient. Use "
-            "gradient_checkpointing_kwargs={'use_reentrant': False}, or name whole blocks instead of their parts"
-        )
-    if (side, name) in recording.states:
-        raise RuntimeError(
-            f"module {name!r} ran twice in one recorded forward pass, so its states are ambiguous; record one forward "
-            "pass at a time, and name modules that run once a pass"
-        )
-    recording.states[side, name] = states
+class _OutputHook(_Hook):
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if (recording := self.recording) is not None:
+            recording.keep(self.side, self.name, output)
+
+
+class _PassBegins(_Hook):
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        if (recording := self.recording) is not None:
+            recording.passes += not recording.depth
+            recording.depth += 1
+
+
+class _PassEnds(_Hook):
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if (recording := self.recording) is not None:
+            recording.depth -= 1

@@ -9,6 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..plain import plain_flag, plain_integer, plain_names
+from .loss import real_tokens
+
 __all__ = ["PRESETS", "Stream", "preset_streams", "unwrap_model"]
 
 Batch = Mapping[str, Any]
@@ -32,6 +35,9 @@ class Stream:
         input: take the module's first input instead of its output.
         batch_first: False for modules that work on (L, B, d).
 
+    Raises:
+        ValueError: a value of another kind, or an expression that is none.
+
     Example:
         >>> Stream(r"encoder\\.layers\\.\\d+", mask="attention_mask").mask
         'attention_mask'
@@ -44,6 +50,28 @@ class Stream:
     output: int | str | Callable[[Any], Tensor] = 0
     input: bool = False
     batch_first: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.modules, str):
+            try:
+                re.compile(self.modules)
+            except re.error as error:
+                raise ValueError(f"modules={self.modules!r} is no regular expression: {error}") from error
+            if not self.modules:
+                raise ValueError("modules='' names no module")
+        else:
+            names = plain_names("modules", self.modules)
+            if not names:
+                raise ValueError("modules=[] names no module")
+            object.__setattr__(self, "modules", tuple(names))
+        if not (self.tokens is None or isinstance(self.tokens, slice) or callable(self.tokens)):
+            raise ValueError(f"tokens={self.tokens!r} is neither None nor a slice nor a function of batch and length")
+        if not (self.mask is None or isinstance(self.mask, str) or callable(self.mask)):
+            raise ValueError(f"mask={self.mask!r} is neither None nor a key of the batch nor a function of it")
+        if not isinstance(self.output, str) and not callable(self.output):
+            object.__setattr__(self, "output", plain_integer("output", self.output))
+        for name in ("invert_mask", "input", "batch_first"):
+            object.__setattr__(self, name, plain_flag(name, getattr(self, name)))
 
     def module_names(self, model: nn.Module) -> list[str]:
         """Names of this stream's modules in `model` (unwrapped), in the order of the model.
@@ -63,26 +91,40 @@ class Stream:
         return list(self.modules)
 
     def select_output(self, output: Any, name: str) -> Tensor:
-        """The state tensor (B, L, d) in a module's output or input."""
-        if callable(self.output):
-            states = self.output(output)
-        elif isinstance(output, Mapping) and not isinstance(output, Tensor):
-            key = self.output if isinstance(self.output, str) else list(output)[self.output]
-            states = output[key]
-        elif isinstance(output, tuple | list):
-            states = output[self.output]  # type: ignore[index]
-        else:
-            states = output
+        """The state tensor (B, L, d) in a module's output or input.
+
+        Raises:
+            ValueError: there is none; the module is named.
+        """
+        states = self._part_of(output, name)
         if not isinstance(states, Tensor) or states.dim() != 3:
             shape = tuple(states.shape) if isinstance(states, Tensor) else type(states).__name__
             raise ValueError(f"module {name!r} gave {shape}; a stream needs states of shape (batch, tokens, width)")
         return states if self.batch_first else states.transpose(0, 1)
 
+    def _part_of(self, output: Any, name: str) -> Any:
+        if callable(self.output):
+            return self.output(output)
+        try:
+            if isinstance(output, Mapping):
+                return output[self.output if isinstance(self.output, str) else list(output)[self.output]]
+            if isinstance(output, tuple | list):
+                return output[self.output]  # type: ignore[index]
+        except (LookupError, TypeError) as error:
+            held = sorted(output) if isinstance(output, Mapping) else f"{len(output)} entries"
+            raise ValueError(
+                f"module {name!r} has no {'input' if self.input else 'output'} {self.output!r}; it has {held}"
+            ) from error
+        return output
+
     def select_tokens(self, states: Tensor, batch: Batch, name: str) -> tuple[Tensor, Tensor | None]:
-        """The tokens of this stream (B, L', d), and their boolean mask (B, L') or None."""
+        """The tokens of this stream (B, L', d), and their boolean mask (B, L') or None.
+
+        Raises:
+            ValueError: no tokens are selected, or the mask is absent, is no mask, or has another shape.
+        """
         if self.tokens is not None:
-            index = self.tokens(batch, states.shape[1]) if callable(self.tokens) else self.tokens
-            states = states[:, index]
+            states = self._selected(states, batch, name)
         if self.mask is None:
             return states, None
         if callable(self.mask):
@@ -93,19 +135,38 @@ class Stream:
             raise ValueError(f"the batch has no mask {self.mask!r}; it has {sorted(batch)}")
         if mask is None:
             return states, None
-        if mask.shape != states.shape[:2]:
-            source = self.mask if isinstance(self.mask, str) else "the mask function"
+        source = self.mask if isinstance(self.mask, str) else "the mask function"
+        real = real_tokens(mask, f"module {name!r}, mask {source!r}")
+        if real.shape != states.shape[:2]:
             raise ValueError(
-                f"module {name!r}: mask {source!r} has shape {tuple(mask.shape)}, the states that it should describe "
+                f"module {name!r}: mask {source!r} has shape {tuple(real.shape)}, the states that it should describe "
                 f"have {tuple(states.shape)}; set Stream.tokens to the part of the sequence that the mask covers"
             )
-        real = mask.to(states.device) != 0
+        real = real.to(states.device)
         return states, ~real if self.invert_mask else real
+
+    def _selected(self, states: Tensor, batch: Batch, name: str) -> Tensor:
+        index = self.tokens(batch, states.shape[1]) if callable(self.tokens) else self.tokens
+        try:
+            selected = states[:, index]
+        except (IndexError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"module {name!r}: tokens {index!r} cannot be taken from {states.shape[1]} tokens: {error}"
+            ) from error
+        if selected.dim() != 3 or not selected.shape[1]:
+            raise ValueError(
+                f"module {name!r}: tokens {index!r} select {tuple(selected.shape)} of {tuple(states.shape)}; a stream "
+                "needs (batch, tokens, width) with at least one token"
+            )
+        return selected
 
 
 def _hint(names: list[str]) -> str:
     shown = sorted({re.sub(r"\.\d+(?=\.|$)", ".0", name) for name in names})
     return f"some of its modules: {', '.join(shown[:40])}"
+
+
+WRAPPERS = frozenset({"DataParallel", "DeepSpeedEngine", "DistributedDataParallel", "FullyShardedDataParallel"})
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
@@ -116,7 +177,7 @@ def unwrap_model(model: nn.Module) -> nn.Module:
             wrapped = wrapped.get_base_model()
         elif isinstance(getattr(wrapped, "_orig_mod", None), nn.Module):  # torch.compile
             wrapped = wrapped._orig_mod
-        elif type(wrapped).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel"):
+        elif type(wrapped).__name__ in WRAPPERS:
             wrapped = wrapped.module
         else:
             return wrapped
@@ -192,7 +253,8 @@ def preset_streams(model: nn.Module) -> tuple[Stream, Stream]:
         ValueError: another model; the message says how to name its streams.
     """
     config = getattr(model, "config", None)
-    model_type = getattr(config, "model_type", None)
+    named = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
+    model_type = named if isinstance(named, str) else None
     if model_type not in PRESETS:
         raise ValueError(
             f"no preset streams for model_type={model_type!r} (there are presets for {sorted(PRESETS)}): say where "

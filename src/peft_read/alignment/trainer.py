@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import re
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from .aligner import Aligner, PVLAConfig
+from .checkpoints import last_whole_checkpoint, seal_checkpoint
 from .loss import AlignmentDistance
 
-__all__ = ["PVLALossMixin", "last_whole_checkpoint"]
+__all__ = ["PVLALossMixin"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,14 +35,19 @@ class PVLALossMixin(_Base):
     mean of the micro-batch, which Trainer takes for the mean of the whole step).
 
     Logs `loss`, `task_loss`, `pvla_loss` (unweighted) and `pvla_mass`; evaluation adds `eval_pvla_loss` and leaves
-    `eval_loss` alone. Works with READ, with any other peft method, and with full fine-tuning.
+    `eval_loss` alone. Works with READ, with any other peft method, and with full fine-tuning; with `model_init`,
+    `hyperparameter_search` and `auto_find_batch_size` the alignment follows the model that is trained.
+
+    Every checkpoint is sealed with the sizes and hashes of its files when it is finished; resuming takes the newest
+    one that still holds, see `last_whole_checkpoint`.
 
     Args:
         pvla_config: what to align; None = the plain Trainer.
         *args, **kwargs: of the Trainer.
 
     Raises:
-        ValueError: more than one GPU in one process (DataParallel); launch one process a GPU.
+        ValueError: more than one GPU in one process (DataParallel); launch one process a GPU. No PVLAConfig, or
+            streams that do not fit the model.
 
     Example:
         ```python
@@ -52,9 +58,12 @@ class PVLALossMixin(_Base):
     """
 
     def __init__(self, *args: Any, pvla_config: PVLAConfig | None = None, **kwargs: Any) -> None:
+        if pvla_config is not None and not isinstance(pvla_config, PVLAConfig):
+            raise ValueError(f"pvla_config must be a PVLAConfig or None, got {pvla_config!r}")
         super().__init__(*args, **kwargs)
         self.pvla_config = pvla_config
         self._aligner: Aligner | None = None
+        self.add_callback(_Follower(self))
         if pvla_config is None:
             return
         if self.args.n_gpu > 1:
@@ -68,14 +77,40 @@ class PVLALossMixin(_Base):
             self.args.ddp_find_unused_parameters = False
         assert isinstance(self.model, nn.Module)
         self._aligner = Aligner(self.model, pvla_config)
-        for adapter in getattr(self.model, "peft_config", {}).values():
-            if hasattr(adapter, "pvla"):  # READ's configuration keeps a record for the model card
-                adapter.pvla = pvla_config.record()
+        self._note_settings(self.model)
+        self._eval_sums = _Sums()
+        self._begin_training()
+
+    def _begin_training(self) -> None:
+        """Forgets what an earlier or an aborted run of the training loop has counted."""
         self._window_examples: int | None = None
         self._task_loss_is_local_mean: bool | None = None
         self._train_sums = _Sums()
-        self._eval_sums = _Sums()
         self._steps_since_log = 0
+
+    def _note_settings(self, model: nn.Module) -> None:
+        """READ's configuration keeps a record for the model card; only adapters that are trained get it."""
+        assert self.pvla_config is not None
+        configs = getattr(model, "peft_config", {})
+        active = getattr(model, "active_adapters", None) if configs else None
+        names = active() if callable(active) else active
+        for name, adapter in configs.items():
+            if hasattr(adapter, "pvla") and (names is None or name in names):
+                adapter.pvla = self.pvla_config.record()
+
+    def _follow(self, model: nn.Module) -> Aligner:
+        """The Aligner, on this model: `model_init` and every trial of a search bring a new one."""
+        assert self._aligner is not None
+        if self._aligner.attach(model):
+            self._note_settings(self.accelerator.unwrap_model(model))
+        return self._aligner
+
+    def _seal(self, step: int) -> None:
+        self.accelerator.wait_for_everyone()  # every process writes its own random state
+        # hyperparameter_search has a folder for each trial, which is written and read by nobody else.
+        checkpoint = Path(self.args.output_dir or ".") / f"checkpoint-{step}"
+        if self.args.should_save and checkpoint.is_dir():
+            seal_checkpoint(checkpoint)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer; also counts the examples of the optimiser step."""
@@ -101,26 +136,27 @@ class PVLALossMixin(_Base):
             )
         labels = inputs.get("labels")
         batch = dict(inputs)
-        with self._aligner.record() as recording:
+        aligner = self._follow(model)
+        with aligner.record() as recording:
             loss, outputs = super().compute_loss(
                 model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch, **kwargs
             )
         if not model.training:
-            result = self._aligner.distance(recording, batch, outputs, progress=self._progress)
+            result = aligner.distance(recording, batch, outputs, progress=self._progress)
             self._eval_sums.add(examples=result.distance.shape[1], **_totals(result))
             return (loss, outputs) if return_outputs else loss
 
         loss = self._exact_task_loss(loss, outputs, labels, num_items_in_batch)
-        result = self._aligner.distance(recording, batch, outputs, progress=self._progress)
+        result = aligner.distance(recording, batch, outputs, progress=self._progress)
         share = self._share_of_step(result.distance.shape[1], num_items_in_batch)
-        pvla = result.distance.mean() * share
+        pvla = result.mean() * share
         divisor = 1 if self._trainer_takes_loss_as_scaled(num_items_in_batch) else self._accumulation_steps
         self._train_sums.add(
             task_loss=loss.detach() / divisor,
             pvla_loss=pvla.detach() / divisor,
-            pvla_mass=result.mass.mean() * share / divisor,
+            pvla_mass=result.over_blocks()[1].mean() * share / divisor,
         )
-        loss = loss + self._aligner.config.weight_at(self._progress) * pvla.to(loss.dtype)
+        loss = loss + aligner.config.weight_at(self._progress) * pvla.to(loss.dtype)
         return (loss, outputs) if return_outputs else loss
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -134,7 +170,11 @@ class PVLALossMixin(_Base):
             # evaluate() and predict() prepare the bare model and leave this mark on it, and accelerate then skips it
             # in train(): no DDP wrapper, so every process would silently train on gradients of its own.
             self.model._is_accelerate_prepared = False  # type: ignore[union-attr, assignment]
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            if self._aligner is not None:
+                self._begin_training()  # compute_loss outside the loop belongs to no optimiser step
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As in the Trainer; where it generates, one more forward pass under `no_grad` measures the alignment."""
@@ -142,9 +182,10 @@ class PVLALossMixin(_Base):
         result = super().prediction_step(model, inputs, *args, **kwargs)
         if self._aligner is not None and self._eval_sums.examples == before:
             batch = self._prepare_inputs(inputs)
-            with torch.no_grad(), self.compute_loss_context_manager(), self._aligner.record() as recording:
+            aligner = self._follow(model)
+            with torch.no_grad(), self.compute_loss_context_manager(), aligner.record() as recording:
                 outputs = model(**batch)
-            distance = self._aligner.distance(recording, batch, outputs, progress=self._progress)
+            distance = aligner.distance(recording, batch, outputs, progress=self._progress)
             self._eval_sums.add(examples=distance.distance.shape[1], **_totals(distance))
         return result
 
@@ -224,26 +265,19 @@ class PVLALossMixin(_Base):
         return torch.where(tokens > 0, loss, logits.sum() * 0)
 
 
-def last_whole_checkpoint(folder: str | Path) -> str | None:
-    """The newest `checkpoint-<step>` in a folder that was written to its end, None if there is none.
+class _Follower(TrainerCallback):
+    """Tells the trainer when a run of the training loop begins, and when a checkpoint is finished."""
 
-    A process that is killed while it saves leaves a folder without its last file, the trainer's state, or with half
-    of it; transformers' own `get_last_checkpoint` would return that folder.
-    """
-    found = [
-        (int(match.group(1)), path)
-        for path in Path(folder).glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and _is_whole(path)
-    ]
-    return str(max(found)[1]) if found else None
+    def __init__(self, trainer: PVLALossMixin) -> None:
+        self.trainer = weakref.ref(trainer)  # the trainer holds its callbacks
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if (trainer := self.trainer()) is not None:
+            trainer._begin_training()
 
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if (trainer := self.trainer()) is not None:
+            trainer._seal(state.global_step)
 
 
 class _Sums:
@@ -264,7 +298,8 @@ class _Sums:
 
 
 def _totals(result: AlignmentDistance) -> dict[str, Tensor]:
-    return {"pvla_loss": result.distance.mean(0).sum(), "pvla_mass": result.mass.mean(0).sum()}
+    distance, mass = result.over_blocks()
+    return {"pvla_loss": distance.sum(), "pvla_mass": mass.sum()}
 
 
 def _batch_size(batch: Mapping[str, Any]) -> int:

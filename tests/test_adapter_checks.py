@@ -1,0 +1,217 @@
+"""What READ refuses instead of taking it for something else: settings, checkpoints that do not fit, foreign cards."""
+
+import dataclasses
+import json
+import re
+import types
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny_models import build
+from torch import nn
+
+from peft_read import READConfig
+
+
+class Net(nn.Module):
+    def __init__(self, blocks=2, config=None):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(blocks)])
+        if config is not None:
+            self.config = config
+
+    def forward(self, x, attention_mask=None):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def adapted(blocks=2, **settings):
+    settings = {"target_modules": r"layers\.\d", "r": 2, "init_weights": False, **settings}
+    return get_peft_model(Net(blocks), READConfig(**settings))
+
+
+def test_numbers_of_numpy_and_torch_become_plain_ones():
+    config = READConfig(
+        r=np.int64(4),
+        dropout=np.float32(0.5),
+        use_bias=np.bool_(False),
+        target_modules=("fc2",),
+        layers_to_transform=np.arange(2),
+        layers_pattern="layers",
+        rank_pattern={"fc2": torch.tensor(2)},
+    )
+    assert (config.r, config.dropout, config.use_bias) == (4, 0.5, False)
+    assert (config.target_modules, config.layers_to_transform, config.rank_pattern) == ({"fc2"}, [0, 1], {"fc2": 2})
+    json.dumps({name: list(v) if isinstance(v, set) else v for name, v in config.to_dict().items()})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_bias": "no"}, "use_bias='no' is neither"),
+        ({"bidirectional": 0}, "bidirectional=0"),
+        ({"batch_first": None}, "batch_first=None"),
+        ({"init_weights": 0}, "`init_weights` is True, False or 'paper', got 0"),
+        ({"init_weights": "PAPER"}, "got 'PAPER'"),
+        ({"r": "4"}, "`r` should be a positive integer, got '4'"),
+        ({"r": 4.0}, "got 4.0"),
+        ({"r": True}, "got True"),
+        ({"dropout": float("nan")}, "dropout=nan is not finite"),
+        ({"dropout": "0.1"}, "dropout='0.1' is no number"),
+        ({"dropout": 1}, r"\[0, 1\)"),
+        ({"cell": ["rnn"]}, "`cell` should be one of"),
+        ({"cell_pattern": {"fc2": 3}}, r"cell_pattern\['fc2'\]"),
+        ({"cell_pattern": "none"}, "maps names of modules"),
+        ({"rank_pattern": [2]}, "maps names of modules"),
+        ({"rank_pattern": {"(": 2}}, "no regular expression"),
+        ({"target_modules": []}, "is empty"),
+        ({"target_modules": [1]}, "contains 1"),
+        ({"target_modules": "("}, "no regular expression"),
+        ({"exclude_modules": 3}, "exclude_modules=3 is no list"),
+        ({"modules_to_save": "head"}, "modules_to_save='head' is no list of names"),
+        ({"layers_to_transform": "0"}, "layers_to_transform='0' is no integer"),
+        ({"layers_to_transform": [0.5]}, r"layers_to_transform\[0\]=0.5"),
+        ({"layers_to_transform": [-1]}, "counts layers from 0"),
+        ({"pvla": {"mass": np.float32(0.5)}}, r"pvla\['mass'\]"),
+        ({"pvla": 3}, "`pvla` is the record"),
+    ],
+)
+def test_what_is_no_setting_is_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        READConfig(**settings)
+
+
+def test_a_value_that_cannot_be_saved_leaves_the_saved_configuration_as_it_was(tmp_path):
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "adapter_config.json").read_bytes()
+    model.peft_config["default"].pvla = {"mass": np.float32(0.5)}
+    with pytest.raises(ValueError, match="`pvla` cannot be saved as JSON"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"r": "4"}', '{"peft_type": "READ", "r": 0}'])
+def test_a_broken_configuration_file_is_an_error_of_ours(tmp_path, text):
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"adapter_config.json|`r` should be"):
+        READConfig.from_pretrained(str(tmp_path))
+
+
+def saved(folder, model, change=None, **settings):
+    """A checkpoint of a model, with other weights or another configuration where asked."""
+    model.save_pretrained(folder)
+    file = folder / "adapter_model.safetensors"
+    weights = load_file(file)
+    if change is not None:
+        change(weights)
+        save_file(weights, file)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **settings}))
+    return folder
+
+
+def rename(weights, old, new):
+    key = next(key for key in weights if old in key)
+    weights[key.replace(old, new)] = weights.pop(key)
+
+
+def set_value(weights, value):
+    next(iter(weights.values())).flatten()[0] = value
+
+
+MISFITS = {
+    "NaN": ({"change": lambda w: set_value(w, float("nan"))}, 2, "NaN or infinite"),
+    "infinity": ({"change": lambda w: set_value(w, float("inf"))}, 2, "NaN or infinite"),
+    "integers": ({"change": lambda w: w.update({k: v.int() for k, v in w.items()})}, 2, "torch.int32"),
+    "an extra key": ({"change": lambda w: w.update({"base_model.model.other": torch.ones(1)})}, 2, "no place for"),
+    "another part": ({"change": lambda w: rename(w, "readapter_down", "readapter_side")}, 2, "no place for"),
+    "biases without use_bias": ({"use_bias": False}, 2, "no place for"),
+    "a recurrence without a cell": ({"cell": "none"}, 2, "no place for"),
+    "other layers": ({"target_modules": ["layers.0"]}, 2, "no place for"),
+    "a base with fewer layers": ({}, 1, "no place for"),
+}
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+@pytest.mark.parametrize("kind", MISFITS)
+def test_a_checkpoint_that_does_not_fit_is_refused(kind, low_memory, tmp_path):
+    options, blocks, message = MISFITS[kind]
+    saved(tmp_path, adapted(), **options)
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(Net(blocks), str(tmp_path), low_cpu_mem_usage=low_memory)
+
+
+def test_missing_weights_are_told_by_every_door(tmp_path):
+    saved(tmp_path, adapted(), change=lambda weights: weights.pop(next(k for k in weights if "layers.1" in k)))
+    with pytest.warns(UserWarning, match=r"lacks 1 weights of the adapter, such as .*layers\.1"):
+        adapted().load_adapter(str(tmp_path), "default", is_trainable=True)
+
+
+def test_what_fits_loads_as_before(tmp_path):
+    model, x = adapted(cell="gru"), torch.randn(2, 3, 8)
+    saved(tmp_path, model)
+    base = Net()
+    base.load_state_dict({key.replace(".base_layer", ""): v for key, v in model.get_base_model().state_dict().items()
+                          if "readapter" not in key})  # fmt: skip
+    loaded = PeftModel.from_pretrained(base, str(tmp_path))
+    assert torch.equal(loaded(x), model(x))
+    loaded.load_state_dict(model.state_dict())
+    bare = loaded.unload()
+    assert not bare._load_state_dict_pre_hooks
+
+
+@dataclasses.dataclass
+class Settings:
+    width: int = 8
+
+
+@pytest.mark.parametrize("config", [None, object(), Settings(), types.SimpleNamespace(model_type=3), {"a": 1}, [1]])
+def test_a_models_configuration_may_be_anything(config):
+    base = Net(config=0)
+    base.config = config
+    model = get_peft_model(base, READConfig(target_modules=r"layers\.\d"))
+    assert model(torch.randn(2, 3, 8)).shape == (2, 3, 8)
+    base = Net(config=0)
+    base.config = config
+    with pytest.raises(ValueError, match="specify `target_modules`"):
+        get_peft_model(base, READConfig())
+
+
+@pytest.mark.parametrize(
+    "text", ["Projekt f\xfcr Videos".encode("latin-1"), b"---\nsome text\n---\nmore", b"---\ntitle: a: b\n---\n"]
+)
+def test_a_foreign_readme_above_is_neither_read_nor_written(text, tmp_path):
+    (tmp_path / "README.md").write_bytes(text)
+    adapted().save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "README.md").read_bytes() == text
+    assert "# READ adapter" in (tmp_path / "adapter" / "README.md").read_text()
+
+
+def test_the_card_of_another_adapter_above_is_left_alone(tmp_path):
+    lora = get_peft_model(Net(), LoraConfig(target_modules=["layers.0"]))
+    lora.save_pretrained(tmp_path)
+    before = (tmp_path / "README.md").read_bytes()
+    adapted().save_pretrained(tmp_path / "read_variant")
+    assert (tmp_path / "README.md").read_bytes() == before
+
+
+def test_a_readme_in_a_named_adapters_folder_that_is_no_card_stays(tmp_path):
+    model = get_peft_model(Net(), READConfig(target_modules=r"layers\.\d"), adapter_name="other")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "README.md").write_bytes(b"\xff\xfe notes")
+    with pytest.warns(UserWarning, match="is no model card"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "other" / "README.md").read_bytes() == b"\xff\xfe notes"
+    assert "# READ adapter" in (tmp_path / "README.md").read_text()
+
+
+def test_the_saved_configuration_is_the_same_file_every_time(tmp_path):
+    model = get_peft_model(build("bart"), READConfig(target_modules=["fc2", "fc1"], modules_to_save=["lm_head"]))
+    model.save_pretrained(tmp_path)
+    names = re.search(r'"target_modules": \[(.*?)\]', (tmp_path / "adapter_config.json").read_text(), re.DOTALL)
+    assert re.findall(r"\w+", names.group(1)) == ["fc1", "fc2"]

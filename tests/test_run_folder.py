@@ -1,0 +1,329 @@
+"""The output folder of a run: its lock, its arguments, its checkpoints; options that mean nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def run_folder(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.syspath_prepend(str(EXAMPLES / "method_comparison"))
+    import run_folder
+
+    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0.1)
+    return run_folder
+
+
+def checkpoint(folder, step):
+    """A folder that looks like a finished checkpoint of a Trainer."""
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    (path / "trainer_state.json").write_text("{}")
+    return path
+
+
+def test_only_checkpoints_that_the_run_has_written_are_removed(run_folder, tmp_path):
+    others = [
+        checkpoint(tmp_path / "other_run", 500),
+        tmp_path / "data" / "checkpoint-best",
+        tmp_path / "checkpoint-x",
+    ]
+    for path in others[1:]:
+        path.mkdir(parents=True)
+    run = run_folder.RunFolder(tmp_path, {"seed": 0}, ("", "without_video"))
+    for part in ("", "without_video"):
+        run.note_checkpoint(4, part)
+        checkpoint(tmp_path / part, 4)
+    run.remove_checkpoints()
+    run.release()
+    assert all(path.is_dir() for path in others)
+    assert not (tmp_path / "checkpoint-4").exists() and not (tmp_path / "without_video" / "checkpoint-4").exists()
+
+
+def test_checkpoints_of_nobody_known_are_neither_resumed_nor_rotated_away(run_folder, tmp_path):
+    checkpoint(tmp_path / "a", 500)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "checkpoint-5").symlink_to(tmp_path / "a")
+    for name in ("a", "b"):
+        with pytest.raises(ValueError, match=r"holds checkpoint-5\d*, which the run .* has not written"):
+            run_folder.RunFolder(tmp_path / name, {"seed": 0})
+    assert (tmp_path / "a" / "checkpoint-500").is_dir() and (tmp_path / "b" / "checkpoint-5").is_symlink()
+
+
+def interrupted(run_folder, folder, arguments):
+    run = run_folder.RunFolder(folder, arguments)
+    run.note_checkpoint(4)
+    checkpoint(folder, 4)
+    run.release()
+
+
+def test_a_run_goes_on_with_its_own_arguments_only(run_folder, tmp_path):
+    interrupted(run_folder, tmp_path, {"seed": 0, "weight_decay": 0.0})
+    with pytest.raises(ValueError, match=r"weight_decay was 0\.0, is 0\.1"):
+        run_folder.RunFolder(tmp_path, {"seed": 0, "weight_decay": 0.1})
+    with pytest.raises(ValueError, match="optim was None, is 'sgd'"):
+        run_folder.RunFolder(tmp_path, {"seed": 0, "weight_decay": 0.0, "optim": "sgd"})
+    run = run_folder.RunFolder(tmp_path, {"seed": 0, "weight_decay": 0.0})
+    assert run.checkpoints == ["checkpoint-4"] and run.seconds_before > 0
+    run.release()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "free"),
+    [
+        ("gradient_accumulation_steps", 2, False),
+        ("weight_decay", 0.5, False),
+        ("lr_scheduler_type", "linear", False),
+        ("warmup_steps", 3, False),
+        ("max_grad_norm", 0.5, False),
+        ("adam_beta1", 0.5, False),
+        ("label_smoothing_factor", 0.1, False),
+        ("bf16", True, False),
+        ("logging_steps", 3, False),
+        ("r", 4, False),
+        ("pvla_weight", 0.5, False),
+        ("save_total_limit", 5, True),
+        ("disable_tqdm", True, True),
+        ("dataloader_num_workers", 1, True),
+    ],
+)
+def test_all_arguments_that_change_the_result_are_compared(run_folder, name, value, free, tmp_path):
+    import how2_summarize
+
+    base = ["--output_dir", str(tmp_path), "--use_cpu"]
+    first = run_folder.run_arguments(*how2_summarize.parse(base))
+    second = run_folder.run_arguments(*how2_summarize.parse([*base, f"--{name}", str(value)]))
+    assert (first == second) is free
+
+
+@pytest.mark.parametrize("text", ["", '{"arguments": {', "[]", '{"arguments": 3, "checkpoints": [], "seconds": 0}'])
+def test_an_unreadable_record_never_stands_in_the_way_without_saying_so(run_folder, text, tmp_path):
+    (tmp_path / "run.json").write_text(text)
+    run_folder.RunFolder(tmp_path, {"seed": 0}).release()  # nothing to go on from: the run starts
+    interrupted(run_folder, tmp_path, {"seed": 0})
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ValueError, match=r"run\.json cannot be read .* move them away"):
+        run_folder.RunFolder(tmp_path, {"seed": 0})
+
+
+def test_a_second_run_is_kept_out_while_the_first_is_alive(run_folder, tmp_path):
+    first = run_folder.RunFolder(tmp_path, {"seed": 0})
+    with pytest.raises(ValueError, match="another run is at work"):
+        run_folder.RunFolder(tmp_path, {"seed": 1})
+    assert json.loads((tmp_path / "run.json").read_text())["arguments"] == {"seed": 0}
+    first.release()
+    run_folder.RunFolder(tmp_path, {"seed": 1}).release()
+
+
+def test_half_written_files_of_a_killed_start_are_cleared_and_others_are_not(run_folder, tmp_path):
+    own, other = tmp_path / ".run.json.0123456789ab.part", tmp_path / ".notes.0123456789ab.part"
+    for path in (own, other):
+        path.write_text("half")
+    run_folder.RunFolder(tmp_path, {}).release()
+    assert not own.exists() and other.exists()
+
+
+def test_files_of_a_folder_are_written_whole(run_folder, tmp_path):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    (folder / "weights").write_text("old")
+    with pytest.raises(OSError), run_folder.written_whole(folder) as part:
+        part.mkdir()
+        (part / "weights").write_text("ne")
+        raise OSError(28, "No space left on device")
+    assert (folder / "weights").read_text() == "old"
+    with run_folder.written_whole(folder) as part:
+        part.mkdir()
+        (part / "weights").write_text("new")
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {"notes.txt": "mine", "weights": "new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def forked(work):
+    """A fork of this process that runs `work`, says so, and sleeps; its id, once it has said so."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            kept = work()
+            os.write(write, b"ready")
+            time.sleep(120)
+            del kept
+        finally:
+            os._exit(0)
+    os.close(write)
+    assert os.read(read, 5) == b"ready"
+    os.close(read)
+    return child
+
+
+def test_a_child_ends_with_the_parent_that_holds_its_input(run_folder, monkeypatch):
+    read, write = os.pipe()
+    monkeypatch.setenv(run_folder.ENDS_WITH_STDIN, "1")
+
+    def follow():
+        os.dup2(read, 0)
+        os.close(write)
+        run_folder.end_with_parent()
+
+    child = forked(follow)
+    assert os.waitpid(child, os.WNOHANG) == (0, 0)
+    os.close(write)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    os.close(read)
+
+
+def comparison(tmp_path, monkeypatch, rest=(), results='{"log": []}'):
+    """One row of one rate, whose run writes the given text; how many runs were started."""
+    import summarization
+
+    started = []
+
+    def run(command, **options):
+        started.append(command)
+        folder = Path(command[command.index("--output_dir") + 1])
+        (folder / "results.json").write_text(results)
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(summarization, "table_row", lambda *_: None)
+    options = ["--output_dir", str(tmp_path), "--suite", "main", "--only", "read", "--learning_rates", "0.01"]
+    summarization.main([*options, "--", *rest])
+    return len(started)
+
+
+def test_a_result_that_is_half_is_made_again(run_folder, tmp_path, monkeypatch):
+    assert comparison(tmp_path, monkeypatch, results='{"log": [') == 1
+    assert comparison(tmp_path, monkeypatch) == 1
+    assert comparison(tmp_path, monkeypatch) == 0
+
+
+def test_a_result_of_other_arguments_is_not_taken_without_a_word(run_folder, tmp_path, monkeypatch, capsys):
+    comparison(tmp_path, monkeypatch, rest=["--num_train_epochs", "1"])
+    assert comparison(tmp_path, monkeypatch, rest=["--num_train_epochs", "2"]) == 0
+    assert "holds the result of other arguments" in capsys.readouterr().err
+
+
+def test_two_comparisons_do_not_share_a_folder(run_folder, tmp_path, monkeypatch, capsys):
+    lock = run_folder.lock_folder(tmp_path)
+    with pytest.raises(SystemExit):
+        comparison(tmp_path, monkeypatch)
+    assert "another run is at work" in capsys.readouterr().err
+    lock.release()
+    for options in (["--seeds", "0", "0"], ["--jobs", "0"], ["--learning_rates", "nan"]):
+        import summarization
+
+        with pytest.raises(SystemExit):
+            summarization.main(["--output_dir", str(tmp_path), *options])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("r: 4.5", "argument --r: invalid int value: '4.5'"),
+        ("pvla: maybe", "--pvla"),
+        ("r:", "r has no value"),
+        ("- r", "must hold `argument: value` lines, not list"),
+        ("r: [", "is no YAML"),
+        ("learning_rate: fast", "--learning_rate"),
+        ("3: 4", r"unknown arguments \['3'\]"),
+    ],
+)
+def test_what_is_wrong_in_a_yaml_file_is_said_with_its_name(run_folder, text, message, tmp_path):
+    import how2_summarize
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"recipe.yaml.*{message}"):
+        how2_summarize.parse([str(path)])
+
+
+def test_values_of_a_yaml_file_mean_what_they_say(run_folder, tmp_path):
+    import how2_summarize
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        'pvla: "false"\nlearning_rate: 3.0e-5\nnum_train_samples: 7\nnew_visual_modules: {fusion_layer: -1}'
+    )
+    script, training = how2_summarize.parse([str(path), "--use_cpu"])
+    assert (script.pvla, training.learning_rate, script.num_train_samples) == (False, 3e-5, 7)
+    assert json.loads(script.new_visual_modules) == {"fusion_layer": -1}
+    assert how2_summarize.parse([str(EXAMPLES / "recipes" / "how2_original.yaml"), "--use_cpu"])[0].pvla is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--num_train_samples 0", "--num_train_samples 0 must be at least 1"),
+        ("--num_test_samples -1", "--num_test_samples -1"),
+        ("--max_frames 0", "--max_frames 0"),
+        ("--learning_rate nan", "--learning_rate nan is no finite number"),
+        ("--learning_rate -1", "--learning_rate -1"),
+        ("--per_device_train_batch_size 0", "--per_device_train_batch_size 0"),
+        ("--gradient_accumulation_steps 0", "gradient_accumulation_steps"),
+        ("--num_train_epochs 0", "trains nothing"),
+        ("--pvla_weight nan", "--pvla_weight nan"),
+        ("--pvla_mass 0", "mass=0"),
+        ("--pvla_distance far", "distance='far'"),
+        ("--cell tanh", "`cell` should be one of"),
+        ("--subset last", "--subset 'last'"),
+        ("--dropout 1.5", "--dropout 1.5"),
+        ("--generation_num_beams 0", "--generation_num_beams 0"),
+        ("--pvla perhaps", "--pvla"),
+        ("--nothing 3", "--nothing"),
+        ("--r four", "--r"),
+    ],
+)
+def test_options_that_mean_nothing_are_named(run_folder, arguments, message, tmp_path):
+    import how2_summarize
+
+    with pytest.raises(ValueError, match=message):
+        how2_summarize.prepare(["--output_dir", str(tmp_path), "--use_cpu", *arguments.split()])
+    assert not (tmp_path / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--num_items 0", "--num_items 0"),
+        ("--d_model 10 --heads 4", "no multiple"),
+        ("--fusion_layer 2", "--fusion_layer 2"),
+        ("--softmax_dim words", "--softmax_dim 'words'"),
+        ("--corpus films", "'films' is neither"),
+        ("--corpus captions", "needs --captions"),
+        ("--dropout nan", "--dropout nan"),
+    ],
+)
+def test_options_of_the_pretraining_that_mean_nothing_are_named(run_folder, arguments, message, tmp_path):
+    import pretrain_summariser
+
+    with pytest.raises(ValueError, match=message):
+        pretrain_summariser.main(["--output_dir", str(tmp_path), "--use_cpu", *arguments.split()])
+
+
+def test_weights_that_are_cut_short_are_found_before_anything_is_trained(run_folder, tmp_path):
+    from summarisation_models import check_weights
+
+    whole = EXAMPLES / "how2_mini_backbone" / "model.safetensors"
+    (tmp_path / "model.safetensors").write_bytes(whole.read_bytes()[:100_000])
+    check_weights(str(whole.parent))
+    with pytest.raises(ValueError, match=r"model\.safetensors holds no whole weights"):
+        check_weights(str(tmp_path))
+
+
+def test_a_lock_of_a_dead_process_is_free(run_folder, tmp_path):
+    child = forked(lambda: run_folder.lock_folder(tmp_path))
+    with pytest.raises(ValueError, match="another run is at work"):
+        run_folder.lock_folder(tmp_path)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    run_folder.lock_folder(tmp_path).release()
