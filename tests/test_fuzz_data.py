@@ -44,7 +44,7 @@ from peft_read.spans import temporal_nms
 
 PACKAGE = str(Path(peft_read.__file__).parent)
 FEW = settings(
-    max_examples=60,
+    max_examples=40,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

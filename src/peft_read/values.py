@@ -39,13 +39,16 @@ def array_of(value: Any) -> NDArray:
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         return (value.float() if value.is_floating_point() else value).numpy() if value.itemsize < 4 else value.numpy()
-    if isinstance(value, list | tuple) and value and not isinstance(value[0], int | float | str):
-        value = [
-            array_of(part) if hasattr(part, "shape") or isinstance(part, list | tuple) else part for part in value
-        ]
+    if isinstance(value, list | tuple) and value:
+        first = value[0]
+        deepest = first[0] if isinstance(first, list | tuple) and first else first
+        if hasattr(deepest, "shape"):  # numpy takes plain lists as they are, in a tenth of the time
+            value = [
+                array_of(part) if hasattr(part, "shape") or isinstance(part, list | tuple) else part for part in value
+            ]
     try:
         return np.asarray(value)
-    except (ValueError, TypeError, OverflowError) as error:
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:
         raise ValueError(f"{shown(value)} is no table of numbers") from error
 
 
