@@ -10,6 +10,7 @@ tile by tile, from the cache after the first sweep. Optional: needs triton, whic
 # mypy: allow-untyped-defs
 from contextlib import nullcontext
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -73,8 +74,8 @@ def solve_fused(
 
 def _in_halves(number: float) -> tuple[float, float]:
     """A float64 as two float32, which is how Triton passes numbers."""
-    first = torch.tensor(number, dtype=torch.float64).float().double()
-    return float(first), float(number - first)
+    first = float(np.float32(number))
+    return first, number - first
 
 
 @triton.jit
