@@ -386,3 +386,14 @@ def test_checkpointed_blocks_give_the_plain_gradients(reentrant):
         (outputs.loss + aligner.loss(recording, inputs, outputs)).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert torch.allclose(*gradients, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("distance", ["partial_ot", "avg_cosine"])
+def test_masks_that_are_to_be_added_to_scores_are_refused(distance):
+    video, language = torch.randn(2, 5, 8), torch.randn(2, 4, 8)
+    additive = torch.zeros(2, 5)
+    additive[0, 3:] = -torch.inf
+    with pytest.raises(ValueError, match="block 0: the video mask has negative or NaN entries"):
+        PVLALoss(distance=distance)(video, language, additive)
+    with pytest.raises(ValueError, match="block 0: the language mask has negative or NaN"):
+        PVLALoss(distance=distance)(video, language, None, torch.full((2, 4), torch.nan))

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from peft_read import PVLAConfig, PVLALoss, PVLALossMixin, READConfig, Stream
+from peft_read.alignment import aligner
 
 SIZES = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
 BLOCKS = {
@@ -285,3 +286,18 @@ def test_data_parallel_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Seq2SeqTrainingArguments, "n_gpu", property(lambda self: 2))
     with pytest.raises(ValueError, match="DataParallel"):
         seq2seq_trainer(tmp_path, pvla_config("bart"))
+
+
+def test_what_is_no_number_on_a_device_ends_training_at_the_next_log(tmp_path, monkeypatch):
+    measure = aligner.alignment_distance
+
+    def as_on_a_device(*arguments, **options):
+        """There nobody looks at values before solving: a NaN comes back as a NaN."""
+        result = measure(*arguments, **options)
+        distance = result.distance.clone()
+        distance[1, 0] = torch.nan
+        return result._replace(distance=distance)
+
+    monkeypatch.setattr(aligner, "alignment_distance", as_on_a_device)
+    with pytest.raises(FloatingPointError, match=r"alignment of block 1 \(.*<->.*\) was NaN or infinite for 1 examples"):
+        one_step("gpt2", tmp_path, batch_size=16, accumulation=1)

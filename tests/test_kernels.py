@@ -1,4 +1,4 @@
-"""Triton kernels without a GPU: compiled for three generations of cards, over all settings, loops compared with source.
+"""Triton kernels without a GPU: compiled for three generations of cards and all settings, loops compared with source.
 
 Triton's interpreter runs a kernel as Python, so it cannot see what the compiler makes of it.
 """
@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 
@@ -116,7 +115,9 @@ class Loop(ast.NodeVisitor):
             elif isinstance(statement, (ast.While, ast.For)):
                 found |= self.assigned(statement.body)
             else:
-                found |= {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+                found |= {
+                    n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+                }
         return found
 
     def first_reads(self, statements):
@@ -144,7 +145,9 @@ class Loop(ast.NodeVisitor):
             else:
                 value = getattr(statement, "value", statement)
                 read |= self.reads(value) - known
-                known |= {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+                known |= {
+                    n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+                }
         return read
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("numba", reason="numba is not installed")
 
-from peft_read import backends, show_backends, use_backend
+from peft_read import backends, use_backend
 from peft_read.recurrence import RNN, adapt_in_one, build_cell, scan
 from peft_read.recurrence.arguments import GATES, ScanArguments
 from peft_read.recurrence.fused_adapter import OPERATION as ADAPTER

@@ -114,7 +114,9 @@ for ours, theirs in zip(*both, strict=True):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 """
 
-ADAPTER = NO_WAITS + """
+ADAPTER = (
+    NO_WAITS
+    + """
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -205,6 +207,7 @@ for takes in (
 ):
     assert takes is None
 """
+)
 
 
 def run(script, **environment):
@@ -212,7 +215,9 @@ def run(script, **environment):
     here = Path(__file__).parent
     paths = os.pathsep.join((str(here), str(here.parent / "src")))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
-    result = subprocess.run([sys.executable, "-W", "ignore", "-c", script], env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], env=environment, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
 
 

@@ -363,7 +363,10 @@ def test_permutations_carry_through(drawn):
         ({"method": "numba"}, r'no algorithm but an implementation.*use_backend\("numba"\)'),
         ({"method": "triton"}, "PEFT_READ_BACKEND=triton"),
         ({"row_weights": torch.full((3,), 1e-300, dtype=torch.float64)}, "cannot hold it"),
-        ({"row_weights": torch.full((3,), 3e38), "col_weights": torch.full((2,), 3e38), "mass": 1.0}, "cannot hold it"),
+        (
+            {"row_weights": torch.full((3,), 3e38), "col_weights": torch.full((2,), 3e38), "mass": 1.0},
+            "cannot hold it",
+        ),
         ({"cost": torch.full((1, 3, 2), 1e-39)}, "cannot hold it"),
         ({"gradient": "none"}, "gradient must be one of"),
         ({"marginals": "sum"}, "marginals must be one of"),
@@ -407,9 +410,12 @@ def test_converged_is_read_off_the_plan_and_not_believed(monkeypatch):
     cost = costs("lowd", 2, 9, 6).float()
     honest = partial.solve_newton
 
-    def boastful(*arguments, **options):
-        found = honest(*arguments, **options)
-        return dataclasses.replace(found, **{which: getattr(found, which) + change})
+    def boastful(which, change):
+        def solver(*arguments, **options):
+            found = honest(*arguments, **options)
+            return dataclasses.replace(found, **{which: getattr(found, which) + change})
+
+        return solver
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -418,9 +424,9 @@ def test_converged_is_read_off_the_plan_and_not_believed(monkeypatch):
             ("log_left", -0.01),  # too little mass
             ("log_right", 0.3 * torch.randn(2, 6)),  # another plan
         ):
-            monkeypatch.setattr(partial, "solve_newton", boastful)
+            monkeypatch.setattr(partial, "solve_newton", boastful(which, change))
             assert not solve(cost, 0.7).converged.any(), which
-            monkeypatch.setattr(partial, "solve_newton", honest)
+    monkeypatch.setattr(partial, "solve_newton", honest)
     assert solve(cost, 0.7).converged.all()
 
 

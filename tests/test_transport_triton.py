@@ -1,4 +1,4 @@
-"""The fused kernel in Triton's CPU interpreter: the optimum by itself, values and gradients, and no word to the host."""
+"""The fused kernel in Triton's CPU interpreter: the optimum, values and gradients, and no word to the host."""
 
 import os
 import subprocess
@@ -52,7 +52,9 @@ for family, shape, form in (
         assert (kernel.plan[~(row_mask[:, :, None] & col_mask[:, None, :])] == 0).all()
 """
 
-WAITLESS = NO_WAITS + """
+WAITLESS = (
+    NO_WAITS
+    + """
 from peft_read import PVLALoss, use_backend
 from peft_read.transport import fast, partial_optimal_transport
 
@@ -94,7 +96,8 @@ bad = [
 for number, plan in enumerate(bad):
     assert plan.cost[1].isnan() and not plan.converged[1], number
 assert bad[0].converged[0] and bad[2].converged[[0, 2]].all()
-for arguments, message in (({"cost": wrong}, "finite"), ({"cost": cost, "row_mask": additive}, "not a mask to be added")):
+masked = {"cost": cost, "row_mask": additive}
+for arguments, message in (({"cost": wrong}, "finite"), (masked, "not a mask to be added")):
     try:
         partial_optimal_transport(**arguments, check=True)
     except ValueError as error:
@@ -102,6 +105,7 @@ for arguments, message in (({"cost": wrong}, "finite"), ({"cost": cost, "row_mas
     else:
         raise AssertionError(message)
 """
+)
 
 
 def run(script):
@@ -110,7 +114,9 @@ def run(script):
         **os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join((str(Path(__file__).parent),
         str(Path(__file__).parents[1] / "src"))), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    result = subprocess.run([sys.executable, "-W", "ignore", "-c", script], env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], env=environment, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr[-3000:]
 
 

@@ -29,8 +29,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from peft_read import READConfig
-from peft_read.recurrence import build_cell, show_backends, use_backend, warm_up
+from peft_read import READConfig, show_backends, use_backend
+from peft_read.recurrence import build_cell
 
 SCANS = [(4, 512, 4), (32, 75, 4), (1, 2048, 4), (32, 512, 4), (4, 512, 16), (4, 512, 64)]
 ADAPTERS = [(4, 512, 768, 4), (8, 75, 768, 4), (1, 2048, 768, 4), (4, 512, 768, 8), (4, 512, 768, 16)]
@@ -67,7 +67,6 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     warnings.filterwarnings("ignore")
-    warm_up()
     repeats = arguments.repeats or (3 if arguments.quick else 15)
     scans: Rows = {}
     for kind in TORCH:
@@ -109,7 +108,7 @@ def time_adapters(batch: int, length: int, width: int, size: int, repeats: int) 
         if cell == "none":
             timed["Adapter (no recurrence)"] = run
         else:
-            timed[f"READ {cell}"] = in_backend("numba", run)
+            timed[f"READ {cell}"] = in_backend("auto", run)
             timed[f"READ {cell}, torch"] = in_backend("torch", run)
     for rank in (4, 8, 16):
         model = get_peft_model(Place(width), LoraConfig(r=rank, target_modules=["fc2"]))

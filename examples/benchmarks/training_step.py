@@ -34,9 +34,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
-from peft_read import Aligner, PVLAConfig, READConfig, Stream
+from peft_read import Aligner, PVLAConfig, READConfig, Stream, show_backends
 from peft_read.models import MomentDetrConfig, MomentDetrForTemporalGrounding
-from peft_read.recurrence import show_backends, warm_up
 
 QUICK = {"vocabulary": 500, "width": 64, "inner": 128, "layers": 2, "heads": 4}
 SIZES = {
@@ -63,7 +62,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Results]:
     parser.add_argument("--output", type=Path, default=None, help="write OUTPUT.json, OUTPUT.md and OUTPUT.png")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    warm_up()
     everything: dict[str, Results] = {}
     if arguments.output is not None and arguments.output.with_suffix(".json").exists():
         everything = json.loads(arguments.output.with_suffix(".json").read_text())

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from peft_read import backends
 from peft_read.transport import partial_optimal_transport
 
 REG = 0.05
@@ -89,8 +90,8 @@ def run_row(row: str, cost: Tensor, mass: float, repeats: int) -> list[Result]:
     """All methods on one batch of problems."""
     optimum = partial_optimal_transport(cost.double(), mass, REG, method="newton", tol=1e-9)
     assert optimum.converged.all()
-    results, fast = [], {"torch Newton": "newton", "numba": "numba"}
-    if not has("numba"):
+    results, fast = [], {"torch Newton": "newton", "numba": "auto"}
+    if backends.backend("cpu") != "numba":
         del fast["numba"]
     timed: dict[str, Callable[[], object]] = {
         name: lambda method=method: partial_optimal_transport(cost, mass, REG, method=method)
@@ -135,8 +136,8 @@ def run_balanced(cost: Tensor, repeats: int) -> list[Result]:
     timed: dict[str, Callable[[], Tensor]] = {
         "torch Newton": lambda: partial_optimal_transport(cost, 1.0, REG, method="newton").cost
     }
-    if has("numba"):
-        timed["numba"] = lambda: partial_optimal_transport(cost, 1.0, REG, method="numba").cost
+    if backends.backend("cpu") == "numba":
+        timed["numba"] = lambda: partial_optimal_transport(cost, 1.0, REG).cost
     if has("ot") and importlib.util.find_spec("ot.batch"):
         from ot.batch import solve_batch
 
@@ -169,8 +170,8 @@ def run_gpu(repeats: int) -> list[Result]:
             "torch Newton": lambda c=cost, s=mass: partial_optimal_transport(c, s, REG, method="newton"),
             "printed algorithm, eager": lambda c=cost: partial_optimal_transport(c, 1.0, REG, method="paper"),
         }
-        if has("triton"):
-            timed["triton"] = lambda c=cost, s=mass: partial_optimal_transport(c, s, REG, method="triton")
+        if backends.backend("cuda") == "triton":
+            timed["triton"] = lambda c=cost, s=mass: partial_optimal_transport(c, s, REG)
         times = interleaved(timed, repeats)
         for name, function in timed.items():
             wrong = None if "printed" in name else error(function().cost, optimum.cost)

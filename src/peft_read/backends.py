@@ -109,8 +109,8 @@ def show_backends() -> str:
     lines = ["torch: any device, any case"]
     places = {
         "numba": "CPU, float32; the recurrence up to width 64 and the RNN adapter up to width 8; transport",
-        "triton": "CUDA; the RNN up to width 64, the RNN adapter up to width 16; transport up to sides of 1024; checked "
-        "in Triton's interpreter and compiled, but run on no GPU yet",
+        "triton": "CUDA; the RNN up to width 64, the RNN adapter up to width 16; transport up to sides of 1024; "
+        "checked in Triton's interpreter and compiled, but run on no GPU yet",
     }
     for name, place in places.items():
         reason = _why_unusable(name)
@@ -143,8 +143,8 @@ def passes(key: tuple[Hashable, ...], trial: Callable[[], str]) -> bool:
                 if wrong:
                     say_once(
                         key,
-                        f"{_words(key)} does not work here ({wrong}); torch takes its place, with the same results but slower. "
-                        f'use_backend("torch") or {VARIABLE}=torch silences this.',
+                        f"{_words(key)} does not work here ({wrong}); torch takes its place, with the same results "
+                        f'but slower. use_backend("torch") or {VARIABLE}=torch silences this.',
                     )
                 _trials[key] = not wrong
             passed = _trials[key]
@@ -163,7 +163,7 @@ def say_once(key: Hashable, message: str) -> None:
 
 
 def compiled_loop(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """numba's `njit`, with the machine code kept in numba's cache, a user's cache folder, or in memory only."""
+    """Numba's `njit`, with the machine code kept in numba's cache, a user's cache folder, or in memory only."""
     import numba
 
     def decorate(function: Callable[..., Any]) -> Any:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
 
 import torch
-from torch import Tensor, _C, nn
+from torch import _C, Tensor, nn
 from torch.autograd import forward_ad
 
 from .. import backends

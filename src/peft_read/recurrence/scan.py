@@ -58,7 +58,9 @@ def _operation(kind: str) -> Operation[ScanArguments, Scanned]:
         x, width = arguments.x, arguments.weight_hh.shape[1]
         one, four = (*x.shape[:2], width), (*x.shape[:2], 4 * width)
         return Scanned(
-            x.new_empty(one), x.new_empty(one) if kind == "lstm" else None, None if kind == "rnn" else x.new_empty(four)
+            x.new_empty(one),
+            x.new_empty(one) if kind == "lstm" else None,
+            None if kind == "rnn" else x.new_empty(four),
         )
 
     def example(width: int, dtype: torch.dtype, device: torch.device) -> ScanArguments:

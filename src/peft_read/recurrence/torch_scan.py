@@ -35,7 +35,7 @@ def adapter_in_torch(arguments: AdapterArguments) -> Adapted:
     """O + GELU(RNN(O W_down)) W_up, O unchanged at padding, in the dtype of the weights and back."""
     x, state, mask, down, down_bias, *recurrence, up, up_bias = arguments
     narrow = F.linear(x.to(down.dtype), down, down_bias)
-    hidden = scan_in_torch("rnn", ScanArguments(narrow, state, mask, *recurrence)).outputs
+    hidden = scan_in_torch("rnn", ScanArguments(narrow, state, mask, *recurrence)).outputs  # type: ignore[arg-type]
     delta = F.linear(F.gelu(hidden), up, up_bias)
     if mask is not None:
         delta = torch.where(mask[..., None], delta, 0)

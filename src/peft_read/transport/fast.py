@@ -44,7 +44,9 @@ def solve_on_host(problem: Problem, kernel: Kernel) -> Solver:
     if problem.cost.device.type != "cpu":
         refusal = "its tensors are not on the CPU"
     elif kernel.dtype != torch.float32:
-        refusal = "it is float64" if problem.cost.dtype == torch.float64 else "it ranges over more than 42 temperatures"
+        refusal = (
+            "it is float64" if problem.cost.dtype == torch.float64 else "it ranges over more than 42 temperatures"
+        )
     if refusal:
         _say("numba", refusal)
     elif backends.passes(("the numba transport",), _try_loops):

@@ -6,7 +6,9 @@ from torch import Tensor
 __all__ = ["broadcasts", "real_entries", "shape_of"]
 
 
-def real_entries(name: str, mask: Tensor, shape: tuple[int, ...], *, check: bool | None = None) -> tuple[Tensor, Tensor | None]:
+def real_entries(
+    name: str, mask: Tensor, shape: tuple[int, ...], *, check: bool | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Which entries a mask of any dtype calls real.
 
     Args:

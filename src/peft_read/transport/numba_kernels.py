@@ -76,6 +76,7 @@ def _array(tensor: Tensor) -> np.ndarray:
 def solve_all(
     matrix, cost, rows, cols, total, spread, rows_full, cols_full, settings, max_newton, left, right, n_iter, converged
 ):
+    """All problems, one after the other; sets left, right, n_iter and converged. A negative total is a penalty."""
     for p in range(matrix.shape[0]):
         n, m = rows.shape[1], cols.shape[1]
         while n > 1 and rows[p, n - 1] == 0:

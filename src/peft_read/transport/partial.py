@@ -105,7 +105,7 @@ def partial_optimal_transport(
         if not matrix.numel():
             return _nothing(matrix, leading)
         fused = chosen == "auto" and tol > 1e-6 and fast.runs_kernel(matrix)
-        check = (not fused if check is None else check) or cost.device.type == "cpu" and not fused
+        check = (not fused if check is None else check) or (cost.device.type == "cpu" and not fused)
         matrix = matrix.reshape(-1, n_rows, n_cols)
         rows, bad_rows = _weights("row", row_weights, row_mask, marginals, (*leading, n_rows), cost.device, check)
         cols, bad_cols = _weights("col", col_weights, col_mask, marginals, (*leading, n_cols), cost.device, check)
@@ -221,9 +221,7 @@ def _takes_all(total: Tensor, weight_sum: Tensor, dtype: torch.dtype, penalty: f
     return total >= weight_sum * (1 - FULL[dtype] if penalty is None else math.inf)
 
 
-def _solved(
-    problem: Problem, method: str, tol: float, max_iter: int | None, gradient: str
-) -> tuple[Tensor, Scaling]:
+def _solved(problem: Problem, method: str, tol: float, max_iter: int | None, gradient: str) -> tuple[Tensor, Scaling]:
     """The plan, which carries the gradient that was asked for, and the scalings (of plans that have them)."""
     max_iter = DEFAULT_ITERATIONS.get(method, NEWTON_STEPS) if max_iter is None else max_iter
     if not len(problem.cost):
@@ -330,9 +328,9 @@ def _check_size(total: Tensor, matrix: Tensor, penalty: float | None) -> None:
     wrong = (total > 0) & (small | (total * largest.clamp_min(1) > limits.max))
     if penalty is None and bool(wrong.any()):
         raise ValueError(
-            f"a mass of {float(total[wrong][0]):.4g} at costs up to {float(largest[wrong][0]):.4g}: {matrix.dtype} cannot "
-            f"hold it in {matrix.shape[-2]} x {matrix.shape[-1]} parts, or not its cost. Scale row_weights, col_weights "
-            "or the cost, or pass a float64 cost."
+            f"a mass of {float(total[wrong][0]):.4g} at costs up to {float(largest[wrong][0]):.4g}: {matrix.dtype} "
+            f"cannot hold it in {matrix.shape[-2]} x {matrix.shape[-1]} parts, or not its cost. Scale row_weights, "
+            "col_weights or the cost, or pass a float64 cost."
         )
 
 
@@ -373,7 +371,9 @@ def _weights(
     if marginals == "count":
         raise ValueError(f'{name} cannot be given with marginals="count", which sets every weight to 1.')
     if not isinstance(weights, Tensor) or weights.is_complex() or not broadcasts(weights.shape, shape):
-        raise ValueError(f"{name} must be a real tensor of shape {shape}, or broadcast to it, got {shape_of(weights)}.")
+        raise ValueError(
+            f"{name} must be a real tensor of shape {shape}, or broadcast to it, got {shape_of(weights)}."
+        )
     found = weights.detach().to(device).double()
     good = (found >= 0) & found.isfinite()
     if check and not bool(good.all()):

@@ -124,7 +124,9 @@ class Kernel:
         if problem.penalty is not None:
             left, right = problem.log_reference()
             # The shift by `low` has to be paid back here: under a penalty the scale of K is the answer.
-            matrix = matrix + (left[:, :, None] + (right - (problem.low.double() / problem.reg)[:, None])[:, None, :]).to(dtype)
+            matrix = matrix + (
+                left[:, :, None] + (right - (problem.low.double() / problem.reg)[:, None])[:, None, :]
+            ).to(dtype)
         if problem.padded:
             real = (problem.rows > 0)[:, :, None] & (problem.cols > 0)[:, None, :]
             matrix = torch.where(real, matrix, -math.inf)

@@ -10,6 +10,7 @@ tile by tile, from the cache after the first sweep. Optional: needs triton, whic
 # mypy: allow-untyped-defs
 from contextlib import nullcontext
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -43,7 +44,8 @@ def solve_fused(
 
     Args:
         cost: (P, N, M) float32, contiguous; anything where a weight is 0. Columns should be the shorter side.
-        rows: (P, N) float64 weights; cols: (P, M).
+        rows: (P, N) float64 weights.
+        cols: (P, M) float64 weights.
         total: (P,) float64, the mass to move; ignored with a penalty.
         reg: the temperature.
         penalty: as in `Problem`.
@@ -72,8 +74,8 @@ def solve_fused(
 
 def _in_halves(number: float) -> tuple[float, float]:
     """A float64 as two float32, which is how Triton passes numbers."""
-    first = torch.tensor(number, dtype=torch.float64).float().double()
-    return float(first), float(number - first)
+    first = float(np.float32(number))
+    return first, number - first
 
 
 @triton.jit
@@ -98,7 +100,8 @@ def log_or_zero(x):
 @triton.jit
 def sweeps(
     cost, rows, cols, totals, scratch, left, right, bounds, n_iter, converged, n, m, inverse_first, inverse_rest,
-    penalty_first, penalty_rest, tol, floor, limit, FILLS: tl.constexpr, LOWEST_PRICE: tl.constexpr, LARGEST: tl.constexpr, PENALISED: tl.constexpr,
+    penalty_first, penalty_rest, tol, floor, limit,
+    FILLS: tl.constexpr, LOWEST_PRICE: tl.constexpr, LARGEST: tl.constexpr, PENALISED: tl.constexpr,
     WIDE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """All sweeps of one problem. Vectors are float64, the matrix is float32 or, if WIDE, float64 logarithms."""

@@ -154,7 +154,7 @@ def gru_backward(
 
 @compiled_loop
 def lstm_forward(inner, weight_hh, state, real, outputs, memories, gates, batch, length, k):
-    """c_t = f c_{t-1} + i g and h_t = o tanh(c_t); gates are i, f, g, o; `inner` is W_ih x + both biases, (B, T, 4 k)."""
+    """c_t = f c_{t-1} + i g and h_t = o tanh(c_t); gates are i, f, g, o; `inner` is W_ih x + both biases."""
     by_input, states, masked = turned(weight_hh, 4 * k, k), in_float64(state, batch, 2 * k), real != 0
     hidden, memory = np.empty((batch, k)), np.empty((batch, k))
     for b in range(batch):

@@ -178,9 +178,7 @@ def _gru_backward(
     grad = _dense(grads[0], results.outputs)
     inner, outer = x.new_empty(2, batch, length, 3 * width).unbind()
     grad_state = x.new_empty(batch, width)
-    _kept, found = _addresses(
-        (grad, weight_hh, state, mask, results.outputs, results.gates, inner, outer, grad_state)
-    )
+    _kept, found = _addresses((grad, weight_hh, state, mask, results.outputs, results.gates, inner, outer, grad_state))
     _loops("gated").gru_backward(*found, batch, length, width)
     return _gradients_of_gates(inner, outer, grad_state, arguments, results, needs)
 

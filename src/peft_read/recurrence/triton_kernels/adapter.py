@@ -95,9 +95,7 @@ def up_backward(
 
 
 @triton.jit
-def down_backward(
-    grad, low, down, grad_x, tokens, d, k, K: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr
-):
+def down_backward(grad, low, down, grad_x, tokens, d, k, K: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr):
     """Sets the gradient of O: its own, and that of O W_down times W_down."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     column, i = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, K)
