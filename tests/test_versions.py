@@ -101,7 +101,7 @@ def test_the_lower_ends_are_those_that_the_oldest_run_installs():
 def test_the_upper_ends_are_those_that_every_test_is_run_with():
     constraints = pins("constraints.txt")
     tried = {Requirement(line).name: line.split("==")[1] for line in PROJECT["optional-dependencies"]["tried"]}
-    assert set(tried) == {"torch", "peft", "transformers", "accelerate"}
+    assert set(tried) == {"peft", "transformers", "accelerate"}  # torch keeps its interface from release to release
     assert tried == {name: constraints[name] for name in tried}
     windows = versions.read_windows(
         [*PROJECT["dependencies"], *(f'{name}=={version}; extra == "tried"' for name, version in tried.items())]
