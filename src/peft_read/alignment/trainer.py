@@ -119,8 +119,8 @@ class PVLALossMixin(_Base):
             task_loss=loss.detach() / divisor,
             pvla_loss=pvla.detach() / divisor,
             pvla_mass=result.mass.mean() * share / divisor,
-            **_failures(result),
         )
+        self._train_sums.add(0, **_failures(result))
         loss = loss + self._aligner.config.weight_at(self._progress) * pvla.to(loss.dtype)
         return (loss, outputs) if return_outputs else loss
 
