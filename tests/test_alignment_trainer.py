@@ -299,5 +299,7 @@ def test_what_is_no_number_on_a_device_ends_training_at_the_next_log(tmp_path, m
         return result._replace(distance=distance)
 
     monkeypatch.setattr(aligner, "alignment_distance", as_on_a_device)
-    with pytest.raises(FloatingPointError, match=r"alignment of block 1 \(.*<->.*\) was NaN or infinite for 1 examples"):
+    with pytest.raises(
+        FloatingPointError, match=r"alignment of block 1 \(.*<->.*\) was NaN or infinite for 1 examples"
+    ):
         one_step("gpt2", tmp_path, batch_size=16, accumulation=1)

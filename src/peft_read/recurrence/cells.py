@@ -139,7 +139,8 @@ class Cell(nn.Module):
             # A parameter need not be one: torch's parametrizations and FSDP put other tensors in its place.
             parameter = own[name] if name in own else getattr(self, name)
             weights.append(parameter if parameter is None or parameter.dtype == dtype else parameter.to(dtype))
-        return recur(self.kind, ScanArguments(x, state, mask, *weights), keep_states=keep_states)
+        arguments = ScanArguments(x, state, mask, *weights)  # type: ignore[arg-type]
+        return recur(self.kind, arguments, keep_states=keep_states)
 
     def extra_repr(self) -> str:
         """The width, and what kind of cell it is."""
