@@ -28,7 +28,9 @@ TOLERANCE = 2e-4  # of the largest output; float32 rounding through two layers s
 SETTINGS = ("default", "suffix", "all-linear")
 IN_A_BLOCK = re.compile(r"\.\d+\..*[a-z]")
 USUAL_NAME = re.compile(r"(mlp|ffn|feed_forward)\.(down_proj|fc2|linear_fc2|linear2|lin2|w2|dense_4h_to_h|c_proj|wo)$")
-BETWEEN_STACKS = re.compile(r"merger|projector|connector|aligner")  # they carry images over to a text
+BETWEEN_STACKS = re.compile(
+    r"merger|projector|connector|aligner|prompts_generator"
+)  # they carry images over to a text
 EXPERTS = re.compile(r"(^|\.)(local_)?experts(\.|$)")
 
 
@@ -330,6 +332,8 @@ def recurrences(model: nn.Module, case: Case) -> dict[str, Any]:
     def watch(name: str) -> Callable:
         def hook(layer: Any, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
             own = layer.base_layer(*args, **kwargs)
+            if isinstance(own, tuple):  # a mixture and the scores of its router
+                own, output = own[0], output[0]
             down, cell, up = (part["default"] for part in
                               (layer.readapter_down, layer.readapter_cell, layer.readapter_up))  # fmt: skip
             step = F.linear(down(own), cell.weight_ih, cell.bias_ih) + cell.bias_hh
@@ -378,6 +382,8 @@ def verdict(read: dict, base: Callable[[], dict], tolerance: float = TOLERANCE) 
     if "error" in read:
         if read["error"].startswith("NotImplementedError") and "READ" in read["error"]:
             return "refused"
+        if "some of them padding, as its stack is told, and nothing tells which" in read["error"]:
+            return "refused"  # of padded batches alone
         return "base too" if "error" in base() else "stopped in forward"
     if read["value"] is None:
         return "not measured"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -22,7 +23,11 @@ MERGED = (
     "each begins: the recurrence would run from one into the next"
 )
 PADDED_SOMEWHERE = "some of them padding, as its stack is told, and nothing tells which"
-TWO_STREAMS = "and its block is given another sequence of the same length, so that nothing tells which of the two it is"
+TWO_STREAMS = (
+    "and its block is given another sequence of the same length, so that nothing tells which of the two it is"
+)
+# The sequences that a block reads beside its own. The encoder's has its mask from the stack.
+OTHER_STATES = re.compile(r"(?!encoder_hidden_states$)\w*(cross|kv|key_value|image|vision|global)\w*states$")
 # What a block computes beside its own tokens by the same layers, as the global tokens of PEGASUS-X.
 SECOND_STREAMS = ("global_hidden_states",)
 # The settings of models that pad their sequences to a multiple of a window, at the end.
@@ -270,10 +275,10 @@ def _others(given: dict[str, Any], states: torch.Tensor) -> dict[str, tuple[torc
     """
     found: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
     for name, other in given.items():
-        if other is states or not name.endswith("states") or not isinstance(other, torch.Tensor) or other.dim() != 3:
+        if other is states or not isinstance(other, torch.Tensor) or other.dim() != 3 or len(other) != len(states):
             continue
-        if name == "encoder_hidden_states" or not other.is_floating_point() or len(other) != len(states):
-            continue  # the stack tells the encoder's, with its mask
+        if not OTHER_STATES.match(name) or not other.is_floating_point():
+            continue
         rows = (other.shape[0], other.shape[1])
         masks = [v for k, v in given.items() if "mask" in k and isinstance(v, torch.Tensor) and tuple(v.shape) == rows]
         found[name] = (other, _mask_or_none(masks[0], *rows) if masks else None)
@@ -294,8 +299,8 @@ def _streams(outer: Scope | None, batch: int, length: int, device: torch.device)
         return None
     if outer.past:
         raise NotImplementedError(
-            f"READ does not follow the cache of {type(outer.owner).__name__}, whose blocks compute {1 + ngram} streams "
-            "of which the cache keeps the first; generate with use_cache=False."
+            f"READ does not follow the cache of {type(outer.owner).__name__}, whose blocks compute {1 + ngram} "
+            "streams, of which the cache keeps the first; generate with use_cache=False."
         )
     return torch.arange(1 + ngram, device=device).repeat_interleave(outer.length).expand(batch, length)
 
@@ -427,7 +432,8 @@ def install_scopes(model: nn.Module, path: str, *, batch_first: bool = True) -> 
         _hook(stack, _StackOpening(parameters_of(stack), batch_first=is_batch_first(stack), embeds=embeds))
     for block in blocks_around(model, path):
         names = parameters_of(block)
-        if names and (found is None or block is not found[1]):
+        # A block that is its own stack may still be given rows (N, d), which tell no batch.
+        if names and (found is None or block is not found[1] or not found[2]):
             _hook(block, _BlockOpening(names, batch_first=batch_first))
 
 

@@ -136,9 +136,10 @@ class READModel(BaseTuner):
         chunked = any(getattr(block, "chunk_size_feed_forward", 0) for block in blocks)
         if chunked and settings["cell"] != "none" and "attention" not in current_key:
             raise ValueError(
-                f"READ cannot adapt {current_key!r} of a model with `chunk_size_feed_forward`: its block calls it with "
-                "pieces of the sequences, and the recurrence would begin anew in each. Set chunk_size_feed_forward=0 "
-                "in the model's configuration, which changes nothing but the memory it needs, or use cell='none'."
+                f"READ cannot adapt {current_key!r} of a model with `chunk_size_feed_forward`: its block calls it "
+                "with pieces of the sequences, and the recurrence would begin anew in each. Set "
+                "chunk_size_feed_forward=0 in the model's configuration, which changes nothing but the memory it "
+                "needs, or use cell='none'."
             )
         layer = Linear(
             target,

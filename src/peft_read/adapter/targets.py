@@ -37,11 +37,12 @@ MIXERS = re.compile(
     r"Att(n|ention)(?!DecoderLayer)|Mixer|Mamba|ShortConv|DeltaNet|RecurrentBlock|ConvolutionModule|Router|TimeMix"
 )
 CONNECTORS = re.compile(
-    r"merger|projector|connector|resampler|q_?former|pooler|pooling|adapter|prompts_generator|bridge|compressor", re.IGNORECASE
+    r"merger|projector|connector|resampler|q_?former|pooler|pooling|adapter|prompts_generator|bridge|compressor",
+    re.IGNORECASE,
 )
 NO_SEQUENCE = re.compile(
     r"merger|router|(^|\.)gate(\.|$)|(^|\.)dt_proj|linear_pos|pos_?proj|rel(ative)?_(pos|k_|position)|pos_(key|query)"
-    r"|(^|\.)r_net|pooler|pooling_head|o_a_proj|message_(fc|attn)",
+    r"|(^|\.)r_net|pooler|pooling_head|o_a_proj|message_(fc|attn)|prompts_generator",
     re.IGNORECASE,
 )
 # Their projections see (T, B, d), global tokens or tokens padded once more, in a block that sees (B, T, d).
