@@ -316,3 +316,167 @@ def test_a_model_that_trains_whole_is_not_warned_about(reentrant):
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     assert steps(model, 5, input_ids=torch.randint(2, 60, (2, 6))) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "expected"),
+    [
+        ("jetmoe", {**EXPERTS, "kv_channels": 8}, ["model.layers.0.mlp", "model.layers.1.mlp"]),
+        ("recurrent_gemma", {}, [f"model.layers.{i}.mlp_block.down_proj" for i in range(2)]),
+        ("xlm", {"emb_dim": 32, "n_layers": 2, "n_heads": 4}, ["transformer.ffns.0.lin2", "transformer.ffns.1.lin2"]),
+    ],
+)  # fmt: skip
+def test_attention_that_looks_like_a_feed_forward_block_is_none(kind, settings, expected):
+    assert names(causal(kind, **settings)) == expected
+
+
+def seq2seq(kind, **settings):
+    torch.manual_seed(0)
+    small = {
+        "d_model": 32, "vocab_size": 60, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "init_std": 0.3,
+    }  # fmt: skip
+    config = t.AutoConfig.for_model(kind, **{**small, **settings})
+    return t.AutoModelForSeq2SeqLM.from_config(config).eval()
+
+
+def padded_logits(model, decoder_length=5):
+    """The logits of one source without padding and with padding at its right."""
+    generator = torch.Generator().manual_seed(3)
+    source, target = (torch.randint(3, 60, (1, n), generator=generator) for n in (7, decoder_length))
+    longer = torch.nn.functional.pad(source, (0, 3), value=1)
+    with torch.no_grad():
+        return [
+            model(input_ids=ids, attention_mask=(ids != 1).long(), decoder_input_ids=target).logits
+            for ids in (source, longer)
+        ]
+
+
+def test_global_tokens_of_a_padded_encoder_are_a_sequence_of_their_own():
+    model = filled(seq2seq("pegasus_x", block_size=8, num_global_tokens=5, stagger_local_blocks=False))
+    torch.testing.assert_close(*padded_logits(model), rtol=0, atol=1e-4)
+    filled(seq2seq("pegasus_x", block_size=8, num_global_tokens=5), target_modules="all-linear")
+    same = filled(seq2seq("pegasus_x", block_size=8, num_global_tokens=16))
+    with pytest.raises(ValueError, match="another sequence of the same length"):
+        padded_logits(same)
+
+
+def test_padding_of_the_source_of_cross_attention_is_known_where_time_comes_first():
+    settings = {"langs": ["en", "de"], "src_vocab_size": 60, "tgt_vocab_size": 60, "pad_token_id": 1}
+    model = filled(seq2seq("fsmt", **settings), target_modules=r".*encoder_attn\.(k|v)_proj")
+    longer = torch.nn.functional.pad(torch.full((1, 3), 7), (3, 0), value=1)
+    target = torch.randint(3, 60, (1, 5), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        one, other = (
+            model.base_model.model.model.decoder(
+                target, states, mask, None, torch.zeros(5, 5), return_dict=True
+            ).last_hidden_state
+            for states, mask in _source_and_padded(longer)
+        )
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+def _source_and_padded(ids):
+    states = torch.randn(*ids.shape, 32, generator=torch.Generator().manual_seed(4))
+    mask = (ids != 1).long()
+    return (states[:, 3:], mask[:, 3:]), (states, mask)
+
+
+def prophetnet():
+    torch.manual_seed(0)
+    config = t.ProphetNetConfig(
+        vocab_size=60, hidden_size=32, encoder_ffn_dim=48, decoder_ffn_dim=48, num_encoder_layers=2, init_std=0.3,
+        num_decoder_layers=2, num_encoder_attention_heads=4, num_decoder_attention_heads=4, ngram=2,
+    )  # fmt: skip
+    return t.ProphetNetForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+def test_streams_that_predict_do_not_know_the_tokens_ahead(targets):
+    model = filled(prophetnet(), target_modules=targets)
+    source = torch.randint(3, 60, (2, 6), generator=torch.Generator().manual_seed(3))
+    target = torch.randint(3, 60, (2, 5), generator=torch.Generator().manual_seed(4))
+    changed = target.clone()
+    changed[:, 3] = (changed[:, 3] - 2) % 57 + 3
+    with torch.no_grad():
+        one, other = (model(input_ids=source, decoder_input_ids=ids, use_cache=False) for ids in (target, changed))
+    torch.testing.assert_close(one.logits[:, :3], other.logits[:, :3], rtol=0, atol=1e-5)
+    assert (one.logits[:, 3:] - other.logits[:, 3:]).abs().max() > 1e-2
+
+
+def test_the_cache_of_a_decoder_with_several_streams_is_refused_by_name():
+    model = filled(prophetnet())
+    ids = torch.randint(3, 60, (1, 6))
+    with pytest.raises(NotImplementedError, match=r"ProphetNetDecoder.*use_cache=False"):
+        model.generate(input_ids=ids, max_new_tokens=3, min_new_tokens=3, num_beams=1, use_cache=True)
+    assert (
+        model.generate(input_ids=ids, max_new_tokens=3, min_new_tokens=3, num_beams=1, use_cache=False).shape[1] == 4
+    )
+
+
+class _Reader(nn.Module):
+    """A block that attends to its text and, without padding of its own, to a protein."""
+
+    def __init__(self):
+        super().__init__()
+        self.key = nn.Linear(8, 8)
+        self.down = nn.Linear(8, 8)
+
+    def forward(self, hidden_states, attention_mask=None, protein_kv_states=None, protein_batch_mask=None):
+        keys = self.key(protein_kv_states) * protein_batch_mask[..., None]
+        return hidden_states + self.down(hidden_states) + keys.sum(1, keepdim=True)
+
+
+class _ReadingModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([_Reader(), _Reader()])
+
+    def forward(self, inputs_embeds, attention_mask=None, protein=None, protein_mask=None):
+        for layer in self.layers:
+            inputs_embeds = layer(inputs_embeds, None, protein_kv_states=protein, protein_batch_mask=protein_mask)
+        return inputs_embeds
+
+
+def test_what_a_block_reads_beside_a_padded_text_has_its_own_length_and_mask():
+    torch.manual_seed(0)
+    model = filled(_ReadingModel(), target_modules=["key", "down"])
+    text, protein = torch.randn(1, 5, 8), torch.randn(1, 4, 8)
+    real, whole = torch.ones(1, 5), torch.ones(1, 4)
+    wider = {
+        "protein": torch.cat([torch.randn(1, 2, 8), protein], 1),
+        "protein_mask": torch.tensor([[0.0, 0, 1, 1, 1, 1]]),
+    }
+    padded = torch.cat([text, torch.randn(1, 2, 8)], 1), torch.tensor([[1.0] * 5 + [0.0] * 2])
+    with torch.no_grad():
+        alone = model(text, attention_mask=real, protein=protein, protein_mask=whole)
+        beside = model(padded[0], attention_mask=padded[1], **wider)[:, :5]
+    torch.testing.assert_close(beside, alone, rtol=0, atol=1e-5)
+
+
+def test_attention_with_a_layout_of_its_own_is_left_out_of_all_linear():
+    torch.manual_seed(0)
+    config = t.LongformerConfig(
+        **BLOCKS, vocab_size=60, attention_window=4, max_position_embeddings=40, pad_token_id=1
+    )
+    model = filled(t.LongformerModel(config), target_modules="all-linear")
+    assert not any(".self." in name for name in model.base_model.targeted_module_names)
+    ids = torch.randint(3, 60, (2, 8), generator=torch.Generator().manual_seed(3))
+    alone = torch.cat([model(row[None]).last_hidden_state for row in ids])
+    torch.testing.assert_close(model(ids).last_hidden_state, alone, rtol=0, atol=1e-5)
+
+
+def test_blocks_that_cut_their_sequences_into_pieces_are_refused():
+    bert = t.BertModel(t.BertConfig(**BLOCKS, vocab_size=20, chunk_size_feed_forward=2))
+    with pytest.raises(ValueError, match=r"chunk_size_feed_forward=0"):
+        get_peft_model(bert, READConfig())
+    get_peft_model(bert, READConfig(cell="none"))
+
+
+def test_a_part_that_is_neither_text_nor_image_is_no_default():
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.protein_encoder = t.BertModel(t.BertConfig(**BLOCKS, vocab_size=20))
+    model.language_model = causal("llama")
+    found = {ending.part for ending in feed_forward_endings(model)}
+    assert found == {"other", "language"}

@@ -14,11 +14,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 import transformers
 
-from .checks import SETTINGS, check_family, faults
-from .families import all_families, build_case, family_named
+from peft_read.adapter.targets import default_targets
+
+from .checks import SETTINGS, check_family, faults, numberless
+from .families import all_families, build_case, build_model, family_named
 
 __all__ = ["main", "sweep"]
 
@@ -29,6 +32,10 @@ def _one_family(name: str, settings: tuple[str, ...], path: str) -> None:
     family = family_named(name)
     found: dict[str, Any] = {"family": name, "head": family.head, "class": family.class_name}
     began = time.time()
+    if settings == ("targets",):
+        found |= _targets_of(family)
+        Path(path).write_text(json.dumps(found))
+        return
     try:
         case = build_case(family)
         found["inputs"] = {k: list(v.shape) if hasattr(v, "shape") else repr(v) for k, v in case.inputs.items()}
@@ -39,6 +46,27 @@ def _one_family(name: str, settings: tuple[str, ...], path: str) -> None:
         found |= {"state": "checked", **check_family(case, settings)}
     found["seconds"] = time.time() - began
     Path(path).write_text(json.dumps(found))
+
+
+def _targets_of(family: Any) -> dict[str, Any]:
+    """The default targets of a family, whose model is built and not run."""
+    try:
+        model = build_model(family)
+        names = default_targets(model)
+    except Exception as error:
+        message = f"{type(error).__name__}: {' '.join(str(error).split())}"[:600]
+        return {"state": "targets" if "target_modules" in message else "not built", "message": message}
+    chosen = [
+        name
+        for name, _ in model.named_modules()
+        if (re.fullmatch(names, name) if isinstance(names, str) else {name, *_tails(name)} & names)
+    ]
+    return {"state": "targets", "default": sorted(set(map(numberless, chosen)))}
+
+
+def _tails(name: str) -> set[str]:
+    parts = name.split(".")
+    return {".".join(parts[start:]) for start in range(len(parts))}
 
 
 def sweep(names: list[str], settings: tuple[str, ...], output: Path, *, limit: float, jobs: int) -> dict[str, Any]:
@@ -111,19 +139,30 @@ def _sentence(message: str) -> str:
 def page(found: dict[str, Any]) -> str:
     """The page of model families in Markdown: one row for each family, one column for each target setting."""
     tried = [one for one in found.values() if one["state"] == "checked"]
+    versions = f"transformers {transformers.__version__}, torch {torch.__version__}, peft {peft.__version__}"
     lines = [
         "# Model families",
         "",
-        f"Every family that transformers {transformers.__version__} can build from a configuration, as a tiny model "
-        "with random weights and a random READ that is not the identity. *exact*: identity at the start, a gradient "
-        "for every parameter, a recurrence over the tokens of each example and no other, left and right padding "
-        "without effect, cached generation equal to one full pass, saving and loading, and gradients under "
-        "checkpointing, each as far as the family has it and as exactly as the bare model holds it.",
+        f"Made with {versions} by",
         "",
         "    python -m tests.zoo.sweep --output families.json --markdown docs/model_families.md",
         "",
-        f"{len(tried)} families of {len(found)} were tried. The three columns are `target_modules` absent, the last "
-        'linear layer of each feed-forward block named, and `"all-linear"`.',
+        "Each family is a tiny model with random weights, built from its configuration, and a random READ "
+        "that is not the identity. *exact*: identity at the start, a gradient for every parameter, a "
+        "recurrence over the tokens of each example and no other, left and right padding without effect, "
+        "cached generation equal to one full pass, saving and loading, and gradients under checkpointing, "
+        "each as far as the family has it and as exactly as the bare model holds it. *refused*: READ raises, "
+        "with the reason given. *no default*: name `target_modules`.",
+        "",
+        "In towers of images, video and sound a sequence is one image, video or clip: the patches of an image "
+        "in raster order, all frames of a video one after the other where the model is given whole videos, "
+        "the frames of a clip. Where a tower computes in windows, the recurrence runs over the image if the "
+        "layer sees the image (B, H, W, d), and over each window if the layer is called window by window. "
+        "Images of a batch that stand in one row are kept apart. Keys that a pyramid pools to one token have "
+        "nothing to carry.",
+        "",
+        f"{len(tried)} families were measured. The three columns are `target_modules` absent, the last linear "
+        'layer of each feed-forward block named, towers included, and `"all-linear"`.',
         "",
         "| family | model | default | feed-forward | all-linear |",
         "|---|---|---|---|---|",
@@ -131,8 +170,24 @@ def page(found: dict[str, Any]) -> str:
     for one in sorted(tried, key=lambda one: one["family"]):
         cells = (_cell(one["settings"].get(setting)) for setting in SETTINGS)
         lines.append(f"| {one['family']} | {one['class']} | {' | '.join(cells)} |")
+    named = sorted((one for one in found.values() if one["state"] == "targets"), key=lambda one: one["family"])
+    if named:
+        lines += [
+            "",
+            "## Default targets only",
+            "",
+            f"Of {len(named)} further families the model was built and its default targets were looked up "
+            "(`--settings targets`); it was not run with them.",
+            "",
+            "| family | model | default targets |",
+            "|---|---|---|",
+        ]
+        for one in named:
+            targets = ", ".join(f"`{name}`" for name in one.get("default", ())) or "none"
+            lines.append(f"| {one['family']} | {one['class']} | {targets} |")
     lines += ["", "## Not tried", "", "| family | why |", "|---|---|"]
-    for one in sorted((one for one in found.values() if one["state"] != "checked"), key=lambda one: one["family"]):
+    untried = (one for one in found.values() if one["state"] not in ("checked", "targets"))
+    for one in sorted(untried, key=lambda one: one["family"]):
         lines.append(f"| {one['family']} | {_reason(one['message'])} |")
     return "\n".join(lines) + "\n"
 

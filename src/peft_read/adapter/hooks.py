@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -15,12 +16,20 @@ from .stacks import RAW_INPUTS, blocks_around, find_stack, is_batch_first, param
 
 __all__ = ["install_scopes", "keep_slow_path", "remove_scopes"]
 
+PADDING_MASKS = ("src_key_padding_mask", "decoder_padding_mask")  # True = padding: torch's, and FSMT's
 CUMULATIVE_LENGTHS = ("cu_seq_lens_q", "cu_seqlens")
 MERGED = (
     "in which several images, videos or clips of the batch may stand one after the other, and nothing tells where "
     "each begins: the recurrence would run from one into the next"
 )
 PADDED_SOMEWHERE = "some of them padding, as its stack is told, and nothing tells which"
+TWO_STREAMS = (
+    "and its block is given another sequence of the same length, so that nothing tells which of the two it is"
+)
+# The sequences that a block reads beside its own. The encoder's has its mask from the stack.
+OTHER_STATES = re.compile(r"(?!encoder_hidden_states$)\w*(cross|kv|key_value|image|vision|global)\w*states$")
+# What a block computes beside its own tokens by the same layers, as the global tokens of PEGASUS-X.
+SECOND_STREAMS = ("global_hidden_states",)
 # The settings of models that pad their sequences to a multiple of a window, at the end.
 PADDED_TO_A_MULTIPLE = ("attention_window", "block_size", "local_radius")
 
@@ -126,7 +135,8 @@ class _StackOpening(_Opening):
         source = given.get("encoder_hidden_states")
         source_mask = None
         if isinstance(source, torch.Tensor) and source.dim() == 3:
-            source_mask = _mask_or_none(given.get("encoder_attention_mask"), source.shape[0], source.shape[1])
+            told_mask = given.get("encoder_attention_mask", given.get("encoder_padding_mask"))
+            source_mask = _mask_or_none(told_mask, source.shape[0], source.shape[1])
         else:
             source = None
         tower = outer.tower if outer is not None and "input_ids" not in self.names else None
@@ -170,9 +180,10 @@ class _StackOpening(_Opening):
         cache: Cache | None,
         device: torch.device | None,
     ) -> torch.Tensor | None:
-        padding = given.get("src_key_padding_mask")
-        if isinstance(padding, torch.Tensor):
-            return kept_by_padding_mask(padding)
+        for name in PADDING_MASKS:
+            padding = given.get(name)
+            if isinstance(padding, torch.Tensor) and tuple(padding.shape) == (batch, length):
+                return kept_by_padding_mask(padding)
         attention_mask = given.get("attention_mask")
         wider = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 and cache is None
         if wider and length is not None and attention_mask is not None and attention_mask.shape[1] > length:
@@ -201,6 +212,20 @@ class _BlockOpening(_Opening):
         states = given.get("hidden_states", given.get(self.names[0]))
         if not isinstance(states, torch.Tensor) or states.is_nested or not states.is_floating_point():
             return None
+        scope = self._own_scope(module, given, states, outer)
+        described = scope if scope is not None else outer
+        if described is not None and states.dim() == 3:
+            described.others = _others(given, states)
+            shapes = {tensor.shape[:2] for name, (tensor, _) in described.others.items() if name in SECOND_STREAMS}
+            padded = described.mask is not None or described.segment_ids is not None
+            if padded and (described.batch, described.length) in shapes:
+                described.unclear = TWO_STREAMS
+        return scope
+
+    def _own_scope(
+        self, module: nn.Module, given: dict[str, Any], states: torch.Tensor, outer: Scope | None
+    ) -> Scope | None:
+        """A scope of the block's own; None if its rows are those of its stack."""
         around = (0, 0) if outer is None else (outer.batch or 0, outer.length or 0)
         if states.dim() == 3:
             batch, length = states.shape[:2] if self.batch_first else (states.shape[1], states.shape[0])
@@ -225,6 +250,9 @@ class _BlockOpening(_Opening):
         told = _told_by_user(outer, batch, length)
         if told is not None and told.segment_ids is not None:
             segment_ids = told.segment_ids
+        streams = _streams(outer, batch, length, states.device)
+        if streams is not None:
+            segment_ids = streams
         scope.segment_ids = segment_ids
         scope.mask = _mask_or_none(given.get("attention_mask"), batch, length, past=scope.past)
         if told is not None and told.mask is not None:
@@ -236,6 +264,45 @@ class _BlockOpening(_Opening):
         elif scope.mask is None and outer is not None and outer.mask is not None and batch == outer.batch:
             scope.unclear = None if "attention_mask" in given and states.dim() == 3 else PADDED_SOMEWHERE
         return scope
+
+
+def _others(given: dict[str, Any], states: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
+    """The sequences that a block is given beside its own, with their masks: those of cross-attention, global tokens.
+
+    Args:
+        given: the block's arguments by name.
+        states: those of its own tokens.
+    """
+    found: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
+    for name, other in given.items():
+        if other is states or not isinstance(other, torch.Tensor) or other.dim() != 3 or len(other) != len(states):
+            continue
+        if not OTHER_STATES.match(name) or not other.is_floating_point():
+            continue
+        rows = (other.shape[0], other.shape[1])
+        masks = [v for k, v in given.items() if "mask" in k and isinstance(v, torch.Tensor) and tuple(v.shape) == rows]
+        found[name] = (other, _mask_or_none(masks[0], *rows) if masks else None)
+    return found
+
+
+def _streams(outer: Scope | None, batch: int, length: int, device: torch.device) -> torch.Tensor | None:
+    """(B, (1 + n) · T) ids of the streams of ProphetNet's decoder, which stand one after the other in each row.
+
+    The first stream reads the text, each of the others predicts it one token further on. As one sequence the others
+    would know, from the first, the tokens that they are to predict.
+
+    Raises:
+        NotImplementedError: on a cache, which keeps the first stream alone.
+    """
+    ngram = getattr(getattr(outer.owner, "config", None), "ngram", None) if outer is not None else None
+    if outer is None or not isinstance(ngram, int) or not outer.length or length != (1 + ngram) * outer.length:
+        return None
+    if outer.past:
+        raise NotImplementedError(
+            f"READ does not follow the cache of {type(outer.owner).__name__}, whose blocks compute {1 + ngram} "
+            "streams, of which the cache keeps the first; generate with use_cache=False."
+        )
+    return torch.arange(1 + ngram, device=device).repeat_interleave(outer.length).expand(batch, length)
 
 
 def _told_by_user(outer: Scope | None, batch: int | None, length: int | None) -> Scope | None:
@@ -365,7 +432,8 @@ def install_scopes(model: nn.Module, path: str, *, batch_first: bool = True) -> 
         _hook(stack, _StackOpening(parameters_of(stack), batch_first=is_batch_first(stack), embeds=embeds))
     for block in blocks_around(model, path):
         names = parameters_of(block)
-        if names and (found is None or block is not found[1]):
+        # A block that is its own stack may still be given rows (N, d), which tell no batch.
+        if names and (found is None or block is not found[1] or not found[2]):
             _hook(block, _BlockOpening(names, batch_first=batch_first))
 
 

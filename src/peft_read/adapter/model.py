@@ -143,12 +143,20 @@ class READModel(BaseTuner):
             return
         blocks = blocks_around(self.model, current_key)
         around = blocks[0] if blocks else parent
+        chunked = any(getattr(block, "chunk_size_feed_forward", 0) for block in blocks)
+        if chunked and settings["cell"] != "none" and "attention" not in current_key:
+            raise ValueError(
+                f"READ cannot adapt {current_key!r} of a model with `chunk_size_feed_forward`: its block calls it "
+                "with pieces of the sequences, and the recurrence would begin anew in each. Set "
+                "chunk_size_feed_forward=0 in the model's configuration, which changes nothing but the memory it "
+                "needs, or use cell='none'."
+            )
         layer = Linear(
             target,
             adapter_name,
             path=current_key,
             batch_first=peft_config.batch_first and self._family not in SEQUENCE_FIRST and is_batch_first(around),
-            chunked=any(getattr(block, "chunk_size_feed_forward", 0) for block in blocks),
+            chunked=chunked,
             notice=self._notice,
             width=block_width(self.model, current_key) if in_and_out(target) is None else None,
             **settings,

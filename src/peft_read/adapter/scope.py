@@ -11,6 +11,7 @@ from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -93,6 +94,7 @@ class Scope:
         self.outer = outer
         self.tower = tower
         self.unclear = unclear
+        self.others: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}  # what a block is given besides
         self.pending: dict[Hashable, States] = {}
         self.calls: dict[str, int] = {}
         self.written = length  # how many tokens the pass writes to the cache
@@ -151,18 +153,32 @@ class Scope:
         computed = torch.zeros(self.batch or 0, dtype=torch.bool, device=states.device).index_fill(0, rows, True)
         self.pending[key] = States(everyone, computed)
 
-    def is_source(self, x: torch.Tensor) -> bool:
-        """Whether a layer's input is the sequence that cross-attention reads (its keys and values are made of it)."""
-        if self.source is None:
+    def source_of(self, x: torch.Tensor, *, batch_first: bool = True) -> tuple[tuple[int, int], Any] | None:
+        """The sequence beside its own that a layer's input is, or is made of: what cross-attention reads, mostly.
+
+        Args:
+            x: the layer's input.
+            batch_first: its layout; the sources themselves are (B, S, d).
+
+        Returns:
+            (B, S) and the mask (B, S), None if all of its tokens are real; None if the input is none of them.
+        """
+        sources = [] if self.source is None else [(self.source, self.source_mask, batch_first)]
+        # What a block is given has its layout; what the stack is given is (B, S, d).
+        sources += [(tensor, mask, True) for tensor, mask in self.others.values()]
+        for source, mask, same_layout in sources:
+            seen = x if same_layout or x.dim() != 3 else x.transpose(0, 1)
+            if x is source or self._is_made_of(seen, source):
+                return (source.shape[0], source.shape[1]), mask
+        return None
+
+    def _is_made_of(self, x: torch.Tensor, source: torch.Tensor) -> bool:
+        if x.dim() != 3 or x.shape[:2] != source.shape[:2]:
             return False
-        if x is self.source:
-            return True
-        if x.shape != self.source.shape:
-            return False
-        if self.source.shape[:2] != (self.batch, self.length):
+        if source.shape[:2] != (self.batch, self.length):
             return True
         # The two sequences have the same shape. Checkpointing detaches its inputs, which leaves their memory.
-        return not torch.compiler.is_compiling() and x.data_ptr() == self.source.data_ptr()
+        return not torch.compiler.is_compiling() and x.shape == source.shape and x.data_ptr() == source.data_ptr()
 
     def call_index(self, path: str) -> int:
         """How often a layer has been called in this pass; blocks that share weights are called several times."""

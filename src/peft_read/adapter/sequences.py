@@ -93,10 +93,9 @@ def as_sequences(
         scope = scope.outer
     if scope is None or scope.batch is None or scope.length is None:
         return _of_frames(_without_scope(output, batch_first, notice), scope)
-    if scope.is_source(layer_input):
-        assert scope.source is not None
-        shape, source = output.shape, scope.source.shape[:2]
-        return Sequences(output.reshape(*source, shape[-1]), lambda delta: delta.reshape(shape), scope.source_mask)
+    source = scope.source_of(layer_input, batch_first=batch_first)
+    if source is not None:
+        return _of_source(output, *source, batch_first=batch_first)
     found = _in_scope(output, scope, path, batch_first)
     if found is not None:
         if scope.unclear is not None:
@@ -117,6 +116,16 @@ def as_sequences(
             "sequences with `sequence_scope(mask=...)`."
         )
     return _of_frames(_without_scope(output, batch_first, notice), scope)
+
+
+def _of_source(
+    output: torch.Tensor, rows: tuple[int, int], mask: torch.Tensor | None, *, batch_first: bool
+) -> Sequences:
+    """The sequences of another sequence than the stack's own, which begin with this pass."""
+    shape = output.shape
+    if output.dim() == 3 and not batch_first and shape[:2] == rows[::-1]:
+        return Sequences(output.transpose(0, 1), lambda delta: delta.transpose(0, 1), mask)
+    return Sequences(output.reshape(*rows, shape[-1]), lambda delta: delta.reshape(shape), mask)
 
 
 def _why_not_its_own(output: torch.Tensor, scope: Scope, path: str, chunked: bool) -> str | None:

@@ -28,19 +28,32 @@ __all__ = [
 PARTS = ("language", "vision", "audio", "all")
 
 # Below a block, what mixes tokens is no feed-forward block; between two models, what joins them is neither's block.
-ATTENTION = re.compile(r"att(n|ention)|mamba|ssm|rwkv_att|router|(^|\.)gate(\.|$)|lora|conv_module", re.IGNORECASE)
-MIXERS = re.compile(r"Att(n|ention)|Mixer|Mamba|ShortConv|DeltaNet|Recurrent|ConvolutionModule|Router|TimeMix")
+ATTENTION = re.compile(
+    r"att(n|ention)|mamba|ssm|rwkv_att|router|(^|\.)gate(\.|$)|lora|conv_module|adapter|bottleneck|norm(\.|$)",
+    re.IGNORECASE,
+)
+ATTENTION_BLOCK = re.compile(r"(^|\.)(self_)?att(n|entions?)\.\d+$")
+MIXERS = re.compile(
+    r"Att(n|ention)(?!DecoderLayer)|Mixer|Mamba|ShortConv|DeltaNet|RecurrentBlock|ConvolutionModule|Router|TimeMix"
+)
 CONNECTORS = re.compile(
-    r"merger|projector|connector|resampler|q_?former|pooler|pooling|adapter|perceiver|bridge|compressor", re.IGNORECASE
+    r"merger|projector|connector|resampler|q_?former|pooler|pooling|adapter|prompts_generator|bridge|compressor",
+    re.IGNORECASE,
 )
 NO_SEQUENCE = re.compile(
     r"merger|router|(^|\.)gate(\.|$)|(^|\.)dt_proj|linear_pos|pos_?proj|rel(ative)?_(pos|k_|position)|pos_(key|query)"
-    r"|(^|\.)r_net|pooler|pooling_head|o_a_proj",
+    r"|(^|\.)r_net|pooler|pooling_head|o_a_proj|message_(fc|attn)|prompts_generator",
     re.IGNORECASE,
 )
+# Their projections see (T, B, d), global tokens or tokens padded once more, in a block that sees (B, T, d).
+OWN_LAYOUT = re.compile(r"(Longformer|LEDEncoder)SelfAttention$|GlobalLocalAttention$")
+# Vectors per layer that are added to the states, and layers before the last that have the widths of a last one.
+NO_ENDING = re.compile(r"(^|\.)per_layer|laurel|(^|\.)intermediate(_query)?(\.|$)")
+SOUND_ENCODER = re.compile(r"(speech|audio).*encoder")
 NAMED_PARTS = (
     ("vision", re.compile(r"vision|visual|image|video|pixel|(^|[._])sam([._]|$)|vit(_|\.|$)", re.IGNORECASE)),
     ("audio", re.compile(r"audio|speech_(?!model|to)|acoustic|sound", re.IGNORECASE)),
+    ("other", re.compile(r"protein|timestamp", re.IGNORECASE)),
 )
 INPUTS = {
     "pixel_values": "vision",
@@ -57,7 +70,7 @@ class Ending:
     Args:
         path: its path in the model.
         width: the width d of its output.
-        part: "language", "vision", "audio", or "connector" for what joins two of them.
+        part: "language", "vision", "audio", "other", or "connector" for what joins two of them.
     """
 
     path: str
@@ -71,6 +84,9 @@ def in_and_out(module: nn.Module) -> tuple[int, int] | None:
         module = module.get_base_layer()
     if isinstance(module, Conv1D):
         return module.weight.shape[0], module.nf
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, nn.Parameter) and weight.dim() == 3:
+        return None  # the experts of a mixture, side by side
     for inputs, outputs in (
         ("in_features", "out_features"),
         ("infeatures", "outfeatures"),
@@ -105,7 +121,7 @@ def feed_forward_endings(model: nn.Module) -> list[Ending]:
             linear[name] = widths
     for name, (inputs, outputs) in linear.items():
         block = _block_of(model, name)
-        if block is None or EXPERTS.search(name) or _mixes_tokens(model, name, block):
+        if block is None or EXPERTS.search(name) or NO_ENDING.search(name) or _mixes_tokens(model, name, block):
             continue
         width = block_width(model, name)
         if width is None or inputs == outputs:  # the widths do not tell the last layer: it is the one that stands last
@@ -171,7 +187,7 @@ def _block_of(model: nn.Module, path: str) -> str | None:
 
 def _mixes_tokens(model: nn.Module, path: str, block: str) -> bool:
     """Whether a layer belongs to the part of its block that mixes tokens, by the names of what it lies in."""
-    if ATTENTION.search(path[len(block) :]):
+    if ATTENTION.search(path[len(block) :]) or ATTENTION_BLOCK.search(block):
         return True
     parts, start = path.split("."), block.count(".") + 2
     inside = (model.get_submodule(".".join(parts[:depth])) for depth in range(start, len(parts)))
@@ -186,11 +202,26 @@ def _is_inside_an_adapter(model: nn.Module, path: str) -> bool:
 def _is_mixture(module: nn.Module, path: str) -> bool:
     if isinstance(module, BaseTunerLayer):
         module = module.get_base_layer()
-    return isinstance(getattr(module, "experts", None), nn.Module) and any(part.isdigit() for part in path.split("."))
+    parts = path.split(".")
+    numbers = [depth for depth, part in enumerate(parts) if part.isdigit()]
+    if not numbers or ATTENTION.search(".".join(parts[numbers[-1] :])):
+        return False
+    return isinstance(getattr(module, "experts", None), nn.Module) or _has_router_and_experts(module)
+
+
+def _has_router_and_experts(module: nn.Module) -> bool:
+    """Whether a module holds its experts' weights side by side, without a module for them (JetMoE)."""
+    weights = [getattr(child, "weight", None) for child in module.children()]
+    return isinstance(getattr(module, "router", None), nn.Module) and any(
+        isinstance(weight, nn.Parameter) and weight.dim() == 3 for weight in weights
+    )
 
 
 def block_width(model: nn.Module, path: str) -> int | None:
-    """The width d of the states in the block around a module, told by the block's norms; None if it has none."""
+    """The width d of the states in the block around a module, told by the block's norms; None if it has none.
+
+    Of a mixture of experts it is that of the model's configuration if the norms do not tell it.
+    """
     blocks = blocks_around(model, path)
     if not blocks:
         return None
@@ -198,16 +229,34 @@ def block_width(model: nn.Module, path: str) -> int | None:
         getattr(child, "weight", None) for child in blocks[-1].children() if "norm" in type(child).__name__.lower()
     ]
     widths = Counter(len(w) for w in weights if isinstance(w, nn.Parameter) and w.dim() == 1)
-    return widths.most_common(1)[0][0] if widths else None
+    if widths:
+        return widths.most_common(1)[0][0]
+    return _hidden_size(model, path) if _is_mixture(model.get_submodule(path), path) else None
+
+
+def _hidden_size(model: nn.Module, path: str) -> int | None:
+    config = _config_around(model, path)
+    width = getattr(config.get_text_config() if config is not None else None, "hidden_size", None)
+    return width if isinstance(width, int) else None
+
+
+def _config_around(model: nn.Module, path: str) -> Any:
+    """The configuration of the nearest model around a module; None if there is none."""
+    parts = path.split(".")
+    around = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) - 1, -1, -1))
+    return next((module.config for module in around if isinstance(module, PreTrainedModel)), None)
 
 
 def part_of(model: nn.Module, path: str) -> str:
-    """Which part of a multimodal model a module belongs to: "language", "vision", "audio" or "connector"."""
+    """Which part of a multimodal model a module belongs to, by `Ending`'s names."""
     if CONNECTORS.search(path):
         return "connector"
     for part, pattern in NAMED_PARTS:
         if pattern.search(path):
             return part
+    config = _config_around(model, path)
+    if config is not getattr(model, "config", None) and SOUND_ENCODER.search(getattr(config, "model_type", "")):
+        return "audio"
     parts = path.split(".")
     for depth in range(len(parts) - 1, -1, -1):
         around = model.get_submodule(".".join(parts[:depth]))
@@ -269,6 +318,7 @@ def linear_targets(model: nn.Module) -> tuple[set[str] | str, list[str]] | None:
             continue
         block = _block_of(model, name)
         seen = block is not None and not NO_SEQUENCE.search(name) and not EXPERTS.search(name)
+        seen = seen and not OWN_LAYOUT.search(type(model.get_submodule(name.rpartition(".")[0])).__name__)
         (chosen if seen else left_out).append(name)
     if not chosen:
         return None
@@ -277,9 +327,7 @@ def linear_targets(model: nn.Module) -> tuple[set[str] | str, list[str]] | None:
 
 def _is_no_model_of_its_own(model: nn.Module, path: str) -> bool:
     """Whether a part has the configuration of the whole, as the encoder of a speech recogniser has."""
-    parts = path.split(".")
-    around = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) - 1, -1, -1))
-    config = next((module.config for module in around if isinstance(module, PreTrainedModel)), None)
+    config = _config_around(model, path)
     return config is not None and config is getattr(model, "config", None)
 
 
