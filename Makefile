@@ -8,13 +8,17 @@ TORCH_NEWEST := torch
 FAST_TESTS := $(addprefix tests/test_,adapter.py adapter_lifecycle.py adapter_generation.py alignment.py \
 	alignment_trainer.py versions.py)
 
-.PHONY: demo test test-oldest test-newest lint format clean
+.PHONY: demo test test-slow test-oldest test-newest lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/accelerate launch --num_processes 1 --cpu examples/how2_summarize.py --output_dir outputs/how2_mini
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" tests
+
+# What takes minutes each: 119 model families, kills at every write, 2,000 transport problems, every kernel compiled.
+test-slow: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow tests
 
 # The lowest versions of the window, in an environment of their own.
 test-oldest: .venv-oldest/.installed
