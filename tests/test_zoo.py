@@ -15,12 +15,12 @@ VISION = [
 TEXT_AND_SOUND = [
     "albert", "arcee", "bamba", "bart", "bigbird_pegasus", "biogpt", "blenderbot", "bloom", "codegen", "cohere",
     "convbert", "ctrl", "deberta-v2", "deepseek_v3", "distilbert", "electra", "ernie4_5", "exaone4", "falcon",
-    "falcon_h1", "falcon_mamba", "funnel", "gemma", "gemma2", "gemma3_text", "glm4", "gpt_bigcode", "gpt_neo", "gpt_neox",
-    "gpt_oss", "gptj", "granite", "granitemoehybrid", "hubert", "jamba", "jetmoe", "led", "lfm2", "longt5", "m2m_100",
-    "mamba", "mamba2", "marian", "mbart", "minimax", "ministral", "mistral", "mixtral", "modernbert", "mpt",
-    "mt5", "nemotron_h", "olmo3", "opt", "pegasus", "pegasus_x", "phi3", "prophetnet", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
-    "qwen3_next", "recurrent_gemma", "roberta", "smollm3", "speech_to_text", "stablelm", "starcoder2",
-    "switch_transformers", "t5gemma", "umt5", "wav2vec2", "whisper", "xglm", "zamba2",
+    "falcon_h1", "falcon_mamba", "funnel", "gemma", "gemma2", "gemma3_text", "glm4", "gpt_bigcode", "gpt_neo",
+    "gpt_neox", "gpt_oss", "gptj", "granite", "granitemoehybrid", "hubert", "jamba", "jetmoe", "led", "lfm2",
+    "longt5", "m2m_100", "mamba", "mamba2", "marian", "mbart", "minimax", "ministral", "mistral", "mixtral",
+    "modernbert", "mpt", "mt5", "nemotron_h", "olmo3", "opt", "pegasus", "pegasus_x", "phi3", "prophetnet", "qwen2",
+    "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "recurrent_gemma", "roberta", "smollm3", "speech_to_text",
+    "stablelm", "starcoder2", "switch_transformers", "t5gemma", "umt5", "wav2vec2", "whisper", "xglm", "zamba2",
 ]  # fmt: skip
 
 
