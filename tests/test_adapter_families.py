@@ -480,3 +480,41 @@ def test_a_part_that_is_neither_text_nor_image_is_no_default():
     model.language_model = causal("llama")
     found = {ending.part for ending in feed_forward_endings(model)}
     assert found == {"other", "language"}
+
+
+class _PackedBlock(nn.Module):
+    """A block that takes a mask, so that nothing around it is a stack, and rows (N, d)."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Linear(8, 8)
+
+    def forward(self, hidden_states, attention_mask=None, cu_seqlens=None):
+        return hidden_states + self.down(hidden_states)
+
+
+class _PackedTower(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([_PackedBlock()])
+
+    def forward(self, pixel_values, grid_thw):
+        lengths = torch.nn.functional.pad(grid_thw.prod(-1).cumsum(0), (1, 0))
+        return self.layers[0](pixel_values, cu_seqlens=lengths)
+
+
+def test_blocks_that_are_given_packed_rows_and_could_be_given_a_mask_know_the_images():
+    torch.manual_seed(0)
+    model = filled(_PackedTower(), target_modules=["down"])
+    one, other = torch.randn(6, 8), torch.randn(4, 8)
+    grids = torch.tensor([[1, 2, 3], [1, 2, 2]])
+    with torch.no_grad():
+        both = model(torch.cat([one, other]), grid_thw=grids)
+        alone = [model(rows, grid_thw=grid[None]) for rows, grid in zip((one, other), grids, strict=True)]
+        moved = model(torch.cat([one, other + torch.eye(4, 8)]), grid_thw=grids)
+    torch.testing.assert_close(both, torch.cat(alone), rtol=0, atol=1e-6)
+    changed = torch.cat([one[:1] + 1, one[1:]])
+    with torch.no_grad():
+        later = model(changed, grid_thw=grids[:1])[1:]
+    assert (later - alone[0][1:]).abs().max() > 1e-3
+    assert torch.equal(moved[:6], both[:6])

@@ -147,6 +147,8 @@ def page(found: dict[str, Any]) -> str:
         "",
         "    python -m tests.zoo.sweep --output families.json --markdown docs/model_families.md",
         "",
+        "which continues where it was ended (each row is of the run that measured it) and takes `--families`.",
+        "",
         "Each family is a tiny model with random weights, built from its configuration, and a random READ "
         "that is not the identity. *exact*: identity at the start, a gradient for every parameter, a "
         "recurrence over the tokens of each example and no other, left and right padding without effect, "
