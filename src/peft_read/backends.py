@@ -142,7 +142,7 @@ def passes(key: tuple[Hashable, ...], trial: Callable[[], str]) -> bool:
                     wrong = f"{type(error).__name__}: {error}".splitlines()[0]
                 if wrong:
                     say_once(
-                        key,
+                        ("trial", wrong),  # one cause may fail every path
                         f"{_words(key)} does not work here ({wrong}); torch takes its place, with the same results "
                         f'but slower. use_backend("torch") or {VARIABLE}=torch silences this.',
                     )

@@ -115,6 +115,10 @@ def as_sequences(
             "experts its block, not the experts; use batch_first=False for (tokens, batch, d); or describe the "
             "sequences with `sequence_scope(mask=...)`."
         )
+    shape = output.shape
+    if output.dim() == 4 and any((s.batch, s.length) == (shape[0], shape[2]) for s in scope.around()):
+        # Several streams over the tokens of the stack, (B, n, T, d), each a sequence.
+        return Sequences(output.flatten(0, 1), lambda delta: delta.reshape(shape))
     return _of_frames(_without_scope(output, batch_first, notice), scope)
 
 
