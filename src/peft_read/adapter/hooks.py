@@ -189,9 +189,9 @@ class _StackOpening(_Opening):
         if wider and length is not None and attention_mask is not None and attention_mask.shape[1] > length:
             return None  # the model adds tokens of its own, and tells its blocks about them
         if not self.embeds:  # a stack of images, whose mask may be one of windows
-            mask = _mask_or_none(given.get("attention_mask"), batch, length)
+            mask = _mask_or_none(attention_mask, batch, length)
         else:
-            mask = as_mask(given.get("attention_mask"), batch, length, past=past, cache=cache)
+            mask = as_mask(attention_mask, batch, length, past=past, cache=cache)
         return mask if mask is None or device is None else mask.to(device)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterator
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -108,6 +109,12 @@ def blocks_around(model: nn.Module, path: str) -> list[nn.Module]:
     return found
 
 
+def _modules_around(model: nn.Module, path: str) -> Iterator[nn.Module]:
+    """The modules that a layer lies in, from the inside out."""
+    parts = path.split(".")
+    return (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) - 1, -1, -1))
+
+
 def tower_around(model: nn.Module, path: str) -> nn.Module | None:
     """The nearest model around a layer, if it is given images, video or sound rather than tokens.
 
@@ -115,9 +122,7 @@ def tower_around(model: nn.Module, path: str) -> nn.Module | None:
         model: the model that the path starts at.
         path: the layer's path.
     """
-    parts = path.split(".")
-    for depth in range(len(parts) - 1, -1, -1):
-        module = model.get_submodule(".".join(parts[:depth]))
+    for module in _modules_around(model, path):
         names = parameters_of(module)
         if names and (names[0] in RAW_INPUTS or "grid_thw" in names):
             return module
@@ -133,12 +138,8 @@ def videos_around(model: nn.Module, path: str) -> nn.Module | None:
         model: the model that the path starts at.
         path: the layer's path.
     """
-    parts = path.split(".")
-    for depth in range(len(parts) - 1, -1, -1):
-        module = model.get_submodule(".".join(parts[:depth]))
-        if "pixel_values_videos" in parameters_of(module):
-            return module
-    return None
+    around = _modules_around(model, path)
+    return next((module for module in around if "pixel_values_videos" in parameters_of(module)), None)
 
 
 def is_batch_first(stack: nn.Module) -> bool:
