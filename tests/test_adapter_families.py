@@ -1,5 +1,6 @@
 """READ on the model families of today: default targets, packed images, videos, hybrids, idle parameters."""
 
+import copy
 import warnings
 
 import pytest
@@ -518,3 +519,101 @@ def test_blocks_that_are_given_packed_rows_and_could_be_given_a_mask_know_the_im
         later = model(changed, grid_thw=grids[:1])[1:]
     assert (later - alone[0][1:]).abs().max() > 1e-3
     assert torch.equal(moved[:6], both[:6])
+
+
+@pytest.mark.parametrize("r", [4, 12])
+def test_a_model_may_change_what_read_puts_out_in_place(r):
+    # Falcon adds attention's output to it. Widths up to 8 go through one operation, wider ones through several.
+    torch.manual_seed(0)
+    settings = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 60}
+    model = t.FalconForCausalLM(t.FalconConfig(**settings, initializer_range=0.2))
+    ids, gradients = torch.randint(1, 60, (2, 7)), []
+    for out_of_place in (False, True):
+        adapted = filled(copy.deepcopy(model), r=r)
+        if out_of_place:
+            for layer in adapted.modules():
+                if type(layer).__name__ == "FalconMLP":
+                    layer.register_forward_hook(lambda module, given, output: output.clone())
+        adapted(ids).logits.square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for n, p in adapted.named_parameters() if "readapter_" in n]))
+    assert gradients[0].abs().max() > 0.01 and torch.allclose(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_that_is_given_no_token_adds_nothing():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8))
+    assert filled(model, target_modules=["1"])(torch.zeros(0, 4)).shape == (0, 8)
+
+
+def test_all_linear_of_a_model_without_sequences_is_refused():
+    model = t.ResNetForImageClassification(t.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1]))
+    with pytest.raises(ValueError, match="finds nothing to adapt in ResNetForImageClassification.*such as LoRA"):
+        get_peft_model(model, READConfig(target_modules="all-linear"))
+
+
+def test_projections_that_project_positions_too_are_left_out_of_all_linear():
+    settings = {**BLOCKS, "vocab_size": 60, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
+    for shared in (False, True):
+        model = t.DebertaV2Model(t.DebertaV2Config(**settings, share_att_key=shared, position_buckets=4))
+        adapted = get_peft_model(model, READConfig(target_modules="all-linear"))
+        layers = [name for name, module in adapted.named_modules() if hasattr(module, "readapter_up")]
+        names = {name.rpartition(".")[2] for name in layers}
+        assert ("query_proj" in names, "value_proj" in names) == (not shared, True)
+        adapted(torch.randint(1, 60, (2, 7)))
+
+
+def test_a_stack_without_embeddings_runs_with_an_empty_cache():
+    torch.manual_seed(0)
+    settings = {"hidden_size": 32, "dim_ff": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "dim_head": 8}
+    model = t.CpmAntForCausalLM(t.CpmAntConfig(vocab_size=60, prompt_length=2, prompt_types=4, **settings)).eval()
+    adapted, ids = filled(model), torch.randint(1, 30, (2, 7))
+    with torch.no_grad():
+        cached, uncached = adapted(ids), adapted(ids, use_cache=False)
+    assert torch.equal(cached.logits, uncached.logits)
+    with pytest.raises(NotImplementedError, match="use_cache=False"):
+        adapted.generate(input_ids=ids, max_new_tokens=3)
+
+
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query, self.key = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, query, key, attention_mask=None):
+        return self.query(query), self.key(key)
+
+
+class CrossAttending(nn.Module):
+    """A block whose cross-attention is told the padding of the text by a mask over all pairs."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = Attending()
+
+    def forward(self, vision_feats, prompt_feats, prompt_cross_attn_mask=None):
+        return self.attention(vision_feats, prompt_feats, attention_mask=prompt_cross_attn_mask)
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([CrossAttending()])
+
+    def forward(self, image, text, mask=None):
+        return self.layers[0](image, text, prompt_cross_attn_mask=mask)
+
+
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("pixels", [3, 9])
+def test_padding_of_what_cross_attention_reads_is_known_from_a_mask_over_pairs(additive, pixels):
+    torch.manual_seed(0)
+    adapted = filled(Stack(), target_modules=["query", "key"])
+    image, text = torch.randn(2, pixels, 8), torch.randn(2, 5, 8)
+    real = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]).bool()
+    mask = real[:, None, None].expand(2, 1, pixels, 5)
+    if additive:
+        mask = torch.where(mask, 0.0, -torch.inf)
+    with torch.no_grad():
+        queries, keys = adapted(image, text, mask)
+        queries_alone, keys_alone = adapted(image[1:], text[1:, 2:])
+    assert torch.allclose(queries[1], queries_alone[0], atol=1e-6)
+    assert torch.allclose(keys[1, 2:], keys_alone[0], atol=1e-6)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import BartConfig, BartForConditionalGeneration
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from peft_read import Aligner, PVLAConfig, PVLALoss, Stream, models, partial_optimal_transport
 from peft_read.alignment import alignment_distance
@@ -381,6 +382,11 @@ def test_checkpointed_blocks_give_the_plain_gradients(reentrant):
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         aligner = Aligner(model, SLICED)
+        # Until 5.22 transformers ran a block's hooks inside its checkpoint, where a reentrant one has no gradients.
+        if checkpointing and reentrant and "__call__" in vars(GradientCheckpointingLayer):
+            with aligner.record(), pytest.raises(RuntimeError, match="use_reentrant': False"):
+                model(**inputs)
+            return
         with aligner.record() as recording:
             outputs = model(**inputs)
         (outputs.loss + aligner.loss(recording, inputs, outputs)).backward()

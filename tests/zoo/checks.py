@@ -7,7 +7,8 @@ import math
 import re
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -216,12 +217,20 @@ def _inner(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def _placeholders(model: nn.Module) -> list[int]:
+    """The tokens that stand for images or sound, which a model of random weights might write into its text."""
+    config: Any = getattr(model, "config", None)
+    names = (f"{kind}_token_{what}" for kind in ("image", "video", "audio", "speech") for what in ("id", "index"))
+    return sorted({found for name in names if isinstance(found := getattr(config, name, None), int)})
+
+
 def cached(model: nn.Module, case: Case) -> float | None:
     """How far the scores of generation with a cache are from those without, as long as the tokens are the same."""
     if case.family.head not in GENERATES or not hasattr(_inner(model), "generate"):
         return None
     inputs = {name: copied(value) for name, value in case.inputs.items() if name != "decoder_input_ids"}
     settings = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "num_beams": 1,
+                "suppress_tokens": _placeholders(_inner(model)) or None,
                 "return_dict_in_generate": True, "output_logits": True}  # fmt: skip
     with torch.no_grad():
         fast, slow = (model.generate(**copy.deepcopy(inputs), **settings, use_cache=use) for use in (True, False))
@@ -334,6 +343,8 @@ def recurrences(model: nn.Module, case: Case) -> dict[str, Any]:
             own = layer.base_layer(*args, **kwargs)
             if isinstance(own, tuple):  # a mixture and the scores of its router
                 own, output = own[0], output[0]
+            if not own.numel():
+                return  # no token of this kind in the batch
             down, cell, up = (part["default"] for part in
                               (layer.readapter_down, layer.readapter_cell, layer.readapter_up))  # fmt: skip
             step = F.linear(down(own), cell.weight_ih, cell.bias_ih) + cell.bias_hh
@@ -393,6 +404,20 @@ def verdict(read: dict, base: Callable[[], dict], tolerance: float = TOLERANCE) 
     return "base too" if "error" in reference or (reference["value"] or 0.0) > tolerance else "differs"
 
 
+@contextmanager
+def _every_token_indexed(model: nn.Module) -> Iterator[None]:
+    """Sparse attention whose indexer picks every token."""
+    indexers = [module for module in model.modules() if isinstance(getattr(module, "index_topk", None), int)]
+    before = [module.index_topk for module in indexers]
+    for module in indexers:
+        module.index_topk = 1024
+    try:
+        yield
+    finally:
+        for module, picks in zip(indexers, before, strict=True):
+            module.index_topk = picks
+
+
 class _Trial:
     """One setting of one family: the models, made when they are first asked for, and what was measured on them."""
 
@@ -408,9 +433,10 @@ class _Trial:
         """LoRA at the same places."""
         if self._lora is None:
             targets = self.targets
-            if targets is None and "value" in self.read:  # READ's own default, not LoRA's
+            if targets in (None, "all-linear") and "value" in self.read:  # READ's own choice, not LoRA's
                 layers = _inner(self.read["value"]).named_modules()
-                targets = [name for name, module in layers if isinstance(module, READLayer)]
+                readers = {name: module.get_base_layer() for name, module in layers if isinstance(module, READLayer)}
+                targets = [name for name, base in readers.items() if isinstance(base, nn.Linear | Conv1D)]
             self._lora = attempt(adapted, self.case.model, "lora", targets)
             if "value" in self._lora:
                 fill(self._lora["value"])
@@ -435,7 +461,13 @@ class _Trial:
             reference = lambda: self.beside(measure, *args)  # noqa: E731
         else:
             reference = lambda: self.of_base(name, measure)  # noqa: E731
-        found = {"verdict": verdict(ours, reference, tolerance), "read": ours}
+        found: dict[str, Any] = {"verdict": verdict(ours, reference, tolerance), "read": ours}
+        if found["verdict"] == "differs" and name.endswith("padding"):
+            with _every_token_indexed(self.read["value"]):
+                dense = attempt(measure, self.read["value"], self.case, *args)
+            if dense.get("value", math.inf) <= tolerance:
+                reason = "sparse attention breaks ties between tokens by their place, and padding moves them"
+                found |= {"verdict": "explained", "reasons": [reason], "dense": dense}
         if found["verdict"] not in ("exact", "not measured"):
             found["lora"] = self.beside(measure, *args)
             if name not in ("checkpointing", "reload"):
@@ -509,7 +541,9 @@ def _identity(trial: _Trial) -> dict[str, Any]:
 def _gradients(trial: _Trial) -> dict[str, Any]:
     ours = attempt(dead_parameters, trial.read["value"], trial.case)
     if "error" in ours:
-        return {"verdict": "stopped in forward", "read": ours, "lora": trial.beside(dead_parameters)}
+        beside = trial.beside(dead_parameters)
+        same = beside.get("error") == ours["error"]
+        return {"verdict": "as LoRA" if same else "stopped in forward", "read": ours, "lora": beside}
     if not ours["value"]:
         return {"verdict": "exact", "read": {"value": 0}}
     beside = trial.beside(dead_parameters)
@@ -548,7 +582,7 @@ def _order_verdict(order: dict) -> str:
 
 
 # Verdicts that are no fault of READ's: equal, nothing to compare, the bare model no better, or said aloud.
-FAULTLESS = ("exact", "rounding", "explained", "not measured", "base too", "refused")
+FAULTLESS = ("exact", "rounding", "explained", "not measured", "base too", "refused", "as LoRA")
 
 
 def faults(setting: dict[str, Any]) -> dict[str, Any]:

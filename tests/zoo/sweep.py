@@ -125,6 +125,8 @@ def _cell(setting: dict[str, Any] | None) -> str:
     for name, check in setting["checks"].items():
         if check["verdict"] == "refused":
             said.append(f"{name} refused: {_sentence(check['read']['error'])}")
+        elif check["verdict"] == "as LoRA":
+            said.append(f"{name}: LoRA's error, {_sentence(check['read']['error'])}")
         elif check["verdict"] == "explained":
             said.append("; ".join(check["reasons"]))
     return "exact" + (f"; {'; '.join(said)}" if said else "")

@@ -10,7 +10,14 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from .cache import cache_length, commit_states, given_cache, has_grown, returned_cache
-from .masks import as_mask, block_diagonal_segments, kept_by_padding_mask, packed_segments, segments_of_lengths
+from .masks import (
+    as_mask,
+    attended_keys,
+    block_diagonal_segments,
+    kept_by_padding_mask,
+    packed_segments,
+    segments_of_lengths,
+)
 from .scope import Scope, Tower, current_scope, enter_scope, leave_scope, run_in_scope
 from .stacks import RAW_INPUTS, blocks_around, find_stack, is_batch_first, parameters_of, tower_around, videos_around
 
@@ -27,7 +34,10 @@ TWO_STREAMS = (
     "and its block is given another sequence of the same length, so that nothing tells which of the two it is"
 )
 # The sequences that a block reads beside its own. The encoder's has its mask from the stack.
-OTHER_STATES = re.compile(r"(?!encoder_hidden_states$)\w*(cross|kv|key_value|image|vision|global)\w*states$")
+OTHER_STATES = re.compile(
+    r"(?!encoder_hidden_states$)\w*(cross|kv|key_value|image|vision|global)\w*states$"
+    r"|(prompt|text|vision|image)_feat(ure)?s$"
+)
 # What a block computes beside its own tokens by the same layers, as the global tokens of PEGASUS-X.
 SECOND_STREAMS = ("global_hidden_states",)
 # The settings of models that pad their sequences to a multiple of a window, at the end.
@@ -114,12 +124,12 @@ class _StackOpening(_Opening):
         _checkpoint_in_scope(module)
         batch, length, device = self._shape(given)
         cache = given_cache(given)
-        if cache is not None and not self.embeds:
+        past = cache_length(cache) if cache is not None else 0
+        if past and not self.embeds:
             raise NotImplementedError(
                 f"READ cannot tell how many tokens the cache held before {type(module).__name__}, because the stack "
                 "around it takes no `inputs_embeds`; generate with use_cache=False."
             )
-        past = cache_length(cache) if cache is not None else 0
         if given.get("segment_ids") is not None and past:
             raise NotImplementedError("READ does not continue a KV cache when `segment_ids` are given.")
         told = _told_by_user(outer, batch, length)
@@ -281,7 +291,18 @@ def _others(given: dict[str, Any], states: torch.Tensor) -> dict[str, tuple[torc
             continue
         rows = (other.shape[0], other.shape[1])
         masks = [v for k, v in given.items() if "mask" in k and isinstance(v, torch.Tensor) and tuple(v.shape) == rows]
-        found[name] = (other, _mask_or_none(masks[0], *rows) if masks else None)
+        mask = _mask_or_none(masks[0], *rows) if masks else None
+        if not masks:
+            wide = [
+                value
+                for key, value in given.items()
+                if isinstance(value, torch.Tensor)
+                and value.dim() == 4
+                and ("cross" in key or ("mask" in key and other.shape[1] != states.shape[1]))
+            ]
+            fitting = [v for v in wide if v.shape[-1] == other.shape[1] and v.shape[0] in (1, other.shape[0])]
+            mask = attended_keys(fitting[0], len(other)) if fitting else None
+        found[name] = (other, mask)
     return found
 
 

@@ -169,7 +169,7 @@ class Linear(nn.Module, READLayer):
         mixed = mixed_rows()
         active = self.active_adapters if mixed is None else mixed.adapters
         active = [adapter for adapter in active if adapter in self.readapter_down]
-        if not active:
+        if not active or not result.numel():  # no token of this kind, such as sound in a batch of text
             return result
         sequences = self._sequences(result, x, active, mixed is not None)
         if self.training and not torch.compiler.is_compiling():

@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-__all__ = ["as_mask", "block_diagonal_segments", "kept_by_padding_mask", "packed_segments", "segments_of_lengths"]
+__all__ = [
+    "as_mask",
+    "attended_keys",
+    "block_diagonal_segments",
+    "kept_by_padding_mask",
+    "packed_segments",
+    "segments_of_lengths",
+]
 
 
 # What models add to a score so that it counts for nothing: -1e4 in some, the smallest number of the type in most.
@@ -34,7 +41,8 @@ def as_mask(
         cache: the cache, whose first kept column a 4-D mask starts at.
 
     Returns:
-        (B, T), True = real; None if every token is, as far as is known.
+        (B, T), True = real; None if every token is, as far as is known. A mask over pairs with tokens of another
+        sequence, as cross-attention is given, says nothing.
 
     Raises:
         NotImplementedError: for masks that are no tensors.
@@ -60,6 +68,8 @@ def as_mask(
     allowed = _allowed(attention_mask)
     if allowed.dim() == 2:
         mask = _columns(allowed, length, past)
+    elif attention_mask.shape[-1] < length or (cache is None and past == 0 and attention_mask.shape[-1] > length):
+        return None  # of cross-attention: its columns are the tokens of another sequence
     else:
         mask = _own_entries(allowed if allowed.dim() == 4 else allowed[:, None], length, past, cache)
     if mask.shape[0] != batch:
@@ -79,6 +89,19 @@ def _allowed(mask: torch.Tensor) -> torch.Tensor:
         return mask != 0
     additive = (mask <= 0).all() if mask.dim() > 2 else (mask < 0).any()
     return torch.where(additive, mask > FORBIDDING, mask > 0)
+
+
+def attended_keys(mask: torch.Tensor, batch: int) -> torch.Tensor | None:
+    """The real tokens of the sequence that cross-attention reads.
+
+    Args:
+        mask: (B or 1, heads or 1, T or 1, S), bool, 0 and 1, or additive.
+        batch: B.
+
+    Returns:
+        (B, S), True = any query may attend to it; None if all are.
+    """
+    return _none_if_all_real(_allowed(mask).any(dim=2).any(dim=1).expand(batch, -1))
 
 
 def _columns(mask: torch.Tensor, length: int, past: int) -> torch.Tensor:

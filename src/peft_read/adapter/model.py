@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
+from transformers import PreTrainedModel
 
 from .config import READConfig
 from .hooks import install_scopes, keep_slow_path, remove_scopes
@@ -97,6 +98,12 @@ class READModel(BaseTuner):
                 peft_config.target_modules = _in_layers(peft_config)
         elif part == "all-linear":
             found = linear_targets(self._injected)
+            if found is None and isinstance(self._injected, PreTrainedModel):
+                raise ValueError(
+                    f"target_modules='all-linear' finds nothing to adapt in {type(self._injected).__name__}: none of "
+                    "its linear layers stands in a block and sees the tokens of a sequence. Name modules in "
+                    "`target_modules`, or use a method without a recurrence, such as LoRA."
+                )
             if found is not None:
                 peft_config.target_modules, left_out = found
                 if left_out:

@@ -42,13 +42,15 @@ CONNECTORS = re.compile(
 )
 NO_SEQUENCE = re.compile(
     r"merger|router|(^|\.)gate(\.|$)|(^|\.)dt_proj|linear_pos|pos_?proj|rel(ative)?_(pos|k_|position)|pos_(key|query)"
-    r"|(^|\.)r_net|pooler|pooling_head|o_a_proj|message_(fc|attn)|prompts_generator",
+    r"|(^|\.)r_net|pooler|pooling_head|o_a_proj|message_(fc|attn)|prompts_generator|position_bias_mlp|proj_delayed"
+    r"|(^|\.)indexer(\.|$)|(^|\.)audio_mlp\.",
     re.IGNORECASE,
 )
 # Their projections see (T, B, d), global tokens or tokens padded once more, in a block that sees (B, T, d).
-OWN_LAYOUT = re.compile(r"(Longformer|LEDEncoder)SelfAttention$|GlobalLocalAttention$")
-# Vectors per layer that are added to the states, and layers before the last that have the widths of a last one.
-NO_ENDING = re.compile(r"(^|\.)per_layer|laurel|(^|\.)intermediate(_query)?(\.|$)")
+OWN_LAYOUT = re.compile(r"(Longformer|LEDEncoder)SelfAttention$|GlobalLocalAttention$|MLCDAttention$")
+# Vectors per layer that are added to the states, layers before the last that have the widths of a last one, and
+# layers that see the tokens of one kind alone.
+NO_ENDING = re.compile(r"(^|\.)per_layer|laurel|(^|\.)intermediate(_query)?(\.|$)|(^|\.)audio_mlp\.")
 SOUND_ENCODER = re.compile(r"(speech|audio).*encoder")
 NAMED_PARTS = (
     ("vision", re.compile(r"vision|visual|image|video|pixel|(^|[._])sam([._]|$)|vit(_|\.|$)", re.IGNORECASE)),
@@ -318,7 +320,10 @@ def linear_targets(model: nn.Module) -> tuple[set[str] | str, list[str]] | None:
             continue
         block = _block_of(model, name)
         seen = block is not None and not NO_SEQUENCE.search(name) and not EXPERTS.search(name)
-        seen = seen and not OWN_LAYOUT.search(type(model.get_submodule(name.rpartition(".")[0])).__name__)
+        parent = model.get_submodule(name.rpartition(".")[0])
+        seen = seen and not OWN_LAYOUT.search(type(parent).__name__)
+        # DeBERTa's projections of keys and queries, where they project relative positions too.
+        seen = seen and not (getattr(parent, "share_att_key", False) and re.search(r"(key|query)_proj$", name))
         (chosen if seen else left_out).append(name)
     if not chosen:
         return None

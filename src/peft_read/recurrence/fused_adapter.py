@@ -138,6 +138,7 @@ OPERATION = Operation(
     AdapterArguments,
     Adapted,
     visible=2,
+    needed=("hidden", "narrow"),
     shapes=_shapes,
     reference=adapter_in_torch,
     example=_example,

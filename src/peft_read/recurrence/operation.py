@@ -7,7 +7,7 @@ Second derivatives go through the definition in torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
@@ -58,6 +58,7 @@ class Operation(Generic[A, R]):
         arguments: the class of the arguments; the first one, `x`, says where all happens.
         results: the class of the results.
         visible: how many of the results have gradients and are given to the caller.
+        needed: the results that backward passes read. The others are not kept: their owner may change them in place.
         shapes: makes empty results for some arguments.
         reference: the definition in torch.
         example: (width, dtype of x, device) -> small arguments for a trial.
@@ -71,12 +72,14 @@ class Operation(Generic[A, R]):
         results: type[R],
         *,
         visible: int,
+        needed: Collection[str],
         shapes: Callable[[A], R],
         reference: Callable[[A], R],
         example: Callable[[int, torch.dtype, torch.device], A],
         implementations: Mapping[str, Implementation[A, R]],
     ) -> None:
         self.name, self.arguments, self.results, self.visible = name, arguments, results, visible
+        self._unneeded: dict[str, Any] = {field: None for field in results._fields if field not in needed}
         self.shapes, self.reference, self.example = shapes, reference, example
         self.implementations = implementations
         OPERATIONS[name] = self
@@ -117,6 +120,10 @@ class Operation(Generic[A, R]):
                     return _Function.apply(self, implementation, *arguments)
         return implementation.forward(arguments)[: self.visible]
 
+    def for_backward(self, results: R) -> R:
+        """The results with None in the place of those that backward passes do not read."""
+        return results._replace(**self._unneeded)
+
     def trial(self, implementation: Implementation[A, R], width: int, dtype: torch.dtype, device: torch.device) -> str:
         """What is wrong with the values and gradients of a small problem."""
         small = self.arguments(*(_as_leaf(one) for one in self.example(width, dtype, device)))  # type: ignore[call-overload]
@@ -145,8 +152,9 @@ class Operation(Generic[A, R]):
             first = results[0]
             return tuple(first.new_empty(0) if one is None else one.contiguous() for one in results)
 
-        def absent(results: Sequence[Tensor], arguments: A) -> R:
-            return self.results(*(None if one.numel() == 0 else one for one in results))  # type: ignore[call-overload]
+        def absent(results: Sequence[Tensor | None], arguments: A) -> R:
+            present = (None if one is None or one.numel() == 0 else one for one in results)
+            return self.results(*present)  # type: ignore[call-overload]
 
         def run(*arguments: Tensor | None) -> tuple[Tensor, ...]:
             given = self.arguments(*arguments)  # type: ignore[call-overload]
@@ -164,7 +172,7 @@ class Operation(Generic[A, R]):
             return kept
 
         def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-            ctx.save_for_backward(*inputs, *output)
+            ctx.save_for_backward(*inputs, *self.for_backward(self.results(*output)))  # type: ignore[call-overload]
             ctx.set_materialize_grads(False)
 
         def differentiate(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
@@ -207,7 +215,7 @@ class _Function(torch.autograd.Function):
     def forward(ctx: Any, operation: Any, implementation: Any, *arguments: Any) -> tuple[Tensor, ...]:
         ctx.operation, ctx.implementation = operation, implementation
         results = implementation.forward(operation.arguments(*arguments))
-        ctx.save_for_backward(*arguments, *results)
+        ctx.save_for_backward(*arguments, *operation.for_backward(results))
         ctx.set_materialize_grads(False)
         return results[: operation.visible]
 

@@ -75,6 +75,7 @@ def _operation(kind: str) -> Operation[ScanArguments, Scanned]:
         ScanArguments,
         Scanned,
         visible=2 if kind == "lstm" else 1,
+        needed=Scanned._fields,
         shapes=shapes,
         reference=lambda arguments: scan_in_torch(kind, arguments),
         example=example,
