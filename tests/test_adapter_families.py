@@ -546,7 +546,7 @@ def test_a_layer_that_is_given_no_token_adds_nothing():
 
 def test_all_linear_of_a_model_without_sequences_is_refused():
     model = t.ResNetForImageClassification(t.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1]))
-    with pytest.raises(ValueError, match="finds nothing to adapt in ResNetForImageClassification.*such as LoRA"):
+    with pytest.raises(ValueError, match=r"finds nothing to adapt in ResNetForImageClassification.*such as LoRA"):
         get_peft_model(model, READConfig(target_modules="all-linear"))
 
 
@@ -568,7 +568,7 @@ def test_a_stack_without_embeddings_runs_with_an_empty_cache():
     adapted, ids = filled(model), torch.randint(1, 30, (2, 7))
     with torch.no_grad():
         cached, uncached = adapted(ids), adapted(ids, use_cache=False)
-    assert torch.equal(cached.logits, uncached.logits)
+    assert torch.allclose(cached.logits, uncached.logits, atol=1e-5)
     with pytest.raises(NotImplementedError, match="use_cache=False"):
         adapted.generate(input_ids=ids, max_new_tokens=3)
 
@@ -603,7 +603,7 @@ class Stack(nn.Module):
 
 
 @pytest.mark.parametrize("additive", [False, True])
-@pytest.mark.parametrize("pixels", [3, 9])
+@pytest.mark.parametrize("pixels", [3, 5, 9])
 def test_padding_of_what_cross_attention_reads_is_known_from_a_mask_over_pairs(additive, pixels):
     torch.manual_seed(0)
     adapted = filled(Stack(), target_modules=["query", "key"])

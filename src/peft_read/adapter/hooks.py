@@ -190,6 +190,8 @@ class _StackOpening(_Opening):
         cache: Cache | None,
         device: torch.device | None,
     ) -> torch.Tensor | None:
+        if self.names[:2] == ["query", "key"] and given.get("key") is not given.get("query"):
+            return None  # of cross-attention, whose mask is the key's
         for name in PADDING_MASKS:
             padding = given.get(name)
             if isinstance(padding, torch.Tensor) and tuple(padding.shape) == (batch, length):
