@@ -101,13 +101,13 @@ def distances(
     aligner: Aligner, model: torch.nn.Module, collator: How2Collator, items: list[dict[str, Any]]
 ) -> torch.Tensor:
     """The POT distance of every item, (items,)."""
-    found = []
+    measured = []
     for start in range(0, len(items), 16):
         batch = collator(items[start : start + 16])
         with aligner.record() as recording:
             outputs = model(**batch)
-        found.append(aligner.distance(recording, batch, outputs).distance[0])
-    return torch.cat(found)
+        measured.append(aligner.distance(recording, batch, outputs).distance[0])
+    return torch.cat(measured)
 
 
 def draw(path: Path, block: AlignedBlock, words: list[str], mass: float) -> None:
