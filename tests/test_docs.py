@@ -1,6 +1,7 @@
 """The pages of the site: their Python runs, links lead somewhere, each page is reachable, quoted errors exist."""
 
 import ast
+import doctest
 import importlib
 import re
 from pathlib import Path
@@ -95,3 +96,17 @@ def test_troubleshooting_quotes_messages_that_exist():
             part = part.strip(" ;()")
             if len(part) > 3 and part != "KeyError: 'READ'":
                 assert part in code, part
+
+
+def modules_with_examples():
+    package = REPOSITORY / "src"
+    for path in sorted(package.rglob("*.py")):
+        if ">>> " in path.read_text(encoding="utf-8"):
+            yield ".".join(path.relative_to(package).with_suffix("").parts).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("name", list(modules_with_examples()))
+def test_examples_of_docstrings(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert not result.failed
