@@ -44,7 +44,7 @@ format: $(VENV)/.installed
 
 # The site, strictly and offline, into site/: the pages are read from the source, so that torch is not needed.
 docs: .venv-docs/.installed
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) .venv-oldest .venv-newest .venv-docs outputs site build dist .pytest_cache .mypy_cache .ruff_cache

@@ -63,6 +63,12 @@ def test_every_page_is_in_the_navigation_once():
     assert sorted(navigation) == sorted(name_of(path) for path in PAGES)
 
 
+def test_the_site_is_built_strictly():
+    """Quietly, mkdocs would count no warnings, and the strict build pass whatever is wrong."""
+    recipe = (REPOSITORY / "Makefile").read_text(encoding="utf-8").partition("docs: .venv-docs")[2].splitlines()[1]
+    assert "mkdocs build --strict" in recipe and "-q" not in recipe
+
+
 def anchors(path):
     """The anchors of a page's headings, as GitHub and mkdocs make them of plain words."""
     headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)

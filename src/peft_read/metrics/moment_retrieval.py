@@ -60,7 +60,7 @@ def evaluate_qvhighlights(
         >>> truth = [{"qid": 1, "duration": 4, "relevant_windows": [[0, 2]], "relevant_clip_ids": [0],
         ...     "saliency_scores": [[4, 4, 4]]}]
         >>> result = evaluate_qvhighlights([{"qid": 1, "pred_saliency_scores": [0.9, 0.1]}], truth)
-        >>> result["brief"]["HL-min-VeryGood-Hit1"]
+        >>> result["brief"].get("HL-min-VeryGood-Hit1")
         100.0
     """
     clip_seconds = number(clip_seconds, "clip_seconds", above=0)
