@@ -8,7 +8,7 @@ TORCH_NEWEST := torch
 FAST_TESTS := $(addprefix tests/test_,adapter.py adapter_lifecycle.py adapter_generation.py alignment.py \
 	alignment_trainer.py versions.py)
 
-.PHONY: demo test test-slow test-oldest test-newest lint format clean
+.PHONY: demo test test-slow test-oldest test-newest lint format docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/accelerate launch --num_processes 1 --cpu examples/how2_summarize.py --output_dir outputs/how2_mini
@@ -42,8 +42,12 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The site, strictly and offline, into site/: the pages are read from the source, so that torch is not needed.
+docs: .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest outputs build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-docs outputs site build dist .pytest_cache .mypy_cache .ruff_cache
 
 # The demo needs less than the tests; --no-compile leaves byte-compiling to the first import of what is used.
 $(VENV)/.demo: pyproject.toml constraints.txt
@@ -60,4 +64,11 @@ $(VENV)/.installed: $(VENV)/.demo
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install -q --no-compile -c constraints-oldest.txt "$(or $(TORCH),$(TORCH_OLDEST))"
 	.venv-oldest/bin/python -m pip install -q --no-compile -c constraints-oldest.txt -e . pytest pytest-xdist
+	touch $@
+
+.venv-docs/.installed: pyproject.toml constraints.txt
+	rm -rf .venv-docs
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install -q --no-compile -c constraints.txt \
+		mkdocs-material "mkdocstrings[python]" latex2mathml
 	touch $@

@@ -1,8 +1,9 @@
 """PVLA in a training loop of your own, with accelerate and without Trainer.
 
-accelerate launch examples/accelerate_loop.py
+accelerate launch examples/accelerate_loop.py --steps 60
 """
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -18,7 +19,10 @@ from peft_read.data import How2Collator, generate_how2_mini
 BACKBONE = Path(__file__).with_name("how2_mini_backbone")
 
 
-def main(steps: int = 60) -> None:
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=60)
+    steps = parser.parse_args(arguments).steps
     accelerator = Accelerator()
     torch.manual_seed(0)
     base = AutoModelForSeq2SeqLM.from_pretrained(BACKBONE)

@@ -10,15 +10,13 @@ adapter. Without `--data_dir` it uses How2-mini.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import torch
-from matplotlib import pyplot as plt
 from peft import PeftModel
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, HfArgumentParser
 
@@ -47,6 +45,8 @@ class Arguments:
 
 def main() -> None:
     arguments = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]
+    if find_spec("matplotlib") is None:  # before the work, not after it
+        sys.exit('the picture needs matplotlib: pip install ".[examples]"')
     items, features = load_items(arguments)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
     model = AutoModelForSeq2SeqLM.from_pretrained(arguments.model_name_or_path).eval()
@@ -101,17 +101,22 @@ def distances(
     aligner: Aligner, model: torch.nn.Module, collator: How2Collator, items: list[dict[str, Any]]
 ) -> torch.Tensor:
     """The POT distance of every item, (items,)."""
-    found = []
+    measured = []
     for start in range(0, len(items), 16):
         batch = collator(items[start : start + 16])
         with aligner.record() as recording:
             outputs = model(**batch)
-        found.append(aligner.distance(recording, batch, outputs).distance[0])
-    return torch.cat(found)
+        measured.append(aligner.distance(recording, batch, outputs).distance[0])
+    return torch.cat(measured)
 
 
 def draw(path: Path, block: AlignedBlock, words: list[str], mass: float) -> None:
     """Frames against words, in units of a frame's own weight."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
     cost = cosine_cost(block.video, block.language, block.video_mask, block.language_mask)
     plan = partial_optimal_transport(cost, mass=mass).plan[0]  # (frames, words)
     figure, axes = plt.subplots(figsize=(max(6, 0.22 * len(words)), max(3, 0.2 * len(plan))), layout="constrained")

@@ -39,8 +39,8 @@ from peft_read.values import count, number, shown
 class ScriptArguments(DataArguments):
     """The videos, their captions, and how weak labels are made of them."""
 
-    captions: str | None = field(default=None, metadata={"help": "jsonl of {vid, captions: one a clip}"})
-    per_video: int = field(default=8, metadata={"help": "queries a video, at most"})
+    captions: str | None = field(default=None, metadata={"help": "jsonl of {vid, captions: one per clip}"})
+    per_video: int = field(default=8, metadata={"help": "queries per video, at most"})
     threshold: float = field(default=0.3, metadata={"help": "similarity of a moment's clips: 0 average, 1 identical"})
     max_gap: int = field(default=1, metadata={"help": "clips between two runs that are passed over"})
     min_clips: int = 2

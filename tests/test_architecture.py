@@ -22,6 +22,9 @@ MAY_IMPORT = {
     "alignment": FLOOR_0,
     "models": FLOOR_0,
     "baselines": FLOOR_0 | {"adapter", "alignment", "models"},
+    "inspection": {"adapter", "models"},
+    "demonstration": {"adapter"},
+    "command_line": {"adapter", "backends", "demonstration", "inspection", "recurrence"},
 }
 
 
@@ -82,3 +85,11 @@ def test_no_circles_between_files():
 def test_no_catch_all_modules():
     names = {path.stem for path in PACKAGE.rglob("*")}
     assert not names & {"utils", "common", "helpers"}
+
+
+def test_the_picture_of_the_house_is_drawn_from_these_imports(monkeypatch):
+    monkeypatch.syspath_prepend(str(PACKAGE.parents[1] / "docs" / "drawings"))
+    import house
+
+    assert {name for floor in house.FLOORS for name in floor} == set(house.parts()) == set(MAY_IMPORT)
+    assert house.PICTURE.read_text(encoding="utf-8") == house.picture(), "run docs/drawings/house.py"

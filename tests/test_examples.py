@@ -262,7 +262,7 @@ def test_the_alignment_picture_and_the_loop_without_trainer(how2, tmp_path, monk
     printed = capsys.readouterr().out
     assert "| backbone | 0." in printed
     assert len(list(tmp_path.glob("plan_*.png"))) == 1
-    accelerate_loop.main(steps=2)
+    accelerate_loop.main(["--steps", "2"])
     assert "last task loss" in capsys.readouterr().out
 
 

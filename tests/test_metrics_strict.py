@@ -121,7 +121,7 @@ def test_annotations_that_cannot_be_are_named():
         with pytest.raises(ValueError, match="top_k must be a whole number from 1 on"):
             tvsum_map([[1.0]], [[[1]]], top_k=top_k)
     for given in (None, 5, "ab"):
-        with pytest.raises(ValueError, match="must be lists with one entry a video"):
+        with pytest.raises(ValueError, match="must be lists with one entry per video"):
             youtube_highlights_map(given, given)
 
 

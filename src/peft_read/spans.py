@@ -197,8 +197,8 @@ def temporal_nms(
     for name, limit in (("max_before", max_before), ("max_after", max_after)):
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
             raise ValueError(f"{name} of temporal_nms must be a whole number from 0 on, not {limit!r}")
-    found = table(windows, "windows of temporal_nms", columns=3)
-    if (reversed_ones := found[found[:, 1] < found[:, 0]]).size:
+    checked = table(windows, "windows of temporal_nms", columns=3)
+    if (reversed_ones := checked[checked[:, 1] < checked[:, 0]]).size:
         raise ValueError(f"a window of temporal_nms ends before it starts: {shown(reversed_ones[0].tolist())}")
     rest = sorted(([*window] for window in windows[:max_before]), key=lambda window: window[2], reverse=True)
     kept: list[list[float]] = []

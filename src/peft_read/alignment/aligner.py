@@ -204,7 +204,7 @@ class Aligner:
                 yield recording
 
     def blocks(self, recording: Recording, batch: Mapping[str, Any], outputs: Any = None) -> list[AlignedBlock]:
-        """The states to align, one entry a run of a block; none where LayerDrop left none.
+        """The states to align, one entry per run of a block; none where LayerDrop left none.
 
         Raises:
             RuntimeError: no module of the streams has run in this pass or in one before.

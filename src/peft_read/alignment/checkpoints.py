@@ -42,12 +42,12 @@ def last_whole_checkpoint(folder: str | Path) -> str | None:
     sealed must have every file with the size and the content that it had; one without a seal must have a readable
     trainer state, and weights and optimizer files that can be opened to their end.
     """
-    found = [
+    checkpoints = [
         (int(match.group(1)), path)
         for path in Path(folder).glob("checkpoint-*")
         if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
     ]
-    return next((str(path) for _, path in sorted(found, reverse=True) if _is_whole(path)), None)
+    return next((str(path) for _, path in sorted(checkpoints, reverse=True) if _is_whole(path)), None)
 
 
 def _is_whole(checkpoint: Path) -> bool:

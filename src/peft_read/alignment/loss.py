@@ -55,9 +55,9 @@ def alignment_distance(
     All blocks and examples are solved in one call, in at least float32 and outside autocast.
 
     Args:
-        video: (B, N, d), or a sequence of such, one a block; N may differ from block to block.
+        video: (B, N, d), or a sequence of such, one per block; N may differ from block to block.
         language: (B, M, d), or a sequence of such.
-        video_mask: (B, N), non-zero = real, for all blocks or one a block; None = all real.
+        video_mask: (B, N), non-zero = real, for all blocks or one per block; None = all real.
         language_mask: (B, M), likewise.
         distance: one of `DISTANCES`.
         mass: fraction of the mass to transport, in (0, 1]; 1 is the paper's VLA ablation.
@@ -219,7 +219,7 @@ def _as_list(value: object, name: str) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     if not isinstance(value, list | tuple):
-        raise ValueError(f"{name} must be a tensor or a list of tensors, one a block, got {type(value).__name__}")
+        raise ValueError(f"{name} must be a tensor or a list of tensors, one per block, got {type(value).__name__}")
     return list(value)
 
 

@@ -123,7 +123,7 @@ class StreamPair:
             _RECORDING.reset(token)
 
     def blocks(self, recording: Recording, batch: Mapping[str, Any]) -> list[AlignedBlock]:
-        """The recorded states as blocks, one a run, tokens selected and masks attached.
+        """The recorded states as blocks, one per run, tokens selected and masks attached.
 
         A pair of modules of which one did not run is left out (LayerDrop, early exit).
 
@@ -185,8 +185,8 @@ def _drops_blocks(model: nn.Module) -> bool:
     config = getattr(model, "config", None)
     names = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
     holders = [*model.modules(), *([] if config is None else [config])]
-    found = [getattr(holder, name, None) for holder in holders for name in names]
-    return any(isinstance(value, int | float) and value > 0 for value in found)
+    rates = [getattr(holder, name, None) for holder in holders for name in names]
+    return any(isinstance(value, int | float) and value > 0 for value in rates)
 
 
 def _pair_runs(names: tuple[str, str], video: list[Tensor], language: list[Tensor]) -> list[tuple[Tensor, Tensor]]:

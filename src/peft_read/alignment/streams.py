@@ -25,7 +25,7 @@ class Stream:
     """One side of the alignment: which modules, which of their tokens, which of these are real.
 
     Args:
-        modules: modules of the *unwrapped* base model (no `base_model.model.` prefix), one a block: a regular
+        modules: modules of the *unwrapped* base model (no `base_model.model.` prefix), one per block: a regular
             expression that matches the full name, or a sequence of names. A stream of one module is broadcast over
             the blocks of the other side.
         tokens: part of the module's sequence: None = all, a slice, or `f(batch, length)` that returns one.
@@ -83,10 +83,10 @@ class Stream:
         """
         names = [name for name, _ in model.named_modules() if name]
         if isinstance(self.modules, str):
-            found = [name for name in names if re.fullmatch(self.modules, name)]
-            if not found:
+            matching = [name for name in names if re.fullmatch(self.modules, name)]
+            if not matching:
                 raise ValueError(f"no module of {type(model).__name__} matches {self.modules!r}; {_hint(names)}")
-            return found
+            return matching
         missing = [name for name in self.modules if name not in set(names)]
         if missing:
             raise ValueError(f"{type(model).__name__} has no modules {missing}; {_hint(names)}")

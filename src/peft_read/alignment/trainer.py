@@ -46,7 +46,7 @@ class PVLALossMixin(_Base):
         *args, **kwargs: of the Trainer.
 
     Raises:
-        ValueError: more than one GPU in one process (DataParallel); launch one process a GPU. No PVLAConfig, or
+        ValueError: more than one GPU in one process (DataParallel); launch one process per GPU. No PVLAConfig, or
             streams that do not fit the model.
 
     Example:
@@ -69,7 +69,7 @@ class PVLALossMixin(_Base):
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs in one process means DataParallel, whose replicas cannot be recorded; launch "
-                "one process a GPU (accelerate launch, torchrun), or show one GPU with CUDA_VISIBLE_DEVICES"
+                "one process per GPU (accelerate launch, torchrun), or show one GPU with CUDA_VISIBLE_DEVICES"
             )
         if self.args.ddp_find_unused_parameters is None:
             # Trainer's default for peft models is True, under which a parameter that only the alignment reaches is

@@ -39,7 +39,7 @@ def load_tvsum(annotations: str | Path, *, domain: str | None = None) -> Dataset
     Source: Song et al., "TVSum", CVPR 2015; the 2-second labels are those of UMT and QD-DETR.
 
     Args:
-        annotations: `.json`: {video: {"anno": [clips][20], ...}}; `.jsonl`: records with `vid`, `query` or `title`,
+        annotations: `.json`: `{video: {"anno": [clips][20], ...}}`; `.jsonl`: records with `vid`, `query` or `title`,
             `domain` or `category`, `label` or `label_2s`. Also `.xz`, `.gz`.
         domain: keep one of the ten domains.
 

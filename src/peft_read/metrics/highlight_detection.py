@@ -77,9 +77,11 @@ def youtube_highlights_map(scores: Sequence[Any], matches: Sequence[Any]) -> flo
 def _check(scores: Sequence[Any], labels: Sequence[Any], name: str) -> None:
     for given in (scores, labels):
         if isinstance(given, str | bytes) or not hasattr(given, "__len__") or not hasattr(given, "__getitem__"):
-            raise ValueError(f"scores and {name} must be lists with one entry a video, not {shown(given)}")
+            raise ValueError(f"scores and {name} must be lists with one entry per video, not {shown(given)}")
     if len(scores) != len(labels) or not len(scores):
-        raise ValueError(f"{len(scores)} videos have scores and {len(labels)} have {name}; pass one a video, and some")
+        raise ValueError(
+            f"{len(scores)} videos have scores and {len(labels)} have {name}; pass one per video, and at least one"
+        )
 
 
 def _importance(given: Any, index: int) -> NDArray[np.float64]:
@@ -96,12 +98,12 @@ def _importance(given: Any, index: int) -> NDArray[np.float64]:
 
 
 def _ranking(scores: Any, clips: int, index: int) -> NDArray:
-    found = table(scores, f"video {index}: the list of scores")
-    if not 0 < len(found) <= clips:
+    checked = table(scores, f"video {index}: the list of scores")
+    if not 0 < len(checked) <= clips:
         raise ValueError(
-            f"the scores of a video of {clips} annotated clips have the shape {found.shape}, video {index}"
+            f"the scores of a video of {clips} annotated clips have the shape {checked.shape}, video {index}"
         )
-    return np.argsort(-found, kind="stable")
+    return np.argsort(-checked, kind="stable")
 
 
 def _trapezoid_precision(ranked_labels: NDArray) -> float:

@@ -40,7 +40,7 @@ def evaluate_qvhighlights(
 
     Args:
         predictions: records with `qid` and `pred_relevant_windows` (rows start, end, score; best first),
-            `pred_saliency_scores` (one number a clip), or both, the same in every record.
+            `pred_saliency_scores` (one number per clip), or both, the same in every record.
         ground_truth: the records of the official annotation files, `relevant_windows`, `duration`,
             `relevant_clip_ids`, `saliency_scores`.
         match_number: whether both must hold the same queries; False evaluates those that both hold.
@@ -60,7 +60,7 @@ def evaluate_qvhighlights(
         >>> truth = [{"qid": 1, "duration": 4, "relevant_windows": [[0, 2]], "relevant_clip_ids": [0],
         ...     "saliency_scores": [[4, 4, 4]]}]
         >>> result = evaluate_qvhighlights([{"qid": 1, "pred_saliency_scores": [0.9, 0.1]}], truth)
-        >>> result["brief"]["HL-min-VeryGood-Hit1"]
+        >>> result["brief"].get("HL-min-VeryGood-Hit1")
         100.0
     """
     clip_seconds = number(clip_seconds, "clip_seconds", above=0)
@@ -253,10 +253,10 @@ def _first_overlaps(first: NDArray, windows: NDArray, real: NDArray) -> NDArray:
 
 def _average_precisions(candidates: Sequence[Sequence[float]], windows: Sequence[Sequence[float]]) -> list[float]:
     """Average precision of one query at every threshold, of all candidates that are given."""
-    found = np.asarray(candidates, dtype=np.float64).reshape(1, -1, 3)
+    predicted = np.asarray(candidates, dtype=np.float64).reshape(1, -1, 3)
     true = np.asarray(windows, dtype=np.float64).reshape(1, -1, 2)
     real = np.ones(true.shape[:2], dtype=bool)
-    return _padded_precisions(found, np.array([found.shape[1]]), true, real)[0].tolist()
+    return _padded_precisions(predicted, np.array([predicted.shape[1]]), true, real)[0].tolist()
 
 
 def _padded_precisions(candidates: NDArray, number: NDArray, windows: NDArray, real: NDArray) -> NDArray:
@@ -320,11 +320,11 @@ def _highlight_detection(predicted: Records, true: Records, clip_seconds: float)
         same = np.flatnonzero((clips == shape[0]) & (lengths == shape[1]))
         for start in range(0, len(same), CHUNK):
             part = same[start : start + CHUNK]
-            found = scores[starts[part, None] + np.arange(shape[1])]
+            clip_scores = scores[starts[part, None] + np.arange(shape[1])]
             rated = ratings[places[part, None] + np.arange(shape[0])]  # (N, clips, 3)
-            best = found.argmax(axis=1)
+            best = clip_scores.argmax(axis=1)
             padded = np.zeros((len(part), shape[0]))
-            padded[:, : shape[1]] = found[:, : shape[0]]
+            padded[:, : shape[1]] = clip_scores[:, : shape[0]]
             labels = (rated[:, :, None] >= levels[:, None]).reshape(len(part), shape[0], -1)
             precisions[part] = _chunk_precisions(padded, labels)
             highest = rated[np.arange(len(part)), np.minimum(best, shape[0] - 1)].max(axis=1)

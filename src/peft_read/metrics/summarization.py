@@ -65,7 +65,7 @@ def rouge_scores(
 
 
 def check_texts(predictions: Sequence[str], references: Sequence[str]) -> None:
-    """One text a prediction, one a reference, and at least one pair.
+    """One text per prediction and per reference, and at least one pair.
 
     Raises:
         ValueError: anything else, by the number of the text.

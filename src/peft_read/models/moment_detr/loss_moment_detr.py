@@ -63,14 +63,14 @@ def _match(
     _check_values(given.reshape(labels.shape)[real], config)
     matches, sizes = [], []
     for by_example in costs:
-        found = []
+        pairs = []
         for example, (table, keep) in enumerate(zip(by_example, real, strict=True)):
             columns = np.flatnonzero(keep)
             if not np.isfinite(table[:, columns]).all():
                 raise ValueError(f"the model's outputs for example {example} of the batch are not finite: it diverged")
             queries, matched = linear_sum_assignment(table[:, columns])
-            found.append(np.stack((np.full_like(queries, example), queries, columns[matched])))
-        matches.append(np.concatenate(found, axis=1))
+            pairs.append(np.stack((np.full_like(queries, example), queries, columns[matched])))
+        matches.append(np.concatenate(pairs, axis=1))
         sizes.append(matches[-1].shape[1])
     # One copy to the device for all layers.
     joined = torch.from_numpy(np.concatenate(matches, axis=1)).to(labels.device, non_blocking=True)
