@@ -568,7 +568,7 @@ def test_a_stack_without_embeddings_runs_with_an_empty_cache():
     adapted, ids = filled(model), torch.randint(1, 30, (2, 7))
     with torch.no_grad():
         cached, uncached = adapted(ids), adapted(ids, use_cache=False)
-    assert torch.allclose(cached.logits, uncached.logits, atol=1e-5)
+    assert torch.allclose(cached.logits, uncached.logits, atol=1e-4)  # of 18: the bare model is no closer
     with pytest.raises(NotImplementedError, match="use_cache=False"):
         adapted.generate(input_ids=ids, max_new_tokens=3)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from peft_read.files import write_whole
+from peft_read.files import safe_name, write_whole
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the other examples
 from run_folder import ENDS_WITH_STDIN, clear_finished, lock_folder
@@ -218,10 +218,10 @@ def _other_arguments(path: Path, arguments: Sequence[str]) -> str | None:
 
 
 def run_folder(folder: Path, row: Experiment, rate: float, seed: int, domain: str | None = None) -> Path:
-    """One folder a run, named by what makes it different."""
+    """The folder of one run, named by what makes it different."""
     name = "_".join(part.removeprefix("--") for part in row.arguments.split())
     name = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in name)
-    return folder / f"{name}_lr{rate:g}_seed{seed}{f'_{domain}' if domain else ''}"
+    return folder / f"{name}_lr{rate:g}_seed{seed}{f'_{safe_name(domain)}' if domain else ''}"
 
 
 def choose(

@@ -94,9 +94,10 @@ def as_sequences(
     if scope is None or scope.batch is None or scope.length is None:
         return _of_frames(_without_scope(output, batch_first, notice), scope)
     source = scope.source_of(layer_input, batch_first=batch_first)
-    if source is None and scope.outer is not None and layer_input.shape[:2] != (scope.batch, scope.length):
+    outer, rows = scope.outer, (scope.batch, scope.length)
+    if source is None and outer is not None and (layer_input.shape[:2] != rows or (outer.batch, outer.length) == rows):
         # Where attention is the module that takes the mask, its block knows what else there is.
-        source = scope.outer.source_of(layer_input, batch_first=batch_first)
+        source = outer.source_of(layer_input, batch_first=batch_first)
     if source is not None:
         return _of_source(output, *source, batch_first=batch_first)
     found = _in_scope(output, scope, path, batch_first)
