@@ -14,7 +14,7 @@ demo: $(VENV)/.demo
 	$(BIN)/accelerate launch --num_processes 1 --cpu examples/how2_summarize.py --output_dir outputs/how2_mini
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 -m "not slow" tests
 
 # What takes minutes each: 119 model families, kills at every write, 2,000 transport problems, every kernel compiled.
 test-slow: $(VENV)/.installed

@@ -332,6 +332,9 @@ class Run:
         set_seed(training.seed)
         model, new_modules = self.backbone()
         collator = self.collator(model.config, zero_video)
+        if compare and training.process_index == 0:
+            for data in self.splits.values():
+                collator.check(data)
         model = apply_method(model, new_modules, script)
         pvla = script.pvla and script.method != "none"
         trainer = SummarisationTrainer(

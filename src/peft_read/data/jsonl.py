@@ -144,8 +144,11 @@ def iterate_members(path: str | Path) -> Iterator[tuple[str, Record]]:
         raise ValueError(f"{path}: no JSON: {'text behind the object' if closed else 'it is cut off'}")
 
 
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
 def _skip(text: str, position: int) -> int:
-    match = re.compile(r"[ \t\r\n]*").match(text, position)
+    match = _SPACE.match(text, position)
     return match.end() if match else position
 
 
@@ -204,13 +207,18 @@ def iterate_jsonl(path: str | Path, *, required: Iterable[str] = ()) -> Iterator
 
 
 def dataset_of(rows: Iterable[dict[str, Any]], features: Features) -> Dataset:
-    """A dataset of rows that are made one at a time: only `CHUNK` of them are Python objects at once."""
+    """A dataset of rows that are made one at a time: only `CHUNK` of them are Python objects at once.
+
+    The rows hold what the features say, in Python's own numbers and lists, so that they need no encoding.
+    """
+    import pyarrow
     from datasets import Dataset, concatenate_datasets
+    from datasets.table import InMemoryTable
 
     iterator = iter(rows)
     parts = []
     while chunk := list(islice(iterator, CHUNK)):
-        parts.append(Dataset.from_list(chunk, features=features))
+        parts.append(Dataset(InMemoryTable(pyarrow.Table.from_pylist(chunk, schema=features.arrow_schema))))
     return concatenate_datasets(parts) if len(parts) > 1 else (parts or [Dataset.from_list([], features=features)])[0]
 
 

@@ -118,8 +118,8 @@ def _row(record: Record) -> dict[str, Any]:
         "query": domain,
         "domain": domain,
         "duration": frames / rate,
-        "match": [int(value) for value in match],
-        "clip_scores": [float(value > 0) for value in match],
+        "match": match.astype(int).tolist(),
+        "clip_scores": (match > 0).astype(float).tolist(),
         "clip_seconds": (clips / rate).tolist(),
     }
 
