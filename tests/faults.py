@@ -28,7 +28,8 @@ class Faults:
     Args:
         folder: where writes count.
         at: the number of the write that fails, from 0; None counts only.
-        phase: "before" the write, at "half" of its bytes, or "after" it; "full" raises the error of a full disk.
+        phase: "before" the write, at "half" of its bytes, or "after" it; "full" raises the error of a full disk;
+            "read-only" refuses this write and all later ones.
     """
 
     def __init__(self, folder: Path, at: int | None = None, phase: str = "before") -> None:
@@ -61,6 +62,8 @@ class Faults:
         return self.count - 1
 
     def _before(self, number: int | None) -> None:
+        if self.phase == "read-only" and number is not None and self.at is not None and number >= self.at:
+            raise OSError(errno.EROFS, "Read-only file system")
         if number is None or number != self.at:
             return
         if self.phase == "full":

@@ -1,6 +1,6 @@
 """Which implementation runs the recurrence and the transport: torch, compiled loops (numba) or kernels (Triton).
 
-One policy for both: what is installed is used, from the first call on. Compiled loops are compiled then, once a
+One policy for both: what is installed is used, from the first call on. Compiled loops are compiled then, once per
 machine, by one process while the others wait; kernels likewise. The choice is a function of what is installed, so
 that the processes of one job and a run that is resumed agree. What is installed but does not work is said once, and
 torch takes its place.
@@ -156,7 +156,7 @@ def _words(key: tuple[Hashable, ...]) -> str:
 
 
 def say_once(key: Hashable, message: str) -> None:
-    """Warn, once a process and key."""
+    """Warn, once per process and key."""
     if key not in _said:
         _said.add(key)
         warnings.warn(message, RuntimeWarning, stacklevel=3)

@@ -71,7 +71,7 @@ class _VideosOpening(_Opening):
     """Of a model that is given videos (B, F, C, H, W), which it hands to an encoder of images frame by frame."""
 
     def scope_of(self, module: nn.Module, given: dict[str, Any], outer: Scope | None) -> Scope | None:
-        """See the class."""
+        """The shape of the videos, where the model is given any."""
         _checkpoint_in_scope(module)
         videos = given.get("pixel_values_videos")
         if not isinstance(videos, torch.Tensor) or videos.dim() != 5:
@@ -84,7 +84,7 @@ class _TowerOpening(_Opening):
     """Of an encoder of images, video or sound: how many of them it is given, and how many tokens each has."""
 
     def scope_of(self, module: nn.Module, given: dict[str, Any], outer: Scope | None) -> Scope | None:
-        """See the class."""
+        """How many rows the tower is given, and the tokens of each where the arguments tell."""
         _checkpoint_in_scope(module)
         raw = next((given[name] for name in (*RAW_INPUTS, self.names[0]) if name in given), None)
         grid = given.get("grid_thw")
@@ -220,7 +220,7 @@ class _BlockOpening(_Opening):
         self.batch_first = batch_first
 
     def scope_of(self, module: nn.Module, given: dict[str, Any], outer: Scope | None) -> Scope | None:
-        """See the class."""
+        """The block's own rows; None where they are its stack's, whose scope then notes what the block is given."""
         states = given.get("hidden_states", given.get(self.names[0]))
         if not isinstance(states, torch.Tensor) or states.is_nested or not states.is_floating_point():
             return None

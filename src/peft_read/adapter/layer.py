@@ -25,7 +25,7 @@ CANNOT_MERGE = (
 
 
 class READLayer(BaseTunerLayer):
-    """What READ adds to a module, one set of weights an adapter.
+    """What READ adds to a module, one set of weights per adapter.
 
     Args:
         base_layer: the module whose output O is adapted.

@@ -100,7 +100,7 @@ class PooledFeatures:
 
         Raises:
             KeyError: no features of that id.
-            ValueError: not one clip number a row, or numbers that are negative or fall.
+            ValueError: not one clip number per row, or numbers that are negative or fall.
         """
         rows, clips = read_features(self.features, video_id), self._clips(video_id)
         if clips.shape != (len(rows),):

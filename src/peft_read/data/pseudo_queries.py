@@ -94,7 +94,7 @@ def pseudo_queries(
         `relevant_windows` in seconds, and `clip_scores`, 1 inside a moment, 0 outside.
 
     Raises:
-        ValueError: by id, a video without captions or features, captions that are no texts or not one a clip; a number
+        ValueError: by id, a video without captions or features, captions that are no texts or not one per clip; a number
             that is not positive, or nothing to learn from.
     """
     from datasets import Dataset
@@ -113,7 +113,7 @@ def pseudo_queries(
             raise ValueError(f"the captions of {vid!r} must be a list of texts, not {shown(texts)}")
         if abs(len(clips) - len(texts)) > MAX_DIFFERENCE:
             raise ValueError(
-                f"{vid!r} has {len(clips)} clips of features and {len(texts)} captions: one a clip is needed"
+                f"{vid!r} has {len(clips)} clips of features and {len(texts)} captions: one per clip is needed"
             )
         length = min(len(clips), len(texts))
         used: set[object] = set()

@@ -25,8 +25,8 @@ def load_youtube_highlights(
     Source: Sun et al., "Ranking Domain-specific Highlights by Analyzing Edited Videos", ECCV 2014; Liu et al., "UMT".
 
     Args:
-        annotations: `.json`: {video: {"match": one number a clip, "domain", "clip": [[first frame, last frame]],
-            "frames", "fps"}}, without a division into splits; `.jsonl`: one record a video, one file a split.
+        annotations: `.json`: {video: {"match": one number per clip, "domain", "clip": [[first frame, last frame]],
+            "frames", "fps"}}, without a division into splits; `.jsonl`: one record per video, one file per split.
         domain: keep one of the six domains.
         videos: keep these videos, such as those of a split.
 

@@ -24,7 +24,7 @@ GAP = 4.0  # times the tolerance
 
 
 class Certificate(NamedTuple):
-    """One number a problem."""
+    """One number per problem."""
 
     converged: Tensor  # (P,) bool
     mass: Tensor  # (P,) float64

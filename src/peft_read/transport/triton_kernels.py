@@ -1,4 +1,4 @@
-"""The solver as a fused Triton kernel for CUDA: a program a problem, the whole iteration in one launch.
+"""The solver as a fused Triton kernel for CUDA: one program per problem, the whole iteration in one launch.
 
 Ascent sweeps with Anderson's mixing of the last two changes, to the stopping rule of `newton.py`. The first launch
 exponentiates in float32 and solves nearly everything in some ten sweeps; what it leaves, because the cost ranges too

@@ -1,6 +1,6 @@
 """Several numbers at a time inside compiled loops: a numba type for vectors, and tensors by their address.
 
-Whether a compiler turns a loop into vector instructions depends on its mood; a value of this type always is a vector:
+Whether a compiler turns a loop into vector instructions is for it to decide; a value of this type always is a vector:
 eight float64 or sixteen float32, which fill an AVX-512 register. On other processors LLVM splits them. Tensors come
 as addresses, because a whole number costs a compiled function a tenth of what an array does, and because storage that
 numpy has seen could never be resized again, which is how FSDP frees gathered weights. Optional: needs numba.

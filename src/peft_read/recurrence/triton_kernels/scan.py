@@ -1,4 +1,4 @@
-"""The scan of the RNN as Triton kernels: one program a sequence, the state and W_hh in its registers.
+"""The scan of the RNN as Triton kernels: one program per sequence, the state and W_hh in its registers.
 
 The width k is filled up with zeros to a power of two. The loads of later tokens do not depend on the state, so they
 are pipelined. Sums and states are float32.
