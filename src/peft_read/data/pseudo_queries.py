@@ -94,8 +94,8 @@ def pseudo_queries(
         `relevant_windows` in seconds, and `clip_scores`, 1 inside a moment, 0 outside.
 
     Raises:
-        ValueError: by id, a video without captions or features, captions that are no texts or not one per clip; a number
-            that is not positive, or nothing to learn from.
+        ValueError: by id, a video without captions or features, captions that are no texts or not one per clip; a
+            number that is not positive, or nothing to learn from.
     """
     from datasets import Dataset
 
