@@ -18,7 +18,7 @@ from peft_read.alignment import last_whole_checkpoint
 CHECKS = Path(__file__).with_name("distributed_checks.py")
 
 
-@pytest.mark.parametrize("what", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("what", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_two_processes_give_the_gradients_of_one(what, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -52,6 +52,7 @@ def test_a_compiled_model_is_recorded_like_a_plain_one():
     assert relative_error(gradients(model, inputs, torch.enable_grad()), plain) < 1e-5
 
 
+@pytest.mark.slow
 def test_long_training_keeps_nothing(tmp_path):
     """500 steps leave as many live tensors as 50 do, and no more resident memory than allocators cache."""
     counts = {}

@@ -161,6 +161,7 @@ def test_numba_without_its_compiler_is_said_once():
     assert found.stdout.count("SAID") == 1 and "NUMBA_DISABLE_JIT" in found.stdout and "CPU torch" in found.stdout
 
 
+@pytest.mark.slow
 def test_an_exception_of_the_compiler_is_said_and_torch_goes_on():
     pytest.importorskip("numba")
     broken = (

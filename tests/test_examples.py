@@ -245,6 +245,7 @@ def test_features_of_another_width_are_refused(tmp_path, summarize):
         summarize("--data_dir", folder, "--output_dir", tmp_path)
 
 
+@pytest.mark.slow
 def test_an_adapter_loaded_without_the_import_fails_with_the_key_error_that_the_docs_name(how2, tmp_path, summarize):
     arguments = ("--num_train_samples", 8, "--num_test_samples", 2)
     result = summarize("--data_dir", how2, "--output_dir", tmp_path, *arguments)

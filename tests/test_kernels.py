@@ -232,6 +232,7 @@ def test_every_kernel_compiles_for_every_setting_and_carries_what_its_source_car
     compare_loops(jobs, compiled(jobs, tmp_path))
 
 
+@pytest.mark.slow
 def test_the_transport_kernel_carries_what_its_source_carries(tmp_path):
     jobs = transport_jobs(90)[:2]
     compare_loops(jobs, compiled(jobs, tmp_path))

@@ -120,6 +120,7 @@ def run(script):
     assert result.returncode == 0, result.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_the_fused_kernel_solves_every_problem_itself():
     run(AGREEMENT)
 
