@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "peft_read"
-FLOOR_0 = {"recurrence", "transport", "spans", "files", "values", "plain", "data", "metrics"}
+FLOOR_0 = {"recurrence", "transport", "spans", "files", "values", "plain", "tasks", "data", "metrics"}
 MAY_IMPORT = {
     "versions": set(),
     "backends": set(),
@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "spans": {"values"},
     "values": set(),
     "plain": set(),
+    "tasks": set(),
     "files": set(),
     "data": {"spans", "files", "values"},
     "metrics": {"spans", "files", "values"},

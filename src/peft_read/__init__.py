@@ -13,6 +13,7 @@ from . import models
 from .adapter import READConfig, READModel, sequence_scope
 from .alignment import Aligner, PVLAConfig, PVLALoss, PVLALossMixin, Stream
 from .backends import show_backends, use_backend
+from .tasks import set_task
 from .transport import TransportPlan, partial_optimal_transport
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __all__ = [
     "models",
     "partial_optimal_transport",
     "sequence_scope",
+    "set_task",
     "show_backends",
     "use_backend",
 ]
