@@ -14,13 +14,18 @@ from .how2 import How2Collator, load_how2
 from .how2_mini import HOW2_MINI_DOMAINS, How2MiniClip, generate_how2_mini, how2_mini_talk, write_how2_mini
 from .pseudo_queries import moments_of_similar_clips, pseudo_queries
 from .qvhighlights import ground_truth_records, load_qvhighlights, low_resource_split
+from .scene_tokens import SCENE_FEATURE_DIM, SceneTokens, people_tokens, piece_tokens, shape_tokens
 from .sentence_encoder import SentenceEncoder
 from .tvsum import TVSUM_DOMAINS, leave_one_video_out, load_tvsum, pool_frames
+from .vl_mini import VL_MINI_TASKS, VL_MINI_TOPICS, VLMiniExample, generate_vl_mini
 from .youtube_highlights import YOUTUBE_DOMAINS, load_youtube_highlights
 
 __all__ = [
     "HOW2_MINI_DOMAINS",
+    "SCENE_FEATURE_DIM",
     "TVSUM_DOMAINS",
+    "VL_MINI_TASKS",
+    "VL_MINI_TOPICS",
     "YOUTUBE_DOMAINS",
     "ClipFeatures",
     "FeatureStore",
@@ -28,11 +33,14 @@ __all__ = [
     "How2MiniClip",
     "MomentDetrCollator",
     "PooledFeatures",
+    "SceneTokens",
     "SentenceEncoder",
     "TextFeatures",
     "UMTCollator",
+    "VLMiniExample",
     "annotated_pairs",
     "generate_how2_mini",
+    "generate_vl_mini",
     "ground_truth_records",
     "how2_mini_talk",
     "l2_normalize",
@@ -43,10 +51,13 @@ __all__ = [
     "load_youtube_highlights",
     "low_resource_split",
     "moments_of_similar_clips",
+    "people_tokens",
+    "piece_tokens",
     "pool_frames",
     "pseudo_queries",
     "query_similarity",
     "ranked_pairs",
+    "shape_tokens",
     "temporal_endpoints",
     "window_pairs",
     "write_feature_archive",
