@@ -7,6 +7,8 @@ from .moment_detr import MomentDetrConfig, MomentDetrForTemporalGrounding
 from .umt import UMTConfig, UMTForTemporalGrounding
 from .vg_bart import VGBartConfig, VGBartForConditionalGeneration, VGBartModel
 from .vg_t5 import VGT5Config, VGT5ForConditionalGeneration
+from .vl_bart import VLBartConfig, VLBartForConditionalGeneration, VLBartModel
+from .vl_t5 import VLT5Config, VLT5ForConditionalGeneration
 
 __all__ = [
     "MomentDetrConfig",
@@ -18,6 +20,11 @@ __all__ = [
     "VGBartModel",
     "VGT5Config",
     "VGT5ForConditionalGeneration",
+    "VLBartConfig",
+    "VLBartForConditionalGeneration",
+    "VLBartModel",
+    "VLT5Config",
+    "VLT5ForConditionalGeneration",
     "grounding_records",
     "write_submission",
 ]
@@ -26,8 +33,12 @@ AutoConfig.register("moment_detr", MomentDetrConfig)
 AutoConfig.register("umt", UMTConfig)
 AutoConfig.register("vg_bart", VGBartConfig)
 AutoConfig.register("vg_t5", VGT5Config)
+AutoConfig.register("vl_bart", VLBartConfig)
+AutoConfig.register("vl_t5", VLT5Config)
 AutoModel.register(MomentDetrConfig, MomentDetrForTemporalGrounding)
 AutoModel.register(UMTConfig, UMTForTemporalGrounding)
 AutoModel.register(VGBartConfig, VGBartModel)
 AutoModelForSeq2SeqLM.register(VGBartConfig, VGBartForConditionalGeneration)
 AutoModelForSeq2SeqLM.register(VGT5Config, VGT5ForConditionalGeneration)
+AutoModelForSeq2SeqLM.register(VLBartConfig, VLBartForConditionalGeneration)
+AutoModelForSeq2SeqLM.register(VLT5Config, VLT5ForConditionalGeneration)
