@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "alignment": FLOOR_0,
     "models": FLOOR_0,
     "baselines": FLOOR_0 | {"adapter", "alignment", "models"},
+    "vl_adapter": FLOOR_0 | {"adapter", "alignment", "models"},
     "inspection": {"adapter", "models"},
     "demonstration": {"adapter"},
     "command_line": {"adapter", "backends", "demonstration", "inspection", "recurrence"},

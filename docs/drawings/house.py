@@ -17,7 +17,7 @@ FLOORS = (
     ("files", "values", "plain", "backends", "tasks", "versions"),
     ("recurrence", "transport", "spans", "data", "metrics"),
     ("adapter", "alignment", "models"),
-    ("baselines", "inspection", "demonstration"),
+    ("baselines", "vl_adapter", "inspection", "demonstration"),
     ("command_line",),
 )
 WIDTH, BOX, HEIGHT, STEP = 900, 130, 34, 110
