@@ -21,7 +21,7 @@ _FLAGS = {
     "downsample": False,
     "oneddownsample": False,
 }
-_RENAMED = {"feat_dim": "visual_feature_dim", "n_images": "num_images"}
+_RENAMED: dict[str, str] = {"feat_dim": "visual_feature_dim", "n_images": "num_images"}
 # Settings of the original that describe what is added to a model, or its data.
 _NOT_THE_BACKBONE = frozenset({"vocab_size", "vocab_size_after_resize", "n_boxes", "pos_dim", "reduction_factor"}) | {
     "add_adapter_cross_attn",
@@ -38,8 +38,8 @@ _UNSUPPORTED = ("vis_use_transformer", "expand_vis_embedding", "sparse_sample")
 class VisualTokenOptions(FromTextConfig):
     """Fields added to a text configuration; a mixin for `VLBartConfig` and `VLT5Config`.
 
-    Source: Cho et al., "Unifying Vision-and-Language Tasks via Text Generation", ICML 2021, section 3, and Sung et al.,
-    "VL-Adapter", CVPR 2022, section 3.1; defaults are those of the latter.
+    Source: Cho et al., "Unifying Vision-and-Language Tasks via Text Generation", ICML 2021, section 3; Sung et al.,
+    "VL-Adapter", CVPR 2022, section 3.1, whose settings are the defaults.
     """
 
     def set_visual_tokens(
@@ -130,7 +130,7 @@ class VisualTokenOptions(FromTextConfig):
         Raises:
             ValueError: a setting asks for something that is not part of these backbones.
         """
-        original = dict(options.get("config", options))
+        original: dict[str, Any] = dict(options.get("config", options))
         for name in _UNSUPPORTED:
             if original.pop(name, None):
                 raise ValueError(f"{name}=True of the original is not part of {cls.__name__}")
@@ -140,21 +140,18 @@ class VisualTokenOptions(FromTextConfig):
         norm = "separate" if flags["individual_vis_layer_norm"] else "joint"
         vocabulary = original.get("vocab_size_after_resize") or original["vocab_size"]
         pooling = "sequence" if flags["oneddownsample"] else "grid" if flags["downsample"] else None
-        fields = {
+        fields: dict[str, Any] = {
             _RENAMED.get(name, name): value
             for name, value in original.items()
             if name not in FIELDS_OF_THE_CLASS | _NOT_THE_BACKBONE
         }
-        return cls(
-            **fields,
-            vocab_size=vocabulary,
-            use_order_embeddings=flags["use_vis_order_embedding"],
-            visual_norm=norm if flags["use_vis_layer_norm"] else None,
-            share_embedding_norm=flags["share_vis_lang_layer_norm"],
-            visual_pooling=pooling,
-            pooled_tokens=_pooled(original.get("n_boxes", 36), pooling),
-        )
-
-
-def _pooled(boxes: int, pooling: str | None) -> int:
-    return int(boxes**0.5) ** 2 if pooling == "grid" else boxes
+        tokens = original.get("n_boxes", 36)
+        fields |= {
+            "vocab_size": vocabulary,
+            "use_order_embeddings": flags["use_vis_order_embedding"],
+            "visual_norm": norm if flags["use_vis_layer_norm"] else None,
+            "share_embedding_norm": flags["share_vis_lang_layer_norm"],
+            "visual_pooling": pooling,
+            "pooled_tokens": int(tokens**0.5) ** 2 if pooling == "grid" else tokens,
+        }
+        return cls(**fields)

@@ -181,7 +181,7 @@ class VisualTokens:
     """
 
     config: Any
-    embed_tokens: nn.Module
+    embed_tokens: Any
 
     def add_visual_tokens(self, norm: Callable[[int], nn.Module] = nn.LayerNorm) -> None:
         """Create the modules on this encoder.
