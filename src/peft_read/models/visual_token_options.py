@@ -57,6 +57,7 @@ class VisualTokenOptions(FromTextConfig):
         prompt_length: int,
         prompt_width: int,
         prompt_tasks: list[str] | None,
+        decoder_prompt_length: int = 0,
     ) -> None:
         """Check the fields against each other and store them.
 
@@ -75,6 +76,7 @@ class VisualTokenOptions(FromTextConfig):
             prompt_length: learnable vectors before the text (P); 0 for none.
             prompt_width: width of the perceptron that makes them.
             prompt_tasks: the tasks that have prompts of their own; None: one set for all.
+            decoder_prompt_length: learnable vectors before the decoder's tokens; 0 for none.
 
         Raises:
             ValueError: a value is not allowed, or two values contradict each other.
@@ -85,6 +87,7 @@ class VisualTokenOptions(FromTextConfig):
             ("pooled_tokens", pooled_tokens, 1),
             ("prompt_length", prompt_length, 0),
             ("prompt_width", prompt_width, 1),
+            ("decoder_prompt_length", decoder_prompt_length, 0),
         ):
             if plain_integer(name, value) < low:
                 raise ValueError(f"{name}={value} must be at least {low}")
@@ -104,7 +107,7 @@ class VisualTokenOptions(FromTextConfig):
             prompt_tasks = plain_names("prompt_tasks", prompt_tasks)
             if not prompt_tasks or len(set(prompt_tasks)) < len(prompt_tasks) or any("." in t for t in prompt_tasks):
                 raise ValueError(f"prompt_tasks={prompt_tasks} must be different names without a dot, at least one")
-            if not prompt_length:
+            if not prompt_length and not decoder_prompt_length:
                 raise ValueError(f"prompt_tasks={prompt_tasks} need a prompt_length above 0")
         self.visual_feature_dim = plain_integer("visual_feature_dim", visual_feature_dim)
         self.num_images = plain_integer("num_images", num_images)
@@ -117,15 +120,17 @@ class VisualTokenOptions(FromTextConfig):
         self.prompt_length = plain_integer("prompt_length", prompt_length)
         self.prompt_width = plain_integer("prompt_width", prompt_width)
         self.prompt_tasks = prompt_tasks
+        self.decoder_prompt_length = plain_integer("decoder_prompt_length", decoder_prompt_length)
 
     @classmethod
-    def from_original_options(cls, options: Mapping[str, Any]) -> Any:
+    def from_original_options(cls, options: Mapping[str, Any], **added: Any) -> Any:
         """The backbone's configuration from the options of the original implementation.
 
         What is added to the backbone, such as adapters and prompts, is left out.
 
         Args:
             options: the settings by their original names, or a mapping that holds them as `"config"`.
+            **added: fields of the configuration beside those of the backbone.
 
         Raises:
             ValueError: a setting asks for something that is not part of these backbones.
@@ -154,4 +159,4 @@ class VisualTokenOptions(FromTextConfig):
             "visual_pooling": pooling,
             "pooled_tokens": int(tokens**0.5) ** 2 if pooling == "grid" else tokens,
         }
-        return cls(**fields)
+        return cls(**fields, **added)
