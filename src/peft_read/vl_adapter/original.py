@@ -100,9 +100,10 @@ def load_original(checkpoint: Checkpoint, options: Mapping[str, Any]) -> Any:
 
     Args:
         checkpoint: a path or a state dict, with or without the prefix of a data-parallel wrapper.
-        options: `{"backbone": "bart" or "t5", "config": ..., "options": ..., "tasks": [...], "original_flags": [...]}`:
-            the backbone's configuration, the settings of what was added by the names of the original's configuration
-            (`adapter_config` with its `class`, `lora_config`, `encoder_prompt_config`), and the command line.
+        options: `"backbone"`, "bart" or "t5"; `"config"`, the backbone's configuration by its original names;
+            `"options"`, the settings of what was added, `adapter_config` with its `class`, `lora_config`,
+            `encoder_prompt_config`, `decoder_prompt_config`; `"tasks"`, their names; `"original_flags"`, the command
+            line as a list.
 
     Returns:
         A `PeftModel`, or the backbone itself where it has no adapter.
@@ -334,7 +335,7 @@ def _add_lora(
         first = name == names[0]
         config = LoraConfig(
             r=next(len(value) for key, value in factors.items() if ".lora_As." in key),
-            lora_alpha=int(lora.get("lora_alpha") or settings.flags.get("lora_alpha") or LORA_ALPHA),
+            lora_alpha=_whole(float(lora.get("lora_alpha") or settings.flags.get("lora_alpha") or LORA_ALPHA)),
             lora_dropout=float(lora.get("lora_dropout", LORA_DROPOUT)),
             target_modules=LORA_TARGETS[settings.backbone],
             bias="all" if first and settings.backbone == "bart" else "none",
@@ -354,6 +355,10 @@ def _add_lora(
         model.get_base_model(), _renamed(factors, rename), expected=lambda key: ".lora_A." in key or ".lora_B." in key
     )
     return model
+
+
+def _whole(number: float) -> Any:
+    return int(number) if number.is_integer() else number
 
 
 def _unfreeze(base: nn.Module, settings: _Settings) -> None:

@@ -163,7 +163,7 @@ class VLBartModel(BartModel):
             return cache
         if cache.is_compileable:
             raise ValueError(
-                "decoder_prompt_length: the prompts of the decoder need a dynamic cache, not a static one"
+                "decoder_prompt_length: the prompts of the decoder need a dynamic cache, no static one"
             )
         prompts = self.decoder_prompts(self.shared.weight.new_empty(batch, 0, 0))
         self.decoder(inputs_embeds=prompts, use_cache=True, **cache_argument(cache, None))
