@@ -6,6 +6,7 @@ torchrun --nproc_per_node 2 tests/distributed_checks.py ddp|fsdp2 <folder> [fami
 import sys
 from pathlib import Path
 
+import test_multitask_trainer as multitask
 import torch
 import torch.distributed as dist
 from peft import get_peft_model
@@ -45,6 +46,24 @@ def check_ddp(folder: Path) -> None:
             assert abs(log[0]["pvla_loss"] - pvla) < 1e-4 * pvla, (family, log[0], pvla)
             if family != "bart":
                 break
+    check_multitask(folder / "tasks")
+
+
+def check_multitask(folder: Path) -> None:
+    """Two processes x accumulation 3 of six batches of three tasks = one step that holds all of them."""
+    train = multitask.data()
+    found, log = multitask.step_of(
+        folder,
+        train,
+        options={"task_batch_sizes": {"vqa": 4, "nlvr": 2, "caption": 3}},
+        gradient_accumulation_steps=3,
+        ddp_backend="gloo",
+    )
+    assert dist.get_world_size() == WORLD_SIZE
+    error = relative_error(found, multitask.expected_step(train, batches={"vqa": 2, "nlvr": 2, "caption": 2}))
+    assert error < 1e-5, error
+    mean = sum(log[0][f"{task}_loss"] for task in multitask.TASKS) / 3
+    assert abs(log[0]["loss"] - mean) < 1e-4 * mean, log[0]
 
 
 class AssertingTrainer(AlignedTrainer):

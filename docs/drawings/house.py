@@ -18,7 +18,7 @@ FLOORS = (
     ("recurrence", "transport", "spans", "data", "metrics"),
     ("peft_methods",),
     ("adapter", "bottleneck", "alignment", "models"),
-    ("baselines", "inspection", "demonstration"),
+    ("baselines", "vl_adapter", "inspection", "demonstration"),
     ("command_line",),
 )
 WIDTH, BOX, HEIGHT, STEP = 900, 130, 34, 110

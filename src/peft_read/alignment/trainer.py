@@ -167,11 +167,7 @@ class PVLALossMixin(_Base):
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir or ".")
             if resume_from_checkpoint is None:
                 raise ValueError(f"{self.args.output_dir} holds no whole checkpoint to resume from")
-        prepared = getattr(self.model, "_is_accelerate_prepared", False)
-        if prepared and self.accelerator.num_processes > 1 and not self.is_fsdp_enabled:
-            # evaluate() and predict() prepare the bare model and leave this mark on it, and accelerate then skips it
-            # in train(): no DDP wrapper, so every process would silently train on gradients of its own.
-            self.model._is_accelerate_prepared = False  # type: ignore[union-attr, assignment]
+        wrap_again(self)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -273,6 +269,10 @@ class PVLALossMixin(_Base):
         """
         if num_items_in_batch is None or labels is None or self.label_smoother is not None or self.compute_loss_func:
             return loss
+        if (
+            getattr(self, "loss_is_scaled_for_ga", None) is not None
+        ):  # a trainer with a loss of its own, which it scales
+            return loss
         logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
         if not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False) or logits is None:
             return loss
@@ -285,6 +285,17 @@ class PVLALossMixin(_Base):
             loss = loss * (tokens / num_items_in_batch)
         # A micro-batch without any label has the mean of nothing, NaN; it contributes nothing.
         return torch.where(tokens > 0, loss, logits.sum() * 0)
+
+
+def wrap_again(trainer: Any) -> None:
+    """Lets accelerate wrap the model in `train()` although it has been evaluated before.
+
+    `evaluate()` and `predict()` prepare the bare model and leave a mark on it, and accelerate then skips it in
+    `train()`: without a DDP wrapper every process would silently train on gradients of its own.
+    """
+    prepared = getattr(trainer.model, "_is_accelerate_prepared", False)
+    if prepared and trainer.accelerator.num_processes > 1 and not trainer.is_fsdp_enabled:
+        trainer.model._is_accelerate_prepared = False
 
 
 class _Follower(TrainerCallback):

@@ -12,6 +12,7 @@ from .collators import MomentDetrCollator, UMTCollator, annotated_pairs, ranked_
 from .features import FeatureStore, write_feature_archive
 from .how2 import How2Collator, load_how2
 from .how2_mini import HOW2_MINI_DOMAINS, How2MiniClip, generate_how2_mini, how2_mini_talk, write_how2_mini
+from .multitask import MultitaskBatchSampler, MultitaskDataset
 from .pseudo_queries import moments_of_similar_clips, pseudo_queries
 from .qvhighlights import ground_truth_records, load_qvhighlights, low_resource_split
 from .sentence_encoder import SentenceEncoder
@@ -27,6 +28,8 @@ __all__ = [
     "How2Collator",
     "How2MiniClip",
     "MomentDetrCollator",
+    "MultitaskBatchSampler",
+    "MultitaskDataset",
     "PooledFeatures",
     "SentenceEncoder",
     "TextFeatures",

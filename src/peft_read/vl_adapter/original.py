@@ -17,7 +17,7 @@ from ..models.original_checkpoints import Checkpoint, load_original_weights, ori
 
 __all__ = ["load_original"]
 
-BACKBONES = {
+BACKBONES: dict[str, tuple[Any, Any]] = {
     "bart": (VLBartConfig, VLBartForConditionalGeneration),
     "t5": (VLT5Config, VLT5ForConditionalGeneration),
 }
@@ -211,7 +211,7 @@ def _add(base: Any, settings: _Settings, weights: Mapping[str, Tensor]) -> Any:
     config = _adapter_config(settings, settings.adapter, base.config.d_model, saved)
     model = get_peft_model(base, config)
     inner = model.get_base_model()
-    prefix = model.base_model.prefix
+    prefix: str = model.base_model.prefix  # type: ignore[assignment]
     original = {
         key: value for key, value in weights.items() if re.search(r"_adapter\.|hyper_net\.|task_embed\.|phm_rule", key)
     }

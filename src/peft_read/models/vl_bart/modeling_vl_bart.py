@@ -162,9 +162,7 @@ class VLBartModel(BartModel):
         if cache.get_seq_length():
             return cache
         if cache.is_compileable:
-            raise ValueError(
-                "decoder_prompt_length: the prompts of the decoder need a dynamic cache, no static one"
-            )
+            raise ValueError("decoder_prompt_length: the prompts of the decoder need a dynamic cache, no static one")
         prompts = self.decoder_prompts(self.shared.weight.new_empty(batch, 0, 0))
         self.decoder(inputs_embeds=prompts, use_cache=True, **cache_argument(cache, None))
         return cache
