@@ -11,7 +11,7 @@ FAST_TESTS := $(addprefix tests/test_,adapter.py adapter_lifecycle.py adapter_ge
 .PHONY: demo test test-slow test-oldest test-newest lint format docs clean
 
 demo: $(VENV)/.demo
-	$(BIN)/accelerate launch --num_processes 1 --cpu examples/how2_summarize.py --output_dir outputs/how2_mini
+	$(BIN)/accelerate launch --config_file examples/accelerate/one_cpu.yaml examples/how2_summarize.py --output_dir outputs/how2_mini
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 -m "not slow" tests

@@ -31,6 +31,7 @@ from grounding_data import DataArguments, Fold, GroundingData, check_data_argume
 from grounding_report import describe, draw
 from methods import PEFT_METHODS, MethodArguments, apply_method, check_method
 from peft import PeftModel
+from progress import show_progress
 from run_folder import (
     KeepCheckpoints,
     RunFolder,
@@ -282,6 +283,7 @@ class Run:
             pvla_config=alignment(script) if script.pvla else None,
             callbacks=[keep],
         )
+        show_progress(trainer)
         result: dict[str, Any] = {
             "method": script.method + (" + PVLA" if script.pvla else ""),
             "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),

@@ -21,7 +21,7 @@ from multitask_models import (
     save_trained,
 )
 from multitask_report import write_report
-from peft_read.vl_adapter import MultitaskMixin
+from progress import show_progress
 from run_folder import (
     KeepCheckpoints,
     RunFolder,
@@ -41,6 +41,7 @@ from peft_read import PVLAConfig, PVLALossMixin, set_task
 from peft_read.alignment import last_whole_checkpoint
 from peft_read.data import MultitaskDataset
 from peft_read.files import write_whole
+from peft_read.vl_adapter import MultitaskMixin
 
 
 @dataclass
@@ -185,6 +186,7 @@ class Run:
             task_losses={task: self.suite[task].loss for task in self.tasks},
             callbacks=[KeepCheckpoints(self.folder)],
         )
+        show_progress(trainer)
         result: dict[str, Any] = {
             "suite": script.suite,
             "method": self.name(),

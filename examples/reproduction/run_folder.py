@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from progress import be_quiet
 from transformers import HfArgumentParser, TrainerCallback
 
 from peft_read.alignment import last_whole_checkpoint
@@ -329,6 +330,7 @@ def _end_with_stdin() -> None:
 def run_script(name: str, prepare: Callable[[list[str]], Any]) -> Any:
     """Prepares and executes; bad input is one line, before any training time is spent."""
     end_with_parent()
+    be_quiet()
     try:
         prepared = prepare(sys.argv[1:])
     except (ValueError, OSError) as error:

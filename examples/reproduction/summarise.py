@@ -17,6 +17,7 @@ import yaml
 from how2_report import write_report
 from methods import check_method
 from peft import PeftModel
+from progress import show_progress
 from run_folder import (
     KeepCheckpoints,
     RunFolder,
@@ -335,6 +336,7 @@ class Run:
             lr_step_factor=script.lr_step_factor,
         )
         trainer.add_callback(KeepCheckpoints(self.folder, part))
+        show_progress(trainer)
         result: dict[str, Any] = {
             "method": script.method + (" + PVLA" if pvla else ""),
             "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),

@@ -1,0 +1,73 @@
+"""What a run shows while it is at work: a line per epoch, a bar on a terminal, no warning that nobody can act on."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any
+
+import datasets
+from tqdm import tqdm
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers.utils import logging
+
+
+def be_quiet() -> None:
+    """Leaves out the bars of loading and saving, and warnings about the insides of libraries."""
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    # peft asks for the old name, and falls back on nothing of ours.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+
+
+def show_progress(trainer: Trainer) -> None:
+    """Replaces the Trainer's bars and dictionaries by a `Progress`."""
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(Progress())
+
+
+class Progress(TrainerCallback):
+    """A line per epoch with the losses, and a bar of optimiser steps where standard error is a terminal."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and sys.stderr.isatty() and not args.disable_tqdm:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", leave=False)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.eval_strategy != "epoch":
+            self._say(args, state, {})
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        self._say(args, state, metrics)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def _say(self, args: Any, state: Any, metrics: dict[str, float]) -> None:
+        if not state.is_world_process_zero:
+            return
+        training = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
+        parts = _losses(training) + [f"validation {part}" for part in _losses(metrics, "eval_")]
+        steps = f"step {state.global_step} of {state.max_steps}"
+        line = f"epoch {state.epoch or 0:.3g} of {args.num_train_epochs:g} ({steps}): {', '.join(parts)}"
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def _losses(entry: dict[str, float], prefix: str = "") -> list[str]:
+    """Every loss of an entry of the log, as words."""
+    return [
+        f"{name.removeprefix(prefix).replace('_', ' ')} {value:.4f}"
+        for name, value in entry.items()
+        if name.endswith("loss") and name.startswith(prefix)
+    ]
