@@ -578,6 +578,14 @@ def test_inputs_that_make_no_sense(backbone):
         model(**text, visual_features=torch.randn(3, 12, 12), image_ids=ids, labels=LABELS)
     ids = torch.tensor([0] * 6 + [1] * 6).expand(3, -1)
     model(**text, visual_features=torch.randn(3, 12, 12), image_ids=ids, labels=LABELS)
+    # padding after two images counts for neither, whatever its number
+    model(
+        **text,
+        visual_features=torch.randn(3, 20, 12),
+        image_ids=torch.nn.functional.pad(ids, (0, 8)),
+        visual_mask=torch.arange(20).lt(12).expand(3, -1),
+        labels=LABELS,
+    )
     if backbone is BART:
         with pytest.raises(ValueError, match="a text of 33 tokens, but the position table has 32 rows"):
             model(torch.ones(3, 33, dtype=torch.long), visual_features=torch.randn(3, 6, 12), labels=LABELS)
