@@ -111,6 +111,10 @@ class _Shared(nn.Module, BottleneckState):
         """Itself: it wraps nothing."""
         return self
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """X as it is: a `torch.nn.Sequential` calls whatever stands in it."""
+        return x
+
     def __repr__(self) -> str:
         return "peft_read." + super().__repr__()
 
