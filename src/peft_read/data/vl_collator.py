@@ -144,8 +144,8 @@ class VLCollator:
             raise ValueError(f"{where}: {len(features)} visual tokens, {len(boxes)} boxes, {len(images)} image ids")
         if boxes.numel() and (boxes.min() < -BOX_TOLERANCE or boxes.max() > 1 + BOX_TOLERANCE):
             raise ValueError(
-                f"{where}: a box reaches outside the image ({float(boxes.min()):g} to {float(boxes.max()):g}): boxes are "
-                "x1, y1, x2, y2 in shares of the image; divide pixels by its width and height"
+                f"{where}: a box reaches outside the image ({float(boxes.min()):g} to {float(boxes.max()):g}): boxes "
+                "are x1, y1, x2, y2 in shares of the image; divide pixels by its width and height"
             )
         return features, boxes, images
 
@@ -244,7 +244,7 @@ def _table(value: Any, where: str, columns: int | None = None) -> Tensor:
 def _whole(value: Any, where: str) -> Tensor:
     array = np.asarray(array_of(value))
     if array.ndim != 1 or array.dtype.kind not in "iu" or (array < 0).any():
-        raise ValueError(f"{where} must be whole numbers (V,) from 0 on, not {shown(value)}")
+        raise ValueError(f"{where}: image ids must be whole numbers (V,) from 0 on, not {shown(value)}")
     return torch.from_numpy(np.array(array, dtype=np.int64))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def write_predictions(
     ]:
         raise ValueError(f"the prediction of {wrong[0][0]!r} must be a text, not {shown(wrong[0][1])}")
     keys = [_key(task, row) for row in rows]
-    if twice := sorted({key for key in keys if keys.count(key) > 1}) if len(set(keys)) < len(keys) else []:
+    if twice := [key for key, times in Counter(keys).items() if times > 1]:
         raise ValueError(f"{len(twice)} ids come twice, such as {listed(twice)}: one prediction per id")
     said = list(zip(rows, keys, (text.strip() for text in predictions), strict=True))
     with write_whole(path) as file:
@@ -77,6 +78,8 @@ def write_predictions(
 
 def _key(task: str, row: Mapping[str, Any]) -> str:
     """What the benchmark calls a row."""
+    if task == "nlvr" and str(row.get("group")).count("-") != 3:  # NLVR has no identifier of its own beside the id
+        row = {**row, "group": row.get("id")}
     field = {"nlvr": "group", "caption": "group", "tvc": "group", "yc2c": "group"}.get(task, "id")
     key = row.get(field)
     if not isinstance(key, str) or not key:

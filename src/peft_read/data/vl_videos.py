@@ -150,7 +150,7 @@ def _captions(task: str, annotations: str | Path, subtitles: Subtitles, prompt: 
     reader, clips, words = ExampleReader("caption"), ExampleReader("clip"), _words(subtitles)
     for record in iterate_jsonl(annotations, required=("clip_id", "vid_name", *(("ts",) if task == "tvc" else ()))):
         clip, video = clips.key(record, "clip_id"), record.text("vid_name")
-        times: dict[str, float] = {}
+        times: dict[str, Any] = {}
         parts = _subtitles_of(words, video, record)
         if task == "tvc":
             start, end = table(record["ts"], record.where("ts"), low=0).tolist() if _pair(record) else (0.0, 0.0)
