@@ -345,6 +345,8 @@ def test_save_and_load_through_the_auto_classes(backbone, tmp_path):
     assert (config.visual_norm, config.prompt_tasks, config.max_objects) == ("joint", ["vqa", "gqa"], 40)
     loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
     assert isinstance(loaded, backbone.model_class)
+    more = backbone.model_class.from_pretrained(tmp_path, prompt_length=4, prompt_tasks=None)
+    assert encoder_of(more, backbone).task_prompts.embedding.weight.shape == (4, 16)
     set_task(loaded, "gqa")
     set_task(model, "gqa")
     torch.testing.assert_close(loaded(**inputs, labels=LABELS).logits, model(**inputs, labels=LABELS).logits)
