@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForSeq2SeqLM,
     BartConfig,
     BartForConditionalGeneration,
@@ -450,6 +451,14 @@ def test_states_of_the_encoder_may_be_given(backbone):
     torch.testing.assert_close(joint.logits, expected)
     with pytest.raises(ValueError, match="covers neither the 16 states"):
         model(encoder_outputs=(states.last_hidden_state,), attention_mask=torch.ones(3, 14), labels=LABELS)
+
+
+def test_the_model_without_a_head_is_the_same_below_it():
+    model, inputs = small_model(BART, **PROMPTS), batch(BART)
+    bare = AutoModel.from_config(model.config)
+    bare.load_state_dict(model.model.state_dict())
+    states = bare.eval()(**inputs, decoder_input_ids=model.prepare_decoder_input_ids_from_labels(LABELS))
+    torch.testing.assert_close(model.lm_head(states.last_hidden_state), model(**inputs, labels=LABELS).logits)
 
 
 def test_tuples_embeddings_masks_of_other_types_and_attentions(backbone):
