@@ -89,6 +89,8 @@ class _Shared(nn.Module, BottleneckState):
     """A child of the adapted model, so that peft finds, trains, saves, moves and deletes what it holds."""
 
     other_param_names: tuple[str, ...] = ()
+    # What peft asks its layers about the module they wrap.
+    weight = bias = in_features = out_features = None  # type: ignore[assignment]
 
     def __init__(self, like: torch.Tensor | None) -> None:
         super().__init__()
