@@ -19,14 +19,16 @@ MAY_IMPORT = {
     "files": set(),
     "data": {"spans", "files", "values"},
     "metrics": {"spans", "files", "values"},
-    "adapter": FLOOR_0,
+    "peft_methods": {"files", "plain"},
+    "adapter": FLOOR_0 | {"peft_methods"},
+    "bottleneck": FLOOR_0 | {"peft_methods"},
     "alignment": FLOOR_0,
     "models": FLOOR_0,
     "baselines": FLOOR_0 | {"adapter", "alignment", "models"},
     "vl_adapter": FLOOR_0 | {"adapter", "alignment", "models"},
     "inspection": {"adapter", "models"},
     "demonstration": {"adapter"},
-    "command_line": {"adapter", "backends", "demonstration", "inspection", "recurrence"},
+    "command_line": {"adapter", "peft_methods", "backends", "demonstration", "inspection", "recurrence"},
 }
 
 

@@ -16,7 +16,8 @@ PICTURE = Path(__file__).parents[1] / "pictures" / "house.svg"
 FLOORS = (
     ("files", "values", "plain", "backends", "tasks", "versions"),
     ("recurrence", "transport", "spans", "data", "metrics"),
-    ("adapter", "alignment", "models"),
+    ("peft_methods",),
+    ("adapter", "bottleneck", "alignment", "models"),
     ("baselines", "vl_adapter", "inspection", "demonstration"),
     ("command_line",),
 )

@@ -15,10 +15,10 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 from .adapter import READConfig
-from .adapter.card import update_model_card
 from .backends import show_backends
 from .demonstration import demonstrate
 from .inspection import aligned_table, inspect_model
+from .peft_methods.card import update_model_card
 from .recurrence import CELLS
 
 __all__ = ["main"]

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from types import TracebackType
+from typing import Any
 
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 __all__ = ["TaskModule", "set_task", "task_modules"]
@@ -14,7 +19,7 @@ class TaskModule:
     """A mixin for modules whose weights depend on the task, such as an adapter with a set of weights per task.
 
     Attributes:
-        task_names: the tasks it has weights for.
+        task_names: the tasks it has weights for; a module without any does not depend on the task.
         task: the one that the next forward passes serve; None before the first `set_task`.
     """
 
@@ -28,6 +33,11 @@ class set_task:
     Called as a function it takes effect at once and stays; as a context, `with set_task(model, "vqa"):`, the tasks
     from before come back at its end. A model whose tasks share every weight has nothing to switch and is left alone.
 
+    Adapters of peft that are named after tasks, one LoRA per task for example, are switched too: the one of this name
+    becomes the active one. Unlike `model.set_adapter`, this freezes none of the others, so that all tasks can be
+    trained in turn by one optimizer; `model.base_model.set_requires_grad(["vqa", "gqa"])` makes them all trainable
+    before that optimizer is made.
+
     Args:
         model: the model, wrapped (peft, DDP, torch.compile) or not.
         task: the name of the task.
@@ -37,15 +47,22 @@ class set_task:
     """
 
     def __init__(self, model: nn.Module, task: str) -> None:
-        self._before: list[tuple[TaskModule, str | None]] = []
-        modules = list(task_modules(model))
+        self._before: list[tuple[Any, str, Any]] = []
+        switched = _adapters_of(model, task)
+        modules = [module for module in task_modules(model) if module.task_names]
         for module in modules:
-            if task not in module.task_names:
-                known = ", ".join(map(repr, module.task_names)) or "none"
+            if task not in module.task_names and module not in switched:
+                known = ", ".join(map(repr, module.task_names))
                 raise ValueError(f"task {task!r} is unknown to this model, which has weights for: {known}")
-        for module in modules:
-            self._before.append((module, module.task))
-            module.task = task
+        for adapted in switched:
+            attribute = "active_adapter" if isinstance(adapted, BaseTuner | PeftModel) else "_active_adapter"
+            self._change(adapted, attribute, [task] if isinstance(adapted, BaseTunerLayer) else task)
+        for module in task_modules(model):
+            self._change(module, "task", task)
+
+    def _change(self, module: Any, attribute: str, value: Any) -> None:
+        self._before.append((module, attribute, getattr(module, attribute)))
+        setattr(module, attribute, value)
 
     def __enter__(self) -> set_task:
         return self
@@ -53,10 +70,57 @@ class set_task:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for module, task in self._before:
-            module.task = task
+        for module, attribute, value in reversed(self._before):
+            setattr(module, attribute, value)
 
 
 def task_modules(model: nn.Module) -> Iterator[TaskModule]:
     """Everything in a model that `set_task` switches."""
     return (module for module in model.modules() if isinstance(module, TaskModule))
+
+
+def _adapters_of(model: nn.Module, task: str) -> list[nn.Module]:
+    """The parts of a model that have an adapter of peft named after a task, in the order in which they are switched.
+
+    Raises:
+        ValueError: if there are several adapters to choose from and none has this name.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    names: dict[type, set[str]] = {}
+    for layer in layers:
+        names.setdefault(type(layer), set()).update(layer._get_available_adapters())
+    everything = sorted(set().union(*names.values()))
+    if task not in everything:
+        if len(everything) > 1 and not any(module.task_names for module in task_modules(model)):
+            known = ", ".join(map(repr, everything))
+            raise ValueError(f"task {task!r} is unknown to this model, which has adapters for: {known}")
+        return []
+    # A layer without this adapter is switched with the others of its kind, or it would go on serving another task.
+    switched: list[Any] = [layer for layer in layers if task in names[type(layer)]]
+    _warn_where_frozen(switched, task)
+    for module in model.modules():
+        if (isinstance(module, AuxiliaryTrainingWrapper) and task in module._adapters) or (
+            isinstance(module, BaseTuner | PeftModel) and task in module.peft_config
+        ):
+            switched.append(module)
+    return switched
+
+
+def _warn_where_frozen(layers: list[Any], task: str) -> None:
+    """Says that a task's adapter is not trained while those of other tasks are."""
+    for layer in layers:
+        trained = {
+            name: any(parameter.requires_grad for parameter in parameters.parameters())
+            for part in layer.adapter_layer_names
+            for name, parameters in getattr(layer, part).items()
+            if isinstance(parameters, nn.Module)
+        }
+        if layer.training and trained and not trained.get(task, True) and any(trained.values()):
+            others = [name for name, is_trained in trained.items() if is_trained]
+            warnings.warn(
+                f"the adapter of task {task!r} is frozen while those of {', '.join(map(repr, others))} are trained; "
+                f"to train all of them, call model.base_model.set_requires_grad({sorted([*others, task])}) before "
+                "the optimizer is made",
+                stacklevel=4,
+            )
+            return

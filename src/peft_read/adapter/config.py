@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import re
-import tempfile
 import warnings
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, ClassVar, Optional, Union
 
-from peft import PeftConfig
-from peft.utils import CONFIG_NAME, PeftType
+from peft.utils import PeftType
 
-from ..files import write_whole
-from ..plain import plain_flag, plain_integer, plain_integers, plain_names, plain_number
+from ..peft_methods import AdapterConfig
+from ..peft_methods.configuration import check_json, check_pattern, checked_positive
+from ..plain import plain_flag
 from ..recurrence import CELLS
-from .card import update_model_card
 
 __all__ = ["READConfig"]
 
 
 @dataclass
-class READConfig(PeftConfig):
+class READConfig(AdapterConfig):
     """The configuration of READ, the recurrent adapter of READ-PVLA (arXiv 2312.06950, equation 5).
 
     The output O (B, T, d) of a feed-forward block becomes O + GELU(RNN(O W_down)) W_up, with W_down d×r and W_up r×d.
@@ -53,6 +48,13 @@ class READConfig(PeftConfig):
     Raises:
         ValueError: if a value is not one of those above.
     """
+
+    card_title: ClassVar[str] = "READ adapter"
+    card_tags: ClassVar[tuple[str, ...]] = ("read", "peft-read", "arxiv:2312.06950")
+    card_text: ClassVar[str] = (
+        "A recurrent adapter (READ, [arXiv 2312.06950](https://arxiv.org/abs/2312.06950)): the output O of each "
+        "adapted module\nbecomes O + GELU(RNN(O W_down)) W_up, with the base model frozen."
+    )
 
     r: int = field(default=4, metadata={"help": "The width k of the bottleneck and of the recurrence."})
     cell: str = field(default="rnn", metadata={"help": "The recurrence: 'rnn', 'gru', 'lstm', or 'none'."})
@@ -122,39 +124,8 @@ class READConfig(PeftConfig):
                 stacklevel=3,
             )
 
-    def _check_modules(self) -> None:
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                _check_pattern(name, value)
-            elif value is not None:
-                setattr(self, name, set(plain_names(name, value)))
-        if self.target_modules is not None and not self.target_modules:
-            raise ValueError("`target_modules` is empty; leave it out for the modules of the model's architecture.")
-        if self.modules_to_save is not None:
-            self.modules_to_save = plain_names("modules_to_save", self.modules_to_save)
-
-    def _check_layers(self) -> None:
-        layers: Any = self.layers_to_transform
-        if layers is not None:
-            is_list = isinstance(layers, list | tuple | set | range) or getattr(layers, "ndim", 0) > 0
-            plain = plain_integers if is_list else plain_integer
-            self.layers_to_transform = layers = plain("layers_to_transform", layers)  # type: ignore[operator]
-            if negative := [index for index in (layers if is_list else [layers]) if index < 0]:
-                raise ValueError(f"`layers_to_transform` counts layers from 0, got {negative[0]}.")
-        if self.layers_pattern is not None and not isinstance(self.layers_pattern, str):
-            self.layers_pattern = plain_names("layers_pattern", self.layers_pattern)
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
-        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
-            raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
-
     def _check_numbers(self) -> None:
-        self.dropout = plain_number("dropout", self.dropout)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"`dropout` is a probability in [0, 1), got {self.dropout}.")
+        self._check_dropout()
         for name in ("use_bias", "bidirectional", "batch_first"):
             setattr(self, name, plain_flag(name, getattr(self, name)))
         if self.init_weights != "paper":
@@ -171,10 +142,10 @@ class READConfig(PeftConfig):
             if not isinstance(patterns, dict):
                 raise ValueError(f"`{name}` maps names of modules to values, got {patterns!r}.")
             for pattern in patterns:
-                _check_pattern(f"{name}[{pattern!r}]", pattern)
-        self.r = _checked_rank("r", self.r)
+                check_pattern(f"{name}[{pattern!r}]", pattern)
+        self.r = checked_positive("r", self.r)
         if self.rank_pattern is not None:
-            self.rank_pattern = {k: _checked_rank(f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items()}
+            self.rank_pattern = {k: checked_positive(f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items()}
         for origin, rank in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.ranks.items()}}.items():
             if self.bidirectional and rank % 2:
                 raise ValueError(f"bidirectional=True gives each direction r/2 numbers; `{origin}`={rank} is odd.")
@@ -189,70 +160,17 @@ class READConfig(PeftConfig):
         if not isinstance(self.pvla, dict):
             raise ValueError(f"`pvla` is the record of the alignment loss, a dict, got {self.pvla!r}.")
         for key, value in self.pvla.items():
-            _check_json(f"pvla[{key!r}]", value)
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save the configuration, whole or not at all, and READ's part of the model card beside it.
-
-        Raises:
-            ValueError: a value that JSON cannot hold, which was put in after the configuration was made.
-        """
-        for name, value in self.to_dict().items():
-            _check_json(name, sorted(value) if isinstance(value, set) else value)
-        auto_mapping = kwargs.get("auto_mapping_dict")
-        with tempfile.TemporaryDirectory() as scratch:
-            super().save_pretrained(scratch, **kwargs)
-            saved = json.loads(Path(scratch, CONFIG_NAME).read_text())
-        for name, value in self.to_dict().items():
-            if isinstance(value, set):
-                saved[name] = sorted(value)  # the same file every time: a set has no order
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        with write_whole(Path(save_directory) / CONFIG_NAME) as file:
-            file.write(json.dumps(saved, indent=2, sort_keys=True))
-        update_model_card(save_directory, self, auto_mapping)
-
-    @classmethod
-    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> Any:
-        """Load the attributes of a configuration from a JSON file.
-
-        Raises:
-            ValueError: the file holds no JSON object; it is named.
-        """
-        try:
-            loaded = super().from_json_file(path_json_file, **kwargs)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path_json_file} holds no configuration: {error}") from error
-        if not isinstance(loaded, dict):
-            raise ValueError(f"{path_json_file} holds no configuration but {type(loaded).__name__}")
-        return loaded
+            check_json(f"pvla[{key!r}]", value)
 
     @property
     def ranks(self) -> dict[str, int]:
         """`rank_pattern`, empty where there is none."""
         return self.rank_pattern or {}
 
-
-def _checked_rank(origin: str, rank: Any) -> int:
-    try:
-        number = plain_integer(origin, rank)
-    except ValueError as error:
-        raise ValueError(f"`{origin}` should be a positive integer, got {rank!r}.") from error
-    if number < 1:
-        raise ValueError(f"`{origin}` should be a positive integer, got {rank!r}.")
-    return number
-
-
-def _check_pattern(origin: str, pattern: Any) -> None:
-    if not isinstance(pattern, str) or not pattern:
-        raise ValueError(f"`{origin}` should be the name of a module or a regular expression, got {pattern!r}.")
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"`{origin}` is no regular expression: {pattern!r}, {error}.") from error
-
-
-def _check_json(origin: str, value: Any) -> None:
-    try:
-        json.dumps(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"`{origin}` cannot be saved as JSON: {error}.") from error
+    def card_facts(self) -> dict[str, str]:
+        """The rows of the model card that tell the width and the recurrence."""
+        return {
+            "r": str(self.r),
+            "cell": self.cell + (", bidirectional" if self.bidirectional else ""),
+            "biases": "yes" if self.use_bias else "no",
+        }

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from ..peft_methods.checkpointing import scope_checkpoints, unscope_checkpoints
+from ..peft_methods.stacks import (
+    RAW_INPUTS,
+    blocks_around,
+    find_stack,
+    is_batch_first,
+    parameters_of,
+    tower_around,
+    videos_around,
+)
 from .cache import cache_length, commit_states, given_cache, has_grown, returned_cache
 from .masks import (
     as_mask,
@@ -19,7 +31,6 @@ from .masks import (
     segments_of_lengths,
 )
 from .scope import Scope, Tower, current_scope, enter_scope, leave_scope, run_in_scope
-from .stacks import RAW_INPUTS, blocks_around, find_stack, is_batch_first, parameters_of, tower_around, videos_around
 
 __all__ = ["install_scopes", "keep_slow_path", "remove_scopes"]
 
@@ -409,31 +420,16 @@ class _Closing:
             commit_states(cache, scope.pending, scope.past)
 
 
-class _ScopedCheckpoint:
-    """A checkpointing function that recomputes a block in the scope in which it was first computed."""
-
-    def __init__(self, checkpoint: Any) -> None:
-        self.checkpoint = checkpoint
-
-    def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        scope = current_scope()
-
-        def scoped(*inner: Any, **named: Any) -> Any:
-            with run_in_scope(scope):
-                return function(*inner, **named)
-
-        return self.checkpoint(scoped, *args, **kwargs)
+def _capture_scope() -> Callable[[bool], AbstractContextManager[None]]:
+    """For checkpointing: the scope in which a block is first computed."""
+    scope = current_scope()
+    return lambda without_graph: run_in_scope(scope)
 
 
 def _checkpoint_in_scope(stack: nn.Module) -> None:
     """Wrap the checkpointing functions below a stack; backward runs them when the stack's scope is long closed."""
-    if not stack.training or torch.compiler.is_compiling():
-        return
-    for module in stack.modules():
-        for name in ("_gradient_checkpointing_func", "checkpoint_fn"):  # transformers; torch's CheckpointWrapper
-            function = module.__dict__.get(name)
-            if function is not None and not isinstance(function, _ScopedCheckpoint):
-                module.__dict__[name] = _ScopedCheckpoint(function)
+    if stack.training and not torch.compiler.is_compiling():
+        scope_checkpoints(stack, _capture_scope, "READ")
 
 
 def install_scopes(model: nn.Module, path: str, *, batch_first: bool = True) -> None:
@@ -497,7 +493,4 @@ def remove_scopes(model: nn.Module) -> None:
                 for flags in ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs"):
                     getattr(module, flags).pop(number, None)
                 module._forward_hooks_always_called.pop(number, None)
-        for name in ("_gradient_checkpointing_func", "checkpoint_fn"):
-            function = module.__dict__.get(name)
-            if isinstance(function, _ScopedCheckpoint):
-                module.__dict__[name] = function.checkpoint
+    unscope_checkpoints(model, "READ")

@@ -9,9 +9,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import functional as F
 
+from ..peft_methods.mixed import mixed_rows
 from ..recurrence import Identity, adapt_in_one, build_cell
 from .config import READConfig
-from .mixed import mixed_rows
 from .scope import Scope, current_scope
 from .sequences import Notice, Sequences, as_sequences, padding_of
 from .targets import in_and_out

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..peft_methods import AdapterModel
+from ..peft_methods.stacks import EXPERTS, blocks_around, is_batch_first, is_causal
+from ..peft_methods.tuner import in_layers
 from .config import READConfig
 from .hooks import install_scopes, keep_slow_path, remove_scopes
 from .layer import CANNOT_MERGE, Linear, READLayer
-from .loaded import check_loaded_weights
-from .mixed import copies_in_generate, mixed_batch
-from .registration import PREFIX
 from .sequences import Notice
-from .stacks import EXPERTS, blocks_around, is_batch_first, is_causal
 from .targets import PARTS, block_width, default_targets, in_and_out, linear_targets, sets_in
 from .untrained import forget_gradients, named, watch_gradients
 
@@ -52,22 +48,7 @@ def _matching(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
     return default
 
 
-def _in_layers(config: READConfig) -> set[str]:
-    """The targets of a configuration without those that are paths of layers it does not transform."""
-    indices, patterns = config.layers_to_transform, config.layers_pattern or r"[^.]+"
-    chosen = {indices} if isinstance(indices, int) else set(indices or ())
-    names = "|".join([patterns] if isinstance(patterns, str) else patterns)
-    found = {name: re.search(rf"(?:^|\.)(?:{names})\.(\d+)(?:\.|$)", name) for name in config.target_modules or ()}
-    return {name for name, layer in found.items() if layer is None or int(layer[1]) in chosen}
-
-
-def _base_parameters(model: nn.Module) -> int:
-    """How many parameters a model has without its adapters and the copies that are trained as a whole."""
-    added = (f".{PREFIX}", ".modules_to_save.", ".trainable_tokens_")
-    return sum(p.numel() for name, p in model.named_parameters() if not any(part in f".{name}" for part in added))
-
-
-class READModel(BaseTuner):
+class READModel(AdapterModel):
     """A model with READ on the modules that its configuration names.
 
     Made by `peft.get_peft_model(model, READConfig(...))`, like every method of peft.
@@ -79,8 +60,14 @@ class READModel(BaseTuner):
         low_cpu_mem_usage: create the adapter's weights on the meta device, for loading.
     """
 
-    prefix = PREFIX
+    # The plain "read_" would match inside names such as "thread_ff", and peft tests for prefixes with `in`.
+    prefix = "readapter_"
     tuner_layer_cls = READLayer
+    cannot_merge = CANNOT_MERGE
+    cannot_add = (
+        "READ adapters cannot be combined by adding their weights: they are not linear in them. Activate several "
+        "adapters at once with `set_adapter([...])`; their outputs are then added."
+    )
     target_module_mapping = TARGET_MODULES
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
@@ -95,7 +82,7 @@ class READModel(BaseTuner):
             as_list = peft_config.layers_to_transform is not None
             peft_config.target_modules = default_targets(self._injected, part, as_list=as_list)
             if as_list:  # peft takes a name that is a whole path at its word, whatever the layer
-                peft_config.target_modules = _in_layers(peft_config)
+                peft_config.target_modules = in_layers(peft_config)
         elif part == "all-linear":
             found = linear_targets(self._injected)
             if found is None and isinstance(self._injected, PreTrainedModel):
@@ -174,13 +161,8 @@ class READModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put the adapter's layers into the model, then hooks on the stacks around them."""
-        self.__dict__["_injected"] = model  # not a submodule; peft hands the next method its configuration alone
         if "_notice" not in self.__dict__:  # the first adapter is injected from within BaseTuner.__init__
             self._notice = Notice()
-            self._load_check = model.register_load_state_dict_pre_hook(check_loaded_weights)
-        # No fields: the card tells them, the configuration on disk does not.
-        self.peft_config[adapter_name].base_parameters = _base_parameters(model)  # type: ignore[attr-defined]
-        self.peft_config[adapter_name].adapter_name = adapter_name  # type: ignore[attr-defined]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for name, module in list(model.named_modules()):
             if not isinstance(module, READLayer):
@@ -192,36 +174,8 @@ class READModel(BaseTuner):
 
         watch_gradients(model)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[func-returns-value]
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
         remove_scopes(model)
         forget_gradients(model)
-        self._load_check.remove()
         return model
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        names = kwargs.get("adapter_names")
-        if names is None:
-            yield
-            return
-        if torch.compiler.is_compiling():
-            raise NotImplementedError("`adapter_names` does not work under torch.compile; call the model uncompiled.")
-        if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        unknown = sorted(set(names) - {"__base__"} - set(self.peft_config))
-        if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        with mixed_batch(self.model, names, copies=copies_in_generate(kwargs)):
-            yield
-
-    def _check_merge_allowed(self) -> None:
-        # Called before any module is touched, so a refused merge leaves the model as it was.
-        raise NotImplementedError(CANNOT_MERGE)
-
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse: a weighted sum of READ's weights is not the weighted sum of what they compute."""
-        raise NotImplementedError(
-            "READ adapters cannot be combined by adding their weights: they are not linear in them. Activate several "
-            "adapters at once with `set_adapter([...])`; their outputs are then added."
-        )

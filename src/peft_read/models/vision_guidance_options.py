@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .text_configuration import FIELDS_OF_THE_CLASS, FromTextConfig
+
 __all__ = ["VisionGuidanceOptions"]
 
 # Settings of the originals that describe nothing here: sine positions are computed for the length at hand.
 _ORIGINAL_OPTIONS_WITHOUT_A_FIELD = frozenset({"img_trans_max_len"})
-# What belongs to the class of a configuration and must not travel from a plain checkpoint to its guided sibling.
-_FIELDS_OF_THE_CLASS = frozenset({"model_type", "architectures", "transformers_version", "_name_or_path", "dtype"})
 
 
-class VisionGuidanceOptions:
+class VisionGuidanceOptions(FromTextConfig):
     """Fields added to a text configuration; a mixin for `VGBartConfig` and `VGT5Config`.
 
     The names and the default values are those of the original implementation (Yu et al., "Vision Guided Generative
@@ -105,16 +105,5 @@ class VisionGuidanceOptions:
             raise ValueError(f"unknown groups of original options {sorted(unknown)}; known: config, fusion, visual")
         fields: dict[str, Any] = {}
         for group in options.values():
-            fields.update({name: value for name, value in group.items() if name not in _FIELDS_OF_THE_CLASS})
+            fields.update({name: value for name, value in group.items() if name not in FIELDS_OF_THE_CLASS})
         return cls(**{name: value for name, value in fields.items() if name not in _ORIGINAL_OPTIONS_WITHOUT_A_FIELD})
-
-    @classmethod
-    def from_plain_config(cls, plain_config: Any, **options: Any) -> Any:
-        """The configuration of a plain BART or T5 model with vision guidance added.
-
-        Args:
-            plain_config: a `BartConfig` or `T5Config`.
-            **options: the fields of this mixin, and any field of the plain configuration to override.
-        """
-        fields = {name: value for name, value in plain_config.to_dict().items() if name not in _FIELDS_OF_THE_CLASS}
-        return cls(**{**fields, **options})

@@ -1,4 +1,4 @@
-"""Where the weights of a video-guided language model come from: plain text checkpoints, or the original's."""
+"""Where the weights of a video-language model come from: plain text checkpoints, or the original's."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ __all__ = ["VisionGuidedGeneration"]
 
 
 class VisionGuidedGeneration:
-    """Class methods that VG-BART and VG-T5 share; a mixin for their conditional-generation classes."""
+    """Class methods of VG-BART, VG-T5, VL-BART and VL-T5; a mixin for their conditional-generation classes."""
 
     plain_config_class: Any
     config_class: Any
+    visual_modules: frozenset[str] = VISUAL_MODULES  # what a plain checkpoint lacks, by its names below the encoder
     # The losses divide by `num_items_in_batch` themselves, so the Trainer need not rescale them.
     accepts_loss_kwargs = True
 
@@ -26,7 +27,7 @@ class VisionGuidedGeneration:
         Args:
             checkpoint: folder or name of a BART or T5 checkpoint.
             config: the configuration; by default the checkpoint's own with `options` added.
-            **options: fields of the configuration, such as `cross_attn_type` or `visual_feature_dim`.
+            **options: fields of the configuration, such as `visual_feature_dim`.
 
         Raises:
             ValueError: both `config` and `options` are given, or a weight of the text model is not in the checkpoint.
@@ -38,7 +39,7 @@ class VisionGuidedGeneration:
             raise ValueError(f"give the fields in config, not beside it: {sorted(options)}")
         load = cast(Any, cls).from_pretrained
         model, report = load(checkpoint, config=config, output_loading_info=True)
-        lost = sorted(key for key in report["missing_keys"] if not VISUAL_MODULES & set(key.split(".")[:3]))
+        lost = sorted(key for key in report["missing_keys"] if not cls.visual_modules & set(key.split(".")[:3]))
         if lost:
             raise ValueError(f"{checkpoint} is not a checkpoint of the plain text model: it lacks {lost[:5]}")
         return model
@@ -55,10 +56,10 @@ class VisionGuidedGeneration:
             ValueError: the keys do not fit the configuration.
         """
         model = cast(Any, cls)(config)
-        load_original_weights(model, checkpoint, prefix="model.", ignored=_is_recomputed_or_unused)
+        load_original_weights(model, checkpoint, prefix="model.", ignored=cls._is_left_out)
         return model.eval()
 
-
-def _is_recomputed_or_unused(key: str) -> bool:
-    # The table of sine positions, and a T5 weight that old checkpoints hold and no version of T5 reads.
-    return key.endswith(("img_transformer.pos_encoder.pe", "EncDecAttention.relative_attention_bias.weight"))
+    @staticmethod
+    def _is_left_out(key: str) -> bool:
+        # The table of sine positions, and a T5 weight that old checkpoints hold and no version of T5 reads.
+        return key.endswith(("img_transformer.pos_encoder.pe", "EncDecAttention.relative_attention_bias.weight"))

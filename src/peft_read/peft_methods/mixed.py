@@ -29,8 +29,12 @@ class MixedRows:
         self.copies = copies
         self.adapters = [name for name in dict.fromkeys(self.names) if name != BASE]
 
-    def names_of(self, batch: int) -> list[str]:
+    def names_of(self, batch: int, *, folded: bool = False) -> list[str]:
         """The adapter of each row of a batch that the model makes of the user's.
+
+        Args:
+            batch: its rows.
+            folded: whether a row may be one token of several, as where a block sees (B · T, d).
 
         Raises:
             ValueError: if the batch has neither the rows of the user's batch nor their copies.
@@ -39,6 +43,8 @@ class MixedRows:
             copies = 1
         elif batch == len(self.names) * self.copies:
             copies = self.copies
+        elif folded and batch % (len(self.names) * self.copies) == 0:
+            copies = batch // len(self.names)
         else:
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
@@ -46,9 +52,9 @@ class MixedRows:
             )
         return [name for name in self.names for _ in range(copies)]
 
-    def rows_of(self, adapter: str, batch: int, device: torch.device) -> torch.Tensor:
-        """The rows (n,) of a batch that an adapter serves."""
-        names = self.names_of(batch)
+    def rows_of(self, adapter: str, batch: int, device: torch.device, *, folded: bool = False) -> torch.Tensor:
+        """The rows (n,) of a batch that an adapter serves; `folded` as in `names_of`."""
+        names = self.names_of(batch, folded=folded)
         return torch.tensor([i for i, name in enumerate(names) if name == adapter], dtype=torch.long, device=device)
 
     def tell_saved_module(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:

@@ -1,4 +1,4 @@
-"""The model card of a saved READ adapter: what a stranger needs to load it and to know what it is."""
+"""The model card of a saved adapter: what a stranger needs to load it and to know what it is."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ from safetensors import safe_open
 from ..files import write_whole
 
 if TYPE_CHECKING:
-    from .config import READConfig
+    from .configuration import AdapterConfig
 
-__all__ = ["TAGS", "renew_model_cards", "update_model_card"]
+__all__ = ["renew_model_cards", "update_model_card"]
 
-TAGS = ("read", "peft-read", "arxiv:2312.06950")
 BEGIN, END = "<!-- peft-read: begin -->", "<!-- peft-read: end -->"
 
 AUTO_CLASSES = {
@@ -35,8 +34,8 @@ AUTO_CLASSES = {
 }
 
 
-def update_model_card(folder: str | os.PathLike, config: READConfig, auto_mapping: dict | None = None) -> None:
-    """Write READ's part of the README.md in the folder of a saved adapter, anew each time; nothing without weights.
+def update_model_card(folder: str | os.PathLike, config: AdapterConfig, auto_mapping: dict | None = None) -> None:
+    """Write our part of the README.md in the folder of a saved adapter, anew each time; nothing without weights.
 
     An adapter that is not called "default" lies in a folder of its own, named as it is, below the card that peft
     writes; both cards are updated then. A README above the adapter is left alone in every other case, and one that is
@@ -53,28 +52,29 @@ def update_model_card(folder: str | os.PathLike, config: READConfig, auto_mappin
         return
     section = _section(trained, config, auto_mapping)
     if (folder / "README.md").exists():
-        _write_section(folder / "README.md", section)
+        _write_section(folder / "README.md", section, config.card_tags)
     else:
-        _save(ModelCard.from_template(ModelCardData(library_name="peft")), section, folder / "README.md")
+        card = ModelCard.from_template(ModelCardData(library_name="peft"))
+        _save(card, section, folder / "README.md", config.card_tags)
     name = getattr(config, "adapter_name", "default")
     if name != "default" and folder.name == name and (folder.parent / "README.md").exists():
-        _write_section(folder.parent / "README.md", section)
+        _write_section(folder.parent / "README.md", section, config.card_tags)
 
 
-def _write_section(path: Path, section: str) -> None:
-    """Puts READ's part into a card; a file that is no card of peft's stays as it is."""
+def _write_section(path: Path, section: str, tags: tuple[str, ...]) -> None:
+    """Puts this package's part into a card; a file that is no card of peft's stays as it is."""
     try:
         card = ModelCard(path.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError) as error:  # an encoding error is a ValueError
-        warnings.warn(f"{path} is no model card ({error}): READ's part is not written into it", stacklevel=2)
+        warnings.warn(f"{path} is no model card ({error}): the adapter's part is not written into it", stacklevel=2)
         return
     if getattr(card.data, "library_name", None) == "peft":
-        _save(card, section, path)
+        _save(card, section, path, tags)
 
 
-def _save(card: ModelCard, section: str, path: Path) -> None:
+def _save(card: ModelCard, section: str, path: Path, tags: tuple[str, ...]) -> None:
     data: Any = card.data
-    data.tags = sorted({*(data.tags or []), *TAGS})
+    data.tags = sorted({*(data.tags or []), *tags})
     before, _, rest = card.text.partition(BEGIN)
     after = rest.partition(END)[2] if rest else before
     card.text = (before if rest else "") + section + (after if rest else f"\n\n{before.lstrip()}")
@@ -83,14 +83,14 @@ def _save(card: ModelCard, section: str, path: Path) -> None:
 
 
 def renew_model_cards(folder: str | os.PathLike, configs: dict[str, Any]) -> None:
-    """Write READ's part into the cards of all READ adapters that one model has saved below a folder.
+    """Write this package's part into the cards of all its adapters that one model has saved below a folder.
 
     Args:
         folder: where the model was saved.
         configs: the configuration of each adapter, by name.
     """
     for name, config in configs.items():
-        if config.peft_type != "READ":
+        if not hasattr(config, "card_title"):  # of another package
             continue
         place = Path(folder) / ("" if name == "default" else name)
         saved = place / CONFIG_NAME
@@ -98,14 +98,14 @@ def renew_model_cards(folder: str | os.PathLike, configs: dict[str, Any]) -> Non
         update_model_card(place, config, mapping)
 
 
-def _section(trained: int, config: READConfig, auto_mapping: dict | None) -> str:
+def _section(trained: int, config: AdapterConfig, auto_mapping: dict | None) -> str:
     rows = _facts(trained, config)
+    method = getattr(config.peft_type, "value", config.peft_type)
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"""{BEGIN}
-# READ adapter
+# {config.card_title}
 
-A recurrent adapter (READ, [arXiv 2312.06950](https://arxiv.org/abs/2312.06950)): the output O of each adapted module
-becomes O + GELU(RNN(O W_down)) W_up, with the base model frozen.
+{config.card_text}
 
 ```bash
 pip install peft-read
@@ -115,7 +115,7 @@ pip install peft-read
 {_loading_code(config, auto_mapping)}
 ```
 
-The first line registers the method with peft. Without it, loading stops with `KeyError: 'READ'`.
+The first line registers the method with peft. Without it, loading stops with `KeyError: '{method}'`.
 
 | | |
 |---|---|
@@ -123,7 +123,7 @@ The first line registers the method with peft. Without it, loading stops with `K
 {END}"""
 
 
-def _loading_code(config: READConfig, auto_mapping: dict | None) -> str:
+def _loading_code(config: AdapterConfig, auto_mapping: dict | None) -> str:
     library, cls = "transformers", AUTO_CLASSES.get(str(getattr(config.task_type, "value", config.task_type)))
     if cls is None and auto_mapping is not None:
         library, cls = auto_mapping["parent_library"], auto_mapping["base_model_class"]
@@ -136,25 +136,23 @@ base = {cls or "AutoModel"}.from_pretrained("{base}")
 model = PeftModel.from_pretrained(base, "<this repository>")"""
 
 
-def _facts(trained: int, config: READConfig) -> dict[str, str]:
+def _facts(trained: int, config: AdapterConfig) -> dict[str, str]:
     """The rows of the card's table."""
     targets = config.target_modules
     named = f"`{targets}`" if isinstance(targets, str) else ", ".join(f"`{name}`" for name in sorted(targets or ()))
     facts = {
         "base model": f"`{config.base_model_name_or_path or 'unknown'}`",
         "adapted modules": named,
-        "r": str(config.r),
-        "cell": config.cell + (", bidirectional" if config.bidirectional else ""),
-        "biases": "yes" if config.use_bias else "no",
+        **config.card_facts(),
     }
     for name in ("exclude_modules", "layers_to_transform", "rank_pattern", "cell_pattern", "modules_to_save"):
-        value = getattr(config, name)
+        value = getattr(config, name, None)
         if value:
             facts[name.replace("_", " ")] = f"`{sorted(value) if isinstance(value, set) else value}`"
     base = getattr(config, "base_parameters", None)
     share = f" ({100 * trained / (base + trained):.4f} % of {base + trained:,})" if base else ""
     facts["trained parameters"] = f"{trained:,}{share}"
-    for name, value in (config.pvla or {}).items():
+    for name, value in (getattr(config, "pvla", None) or {}).items():
         facts[f"alignment loss (PVLA): {name}"] = f"`{value}`"
     return facts
 

@@ -1,0 +1,432 @@
+"""The tuners of the bottleneck family, with their default targets and what they share over layers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..peft_methods import AdapterModel
+from ..peft_methods.endings import (
+    PARTS,
+    attention_endings,
+    block_of,
+    block_width,
+    default_targets,
+    feed_forward_endings,
+    in_and_out,
+    is_inside_an_adapter,
+    kind_of,
+)
+from ..peft_methods.loaded import WeightsCheck
+from ..peft_methods.stacks import find_stack
+from ..peft_methods.tuner import in_layers
+from .config import CompacterConfig, HyperformerConfig
+from .hooks import generate_in, keep_tasks_in, remove_hooks
+from .hypernetwork import Hypernetworks, Position
+from .layer import Bottleneck, BottleneckLayer, CompacterLayer, GeneratedBottleneck, HyperformerLayer
+from .shared import NAME, BottleneckState, CompacterShared, HyperformerShared, SharedRule
+
+__all__ = ["BottleneckModel", "CompacterModel", "HyperformerModel"]
+
+CANNOT_MERGE = (
+    "{} cannot be merged into the base weights: its activation is not linear, so no weight matrix computes "
+    "y + Up(act(Down(y))). Keep the adapter beside the model, or drop it with `unload()`."
+)
+CANNOT_ADD = (
+    "{} adapters cannot be combined by adding their weights: they are not linear in them. Activate several adapters "
+    "at once with `set_adapter([...])`; their outputs are then added."
+)
+# The names that weights have below the name of their adapter, which peft takes for those of adapters.
+RESERVED = {"down_sampler", "up_sampler", "norm_before", "norm_after", "down_rule", "up_rule", "rule", "stacks",
+            "task_embeddings", "generators", NAME}  # fmt: skip
+
+
+def block_endings(model: nn.Module) -> list:
+    """The last linear layers of the attention and feed-forward blocks, in the model's order."""
+    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
+    endings = {ending.path: ending for ending in [*attention_endings(model), *feed_forward_endings(model)]}
+    return sorted(endings.values(), key=lambda ending: order[ending.path])
+
+
+ENDINGS: dict[str | None, tuple[Callable[[nn.Module], list], str]] = {
+    "feed_forward": (feed_forward_endings, "feed-forward blocks"),
+    "attention": (attention_endings, "attention blocks"),
+    None: (block_endings, "attention or feed-forward blocks"),
+}
+
+
+class _Check(WeightsCheck):
+    """Looks at weights before they are loaded, and at whose tasks they are."""
+
+    settings = "r, reduction_factor, norms, tasks, share, phm_dim and the like"
+
+    def __init__(self, prefix: str, layer_cls: type, method: str) -> None:
+        super().__init__(prefix, layer_cls)
+        self.method = method
+
+    def refuse(self, unknown: list[str], missing: list[str]) -> None:
+        """Name the tasks in which a checkpoint and the model differ.
+
+        Raises:
+            ValueError: if there are any.
+        """
+        further, lacking = self._tasks_in(unknown), self._tasks_in(missing)
+        if further or lacking:
+            found = [
+                text
+                for text, tasks in (("has", further), ("lacks", lacking))
+                for text in [f"{text} weights of {', '.join(map(repr, tasks))}"]
+                if tasks
+            ]
+            raise ValueError(
+                f"the tasks of the checkpoint differ from those of the configuration: it {' and '.join(found)}. Load "
+                "it with its own configuration; a task is added afterwards with `add_task`. Nothing was loaded"
+            )
+
+    def _tasks_in(self, keys: list[str]) -> list[str]:
+        found = {part for key in keys if self.is_of_method(key) for part in key.split(".") if part.startswith("task_")}
+        return sorted(part.removeprefix("task_") for part in found - {"task_embeddings"})
+
+
+class BottleneckModel(AdapterModel):
+    """A model with bottleneck adapters on the modules that its configuration names.
+
+    Made by `peft.get_peft_model(model, BottleneckConfig(...))`, like every method of peft.
+
+    Args:
+        model: the model to adapt; its weights are frozen.
+        peft_config: the configuration.
+        adapter_name: the name of the first adapter.
+        low_cpu_mem_usage: create the adapter's weights on the meta device, for loading.
+    """
+
+    prefix = "bottleneckadapter_"
+    tuner_layer_cls = BottleneckState
+    target_module_mapping = {}
+    layer_cls: ClassVar[type[BottleneckLayer]] = BottleneckLayer
+    method: ClassVar[str] = "Bottleneck"
+    cannot_merge = CANNOT_MERGE.format("A bottleneck adapter")
+    cannot_add = CANNOT_ADD.format("Bottleneck")
+
+    def _weights_check(self) -> Callable[..., None]:
+        return _Check(self.prefix, self.tuner_layer_cls, self.method)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # Weights lie at any depth below the adapter's name, which peft expects directly above them.
+        before, mark, after = key.partition(f".{cls.prefix}parts.{adapter_name}.")
+        if mark:
+            return f"{before}.{cls.prefix}parts.{after}"
+        return super()._remove_adapter_name_from_key(key, adapter_name)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        if not isinstance(model_config, Mapping):  # a model's `config` may be anything, and peft hands it on
+            model_config = {"model_type": getattr(model_config, "model_type", None)}
+        chosen = peft_config.target_modules
+        if chosen is None or (isinstance(chosen, str) and (chosen in ENDINGS or chosen in PARTS)):
+            endings_of, blocks = ENDINGS[chosen if chosen in ENDINGS else None]
+            as_list = peft_config.layers_to_transform is not None
+            part = chosen if chosen in PARTS else None
+            peft_config.target_modules = default_targets(
+                self._injected, part, as_list=as_list, endings_of=endings_of, blocks=blocks, method=self.method
+            )
+            if as_list:  # peft takes a name that is a whole path at its word, whatever the layer
+                peft_config.target_modules = in_layers(peft_config)
+        return super()._prepare_adapter_config(peft_config, {"model_type": None, **model_config})
+
+    def _check_new_adapter_config(self, config: Any) -> None:
+        super()._check_new_adapter_config(config)
+        name = config.adapter_name
+        tasks = {f"task_{task}" for other in self.peft_config.values() for task in getattr(other, "tasks", None) or ()}
+        if name in RESERVED | tasks:
+            raise ValueError(
+                f"an adapter of {self.method} cannot be called {name!r}, the name of a part of its weights"
+            )
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put the adapter's layers into the model, and beside them what they share."""
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            self._drop_shared(model, adapter_name)
+            raise
+        keep_tasks_in(model)
+
+    def _drop_shared(self, model: nn.Module, adapter_name: str) -> None:
+        shared = getattr(model, NAME, None)
+        if shared is not None and adapter_name in shared.parts:
+            del shared.parts[adapter_name]
+            if not len(shared.parts):
+                delattr(model, NAME)
+
+    def _deviation(self) -> float | None:
+        """The deviation that the base model draws its own linear layers with, if it tells one."""
+        config: Any = getattr(self._injected, "config", None)
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        values = (getattr(config, name, None) for name in ("init_std", "initializer_range"))
+        return next((value for value in values if isinstance(value, float)), None)
+
+    def _create_and_replace(  # type: ignore[override]
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+    ) -> None:
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ValueError(
+                f"{self.method} cannot adapt {current_key!r}: torch.nn.MultiheadAttention reads the weights of its "
+                "last layer without calling it. Leave it out (exclude_modules)."
+            )
+        layer: BottleneckLayer
+        if isinstance(target, BottleneckLayer):
+            layer = target
+        else:
+            width = block_width(self.model, current_key) if in_and_out(target) is None else None
+            layer = self._new_layer(target, path=current_key, width=width)
+        r = peft_config.width(layer.out_features, current_key)
+        layer.update_layer(
+            adapter_name,
+            self._new_bottleneck(peft_config, adapter_name, layer, r, current_key),
+            r=r,
+            inference_mode=peft_config.inference_mode,
+        )
+        if layer is target:
+            return
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # a further adapter is not trainable until it is activated
+        self._replace_module(parent, target_name, layer, target)
+
+    def _new_layer(self, target: nn.Module, **kwargs: Any) -> BottleneckLayer:
+        return self.layer_cls(target, **kwargs)
+
+    def _new_bottleneck(self, config: Any, adapter_name: str, layer: BottleneckLayer, r: int, path: str) -> nn.Module:
+        bottleneck = Bottleneck(layer.out_features, r, config)
+        bottleneck.reset_parameters(config.init_weights, self._deviation())
+        return bottleneck
+
+    def add_task(self, task: str, *, like: str | None = None, adapter_name: str | None = None) -> None:
+        """Let an adapter serve a further task, with weights of its own for what the tasks do not share.
+
+        Optimizers made before do not know the new weights.
+
+        Args:
+            task: the name of the task.
+            like: the task whose weights it begins with; newly drawn ones if absent.
+            adapter_name: the adapter; the active one if absent.
+
+        Raises:
+            ValueError: if the adapter serves the task already, or no tasks at all, or does not know `like`.
+        """
+        adapter_name = self.active_adapters[0] if adapter_name is None else adapter_name
+        config: Any = self.peft_config[adapter_name]
+        if config.tasks is None:
+            raise ValueError(f"adapter {adapter_name!r} knows no tasks; make it with `tasks=[...]`")
+        known = ", ".join(map(repr, config.tasks))
+        if task in config.tasks:
+            raise ValueError(f"adapter {adapter_name!r} serves task {task!r} already; it serves {known}")
+        if like is not None and like not in config.tasks:
+            raise ValueError(
+                f"task {like!r}, to begin with, is unknown to adapter {adapter_name!r}, which serves {known}"
+            )
+        type(config)(**{**config.to_dict(), "tasks": [*config.tasks, task]})  # raises where the name will not do
+        config.tasks.append(task)
+        for module in self.model.modules():
+            if isinstance(module, BottleneckState) and adapter_name in module.parts:
+                add: Any = getattr(module.parts[adapter_name], "add_task", None)
+                if add is not None:
+                    add(task, like, config.init_weights, self._deviation())
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, and what its layers share."""
+        super().delete_adapter(adapter_name)
+        shared = getattr(self.model, NAME, None)
+        if shared is not None and not len(shared.parts):
+            delattr(self.model, NAME)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        remove_hooks(model)
+        if hasattr(model, NAME):
+            delattr(model, NAME)
+        return model
+
+    def _shared(self, adapter_name: str, kind: type, make: Callable[[], nn.Module]) -> Any:
+        """What an adapter's layers share, a child of the adapted model; made for the first of them.
+
+        Args:
+            adapter_name: the adapter's name.
+            kind: the class of the module that holds it.
+            make: makes it, with initial weights.
+        """
+        model = self._injected
+        shared: Any = getattr(model, NAME, None)
+        if shared is None:
+            weight = next((p for p in model.parameters() if p.is_floating_point()), None)
+            shared = kind(weight)
+            shared.train(model.training)
+            model.add_module(NAME, shared)
+        if adapter_name not in shared.parts:
+            shared.add(adapter_name, make())
+        return shared
+
+
+class CompacterModel(BottleneckModel):
+    """A model with Compacter's adapters on the modules that its configuration names.
+
+    Made by `peft.get_peft_model(model, CompacterConfig(...))`; the arguments are those of `BottleneckModel`.
+    """
+
+    prefix = "compacter_"
+    layer_cls = CompacterLayer
+    method = "Compacter"
+    cannot_merge = CANNOT_MERGE.format("Compacter")
+    cannot_add = CANNOT_ADD.format("Compacter")
+
+    @staticmethod
+    def _new_rule(config: CompacterConfig) -> SharedRule:
+        shared = SharedRule(config.phm_dim)
+        shared.rule.reset_parameters(config.init_weights)
+        return shared
+
+    def _new_bottleneck(self, config: Any, adapter_name: str, layer: BottleneckLayer, r: int, path: str) -> nn.Module:
+        rule = None
+        if config.shared_rule == "model":
+            shared = self._shared(adapter_name, CompacterShared, lambda: self._new_rule(config))
+            rule = shared.parts[adapter_name].rule
+        bottleneck = Bottleneck(layer.out_features, r, config, rule)
+        bottleneck.reset_parameters(config.init_weights, self._deviation())
+        return bottleneck
+
+
+class HyperformerModel(BottleneckModel):
+    """A model with adapters, on the modules that its configuration names, whose weights are generated.
+
+    Made by `peft.get_peft_model(model, HyperformerConfig(tasks=[...]))`; the arguments are those of `BottleneckModel`.
+    """
+
+    prefix = "hyperformer_"
+    layer_cls = HyperformerLayer
+    method = "Hyperformer"
+    cannot_merge = CANNOT_MERGE.format("Hyperformer")
+    cannot_add = CANNOT_ADD.format("Hyperformer")
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        self.__dict__["_positions"] = self._positions_of(peft_config, model)
+
+    def _create_and_replace(self, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        self.__dict__["_networks"] = self._shared(
+            adapter_name, HyperformerShared, lambda: self._new_networks(peft_config)
+        )
+        super()._create_and_replace(peft_config, adapter_name, *args, **kwargs)
+
+    def _new_networks(self, config: HyperformerConfig) -> Hypernetworks:
+        networks = Hypernetworks(config, list(self._positions.values()))
+        networks.reset_parameters(config.init_weights, self._deviation())
+        return networks
+
+    def _new_layer(self, target: nn.Module, **kwargs: Any) -> BottleneckLayer:
+        return HyperformerLayer(target, shared=self._networks, **kwargs)
+
+    def _new_bottleneck(self, config: Any, adapter_name: str, layer: BottleneckLayer, r: int, path: str) -> nn.Module:
+        return GeneratedBottleneck(self._positions[path], config)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put the adapter's layers into the model, and hooks on the stacks that generate their weights."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        stacks = self._stacks_of(list(self._positions), model)
+        for path, position in self._positions.items():
+            generate_in(model.get_submodule(stacks[path][0]), self._networks, position.stack)
+
+    def _stacks_of(self, paths: list[str], model: nn.Module) -> dict[str, tuple[str, str]]:
+        """The path and the key of the stack of each target."""
+        found = {}
+        for path in paths:
+            stack = find_stack(model, path)
+            found[path] = stack[0] if stack is not None else ""
+        ends = Counter(name.rpartition(".")[2] for name in set(found.values()))
+        keys = {
+            name: (end if ends[end := name.rpartition(".")[2]] == 1 else name.replace(".", "_")) or "model"
+            for name in found.values()
+        }
+        return {path: (name, keys[name]) for path, name in found.items()}
+
+    def _positions_of(self, config: Any, model: nn.Module) -> dict[str, Position]:
+        """Where the adapters will stand, by the path of their module.
+
+        Raises:
+            ValueError: if one pair of generators would have to make adapters of several sizes.
+        """
+        widths: dict[str, int] = {}
+        for path, module in model.named_modules():
+            if not path or not self._check_target_module_exists(config, path) or is_inside_an_adapter(model, path):
+                continue
+            base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            found = in_and_out(base)
+            width = found[1] if found is not None else block_width(model, path)
+            if width is not None:
+                widths[path] = width
+        stacks = self._stacks_of(list(widths), model)
+        layers = _layers_of({path: stack for path, (stack, _) in stacks.items()}, model)
+        kinds = _kinds_of({path: (stacks[path][1], layers[path], widths[path]) for path in widths}, model)
+        positions = {
+            path: Position(stacks[path][1], kinds[path], layers[path], widths[path], config.width(widths[path], path))
+            for path in widths
+        }
+        if config.shared_generator:
+            for stack in {position.stack for position in positions.values()}:
+                sizes = sorted({(p.width, p.r) for p in positions.values() if p.stack == stack})
+                if len(sizes) > 1:
+                    raise ValueError(
+                        f"shared_generator=True makes adapters of one size per stack, and those of {stack!r} would "
+                        f"have (d, r) = {', '.join(map(str, sizes))}; choose `target_modules` of one width, or False"
+                    )
+        return positions
+
+
+def _layers_of(stacks: dict[str, str], model: nn.Module) -> dict[str, int]:
+    """The index of the layer of each path in its stack: the first number below it, or a count of blocks."""
+    layers: dict[str, int] = {}
+    for stack in set(stacks.values()):
+        paths = [path for path, around in stacks.items() if around == stack]
+        rests = {path: path[len(stack) :].strip(".").split(".") for path in paths}
+        numbers = {path: next((int(part) for part in rest if part.isdigit()), None) for path, rest in rests.items()}
+        # The same module of two blocks under one number: there are lists within lists (Swin's stages).
+        same = Counter((number, _numberless(rests[path])) for path, number in numbers.items())
+        if None in numbers.values() or max(same.values()) > 1:
+            blocks = list(dict.fromkeys(block_of(model, path) or path for path in paths))
+            numbers = {path: blocks.index(block_of(model, path) or path) for path in paths}
+        layers.update(numbers)  # type: ignore[arg-type]
+    return layers
+
+
+def _kinds_of(places: dict[str, tuple[str, int, int]], model: nn.Module) -> dict[str, str]:
+    """The key of the generators of each path: its kind of position, more where several of a kind stand in a layer."""
+    kinds = {path: kind_of(model, path) for path in places}
+    widths: dict[tuple[str, str], set[int]] = {}
+    for path, (stack, _, width) in places.items():
+        widths.setdefault((stack, kinds[path]), set()).add(width)
+    several = {
+        (place[0], kinds[path])
+        for path, place in places.items()
+        if sum(kinds[other] == kinds[path] and places[other][:2] == place[:2] for other in places) > 1
+    }
+    found = {}
+    for path, (stack, _, width) in places.items():
+        key = kinds[path]
+        if (stack, key) in several:
+            key = "_".join((key, *_numberless(path.split("."))[-2:]))
+        if len(widths[stack, kinds[path]]) > 1:
+            key = f"{key}_{width}"
+        found[path] = key
+    return found
+
+
+def _numberless(parts: list[str]) -> tuple[str, ...]:
+    return tuple(part for part in parts if not part.isdigit())

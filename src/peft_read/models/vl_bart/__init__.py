@@ -1,0 +1,6 @@
+"""VL-BART: BART that reads visual tokens behind the text."""
+
+from .configuration_vl_bart import VLBartConfig
+from .modeling_vl_bart import VLBartForConditionalGeneration, VLBartModel
+
+__all__ = ["VLBartConfig", "VLBartForConditionalGeneration", "VLBartModel"]

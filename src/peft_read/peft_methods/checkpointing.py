@@ -1,0 +1,87 @@
+"""Checkpointing functions that recompute a block under the circumstances in which it was first computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["ScopedCheckpoint", "scope_checkpoints", "unscope_checkpoints"]
+
+NAMES = ("_gradient_checkpointing_func", "checkpoint_fn")  # transformers; torch's CheckpointWrapper
+
+# Called in the forward pass; what it returns is called once per computation of the block, with whether this is a
+# recomputation of a forward pass that kept no graph, and gives the context to run in.
+Capture = Callable[[], Callable[[bool], AbstractContextManager[Any]]]
+
+
+class ScopedCheckpoint:
+    """A checkpointing function whose blocks run in the context that a method's layers need.
+
+    Backward recomputes a block when the forward pass is long over, and what it told the layers is gone.
+
+    Args:
+        checkpoint: the function.
+        capture: notes in the forward pass what the layers need.
+        owner: who has put it there, to be found again.
+    """
+
+    def __init__(self, checkpoint: Any, capture: Capture, owner: object) -> None:
+        self.checkpoint = checkpoint
+        self.capture = capture
+        self.owner = owner
+
+    def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """Checkpoint the function, which will run in the captured context each time."""
+        context = self.capture()
+        without_graph: list[bool] = []
+
+        def scoped(*inner: Any, **named: Any) -> Any:
+            again = bool(without_graph)
+            without_graph.append(not torch.is_grad_enabled())
+            with context(again and without_graph[0]):
+                return function(*inner, **named)
+
+        return self.checkpoint(scoped, *args, **kwargs)
+
+
+def scope_checkpoints(model: nn.Module, capture: Capture, owner: object) -> None:
+    """Wrap the checkpointing functions below a module, once per owner.
+
+    Args:
+        model: the module.
+        capture: of `ScopedCheckpoint`.
+        owner: of `ScopedCheckpoint`; compared with `==`.
+    """
+    for module in model.modules():
+        for name in NAMES:
+            function = module.__dict__.get(name)
+            if function is not None and owner not in _owners(function):
+                module.__dict__[name] = ScopedCheckpoint(function, capture, owner)
+
+
+def _owners(function: Any) -> list[object]:
+    owners = []
+    while isinstance(function, ScopedCheckpoint):
+        owners.append(function.owner)
+        function = function.checkpoint
+    return owners
+
+
+def unscope_checkpoints(model: nn.Module, owner: object) -> None:
+    """Take one owner's wrappers off again."""
+    for module in model.modules():
+        for name in NAMES:
+            function = module.__dict__.get(name)
+            if owner in _owners(function):
+                module.__dict__[name] = _without(function, owner)
+
+
+def _without(function: Any, owner: object) -> Any:
+    if not isinstance(function, ScopedCheckpoint):
+        return function
+    inner = _without(function.checkpoint, owner)
+    return inner if function.owner == owner else ScopedCheckpoint(inner, function.capture, function.owner)

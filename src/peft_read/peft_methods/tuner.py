@@ -1,0 +1,87 @@
+"""AdapterModel: the tuner of a method whose adapters stay beside the weights and cannot be merged into them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from .loaded import WeightsCheck
+from .mixed import copies_in_generate, mixed_batch
+
+__all__ = ["AdapterModel", "in_layers"]
+
+
+def in_layers(config: Any) -> set[str]:
+    """The targets of a configuration without those that are paths of layers it does not transform."""
+    indices, patterns = config.layers_to_transform, config.layers_pattern or r"[^.]+"
+    chosen = {indices} if isinstance(indices, int) else set(indices or ())
+    names = "|".join([patterns] if isinstance(patterns, str) else patterns)
+    found = {name: re.search(rf"(?:^|\.)(?:{names})\.(\d+)(?:\.|$)", name) for name in config.target_modules or ()}
+    return {name for name, layer in found.items() if layer is None or int(layer[1]) in chosen}
+
+
+class AdapterModel(BaseTuner):
+    """A model with adapters on the outputs of its modules; merging is refused, mixed batches are served.
+
+    Attributes:
+        cannot_merge: why, for the message.
+        cannot_add: why adapters cannot be combined by adding their weights.
+    """
+
+    cannot_merge: ClassVar[str]
+    cannot_add: ClassVar[str]
+
+    def _weights_check(self) -> Callable[..., None]:
+        """The hook that looks at weights before they are loaded."""
+        return WeightsCheck(self.prefix, self.tuner_layer_cls)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put the adapter's layers into the model."""
+        self.__dict__["_injected"] = model  # not a submodule; peft hands the next method its configuration alone
+        if "_load_check" not in self.__dict__:  # the first adapter is injected from within BaseTuner.__init__
+            self._load_check = model.register_load_state_dict_pre_hook(self._weights_check())
+        # No fields: the card tells them, the configuration on disk does not.
+        config: Any = self.peft_config[adapter_name]
+        config.base_parameters = self._base_parameters(model)
+        config.adapter_name = adapter_name
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _base_parameters(self, model: nn.Module) -> int:
+        """How many parameters a model has without its adapters and the copies that are trained as a whole."""
+        added = (f".{self.prefix}", ".modules_to_save.", ".trainable_tokens_")
+        return sum(p.numel() for name, p in model.named_parameters() if not any(part in f".{name}" for part in added))
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[func-returns-value]
+        self._load_check.remove()
+        return model
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if torch.compiler.is_compiling():
+            raise NotImplementedError("`adapter_names` does not work under torch.compile; call the model uncompiled.")
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        unknown = sorted(set(names) - {"__base__"} - set(self.peft_config))
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        with mixed_batch(self.model, names, copies=copies_in_generate(kwargs)):
+            yield
+
+    def _check_merge_allowed(self) -> None:
+        # Called before any module is touched, so a refused merge leaves the model as it was.
+        raise NotImplementedError(self.cannot_merge)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: a weighted sum of the weights is not the weighted sum of what they compute."""
+        raise NotImplementedError(self.cannot_add)
