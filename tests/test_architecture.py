@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "alignment": FLOOR_0,
     "models": FLOOR_0,
     "baselines": FLOOR_0 | {"adapter", "alignment", "models"},
-    "vl_adapter": FLOOR_0 | {"adapter", "alignment", "models"},
+    "vl_adapter": FLOOR_0 | {"adapter", "alignment", "bottleneck", "models"},
     "inspection": {"adapter", "models"},
     "demonstration": {"adapter"},
     "command_line": {"adapter", "peft_methods", "backends", "demonstration", "inspection", "recurrence"},

@@ -244,11 +244,41 @@ def _vision_guided(config: Any, layers: str, prefix: str) -> tuple[Stream, Strea
     return Stream(rf"{prefix}_linear_1", mask="video_mask"), text
 
 
+def _visual_tokens(config: Any, layers: str) -> tuple[Stream, Stream]:
+    """The visual tokens behind the text against the text, in every encoder block; prompts before it are in neither."""
+    pooled = config.pooled_tokens if config.visual_pooling else None
+
+    def images(batch: Batch) -> int:
+        return 1 if batch.get("image_ids") is None else len(batch["image_ids"][0].unique())
+
+    def visual(batch: Batch, length: int) -> slice:
+        tokens = batch["visual_features"].shape[1] if pooled is None else images(batch) * pooled
+        return slice(length - tokens, length)
+
+    def text(batch: Batch, length: int) -> slice:
+        end, words = visual(batch, length).start, batch.get("input_ids")
+        return slice(end - (batch["inputs_embeds"] if words is None else words).shape[1], end)
+
+    def visual_mask(batch: Batch) -> Tensor | None:
+        mask = batch.get("visual_mask")
+        if mask is None or pooled is None:
+            return mask
+        return mask.unflatten(1, (images(batch), -1))[:, :, :pooled].flatten(1)  # as the pooled tokens have it
+
+    def text_mask(batch: Batch) -> Tensor | None:
+        mask, words = batch.get("attention_mask"), batch.get("input_ids")
+        return words != config.pad_token_id if mask is None and words is not None else mask
+
+    return Stream(layers, tokens=visual, mask=visual_mask), Stream(layers, tokens=text, mask=text_mask)
+
+
 PRESETS: dict[str, Callable[[Any], tuple[Stream, Stream]]] = {
     "moment_detr": _moment_detr,
     "umt": _umt,
     "vg_bart": lambda config: _vision_guided(config, r"model\.encoder\.layers\.\d+", r"model\.encoder\."),
     "vg_t5": lambda config: _vision_guided(config, r"encoder\.block\.\d+", r"encoder\."),
+    "vl_bart": lambda config: _visual_tokens(config, r"model\.encoder\.layers\.\d+"),
+    "vl_t5": lambda config: _visual_tokens(config, r"encoder\.block\.\d+"),
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import BartModel
 
-__all__ = ["cache_argument"]
+__all__ = ["NAME", "cache_argument"]
 
 # transformers 5.24 renamed the argument of every model.
 NAME = "cache" if "cache" in inspect.signature(BartModel.forward).parameters else "past_key_values"

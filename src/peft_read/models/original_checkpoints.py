@@ -66,6 +66,7 @@ def load_original_weights(
     *,
     ignored: Callable[[str], bool] = lambda key: False,
     prefix: str = "",
+    expected: Callable[[str], bool] = lambda key: True,
 ) -> None:
     """Load a checkpoint into a model and insist that every key finds its place.
 
@@ -74,6 +75,7 @@ def load_original_weights(
         checkpoint: see `original_state_dict`.
         ignored: tells which original keys hold nothing to load (tables that are recomputed, criteria).
         prefix: what a wrapper may have put before every key, taken off where the key is unknown with it.
+        expected: tells which keys of the model the checkpoint is to fill.
 
     Raises:
         ValueError: keys are missing, left over, or have another shape.
@@ -87,7 +89,9 @@ def load_original_weights(
     strangers = sorted(set(weights) - set(own))
     # Tied parameters carry several names, and one of them in the checkpoint is enough.
     given = {id(own[key]) for key in set(weights) & set(own)}
-    missing = sorted(key for key, value in own.items() if key not in weights and id(value) not in given)
+    missing = sorted(
+        key for key, value in own.items() if expected(key) and key not in weights and id(value) not in given
+    )
     shapes = sorted(key for key in set(weights) & set(own) if weights[key].shape != own[key].shape)
     if strangers or missing or shapes:
         raise ValueError(

@@ -16,7 +16,7 @@ from .visual_tokens import joint_mask
 
 __all__ = ["VISUAL_TOKEN_MODULES", "VisualTokenGeneration"]
 
-VISUAL_TOKEN_MODULES = frozenset({"visual_embedding", "task_prompts"})
+VISUAL_TOKEN_MODULES = frozenset({"visual_embedding", "task_prompts", "decoder_prompts"})
 # The original's names of what it adds to the backbone, and the token table under one more name.
 _ADDED = re.compile(r"adapter|hyper_?net|task_embed|prompt_modules|lora_|phm_rule|obj_order_embedding")
 

@@ -21,7 +21,7 @@ _FLAGS = {
     "downsample": False,
     "oneddownsample": False,
 }
-_RENAMED = {"feat_dim": "visual_feature_dim", "n_images": "num_images"}
+_RENAMED: dict[str, str] = {"feat_dim": "visual_feature_dim", "n_images": "num_images"}
 # Settings of the original that describe what is added to a model, or its data.
 _NOT_THE_BACKBONE = frozenset({"vocab_size", "vocab_size_after_resize", "n_boxes", "pos_dim", "reduction_factor"}) | {
     "add_adapter_cross_attn",
@@ -38,8 +38,8 @@ _UNSUPPORTED = ("vis_use_transformer", "expand_vis_embedding", "sparse_sample")
 class VisualTokenOptions(FromTextConfig):
     """Fields added to a text configuration; a mixin for `VLBartConfig` and `VLT5Config`.
 
-    Source: Cho et al., "Unifying Vision-and-Language Tasks via Text Generation", ICML 2021, section 3, and Sung et al.,
-    "VL-Adapter", CVPR 2022, section 3.1; defaults are those of the latter.
+    Source: Cho et al., "Unifying Vision-and-Language Tasks via Text Generation", ICML 2021, section 3; Sung et al.,
+    "VL-Adapter", CVPR 2022, section 3.1, whose settings are the defaults.
     """
 
     def set_visual_tokens(
@@ -57,6 +57,7 @@ class VisualTokenOptions(FromTextConfig):
         prompt_length: int,
         prompt_width: int,
         prompt_tasks: list[str] | None,
+        decoder_prompt_length: int = 0,
     ) -> None:
         """Check the fields against each other and store them.
 
@@ -75,6 +76,7 @@ class VisualTokenOptions(FromTextConfig):
             prompt_length: learnable vectors before the text (P); 0 for none.
             prompt_width: width of the perceptron that makes them.
             prompt_tasks: the tasks that have prompts of their own; None: one set for all.
+            decoder_prompt_length: learnable vectors before the decoder's tokens; 0 for none.
 
         Raises:
             ValueError: a value is not allowed, or two values contradict each other.
@@ -85,6 +87,7 @@ class VisualTokenOptions(FromTextConfig):
             ("pooled_tokens", pooled_tokens, 1),
             ("prompt_length", prompt_length, 0),
             ("prompt_width", prompt_width, 1),
+            ("decoder_prompt_length", decoder_prompt_length, 0),
         ):
             if plain_integer(name, value) < low:
                 raise ValueError(f"{name}={value} must be at least {low}")
@@ -104,7 +107,7 @@ class VisualTokenOptions(FromTextConfig):
             prompt_tasks = plain_names("prompt_tasks", prompt_tasks)
             if not prompt_tasks or len(set(prompt_tasks)) < len(prompt_tasks) or any("." in t for t in prompt_tasks):
                 raise ValueError(f"prompt_tasks={prompt_tasks} must be different names without a dot, at least one")
-            if not prompt_length:
+            if not prompt_length and not decoder_prompt_length:
                 raise ValueError(f"prompt_tasks={prompt_tasks} need a prompt_length above 0")
         self.visual_feature_dim = plain_integer("visual_feature_dim", visual_feature_dim)
         self.num_images = plain_integer("num_images", num_images)
@@ -117,20 +120,22 @@ class VisualTokenOptions(FromTextConfig):
         self.prompt_length = plain_integer("prompt_length", prompt_length)
         self.prompt_width = plain_integer("prompt_width", prompt_width)
         self.prompt_tasks = prompt_tasks
+        self.decoder_prompt_length = plain_integer("decoder_prompt_length", decoder_prompt_length)
 
     @classmethod
-    def from_original_options(cls, options: Mapping[str, Any]) -> Any:
+    def from_original_options(cls, options: Mapping[str, Any], **added: Any) -> Any:
         """The backbone's configuration from the options of the original implementation.
 
         What is added to the backbone, such as adapters and prompts, is left out.
 
         Args:
             options: the settings by their original names, or a mapping that holds them as `"config"`.
+            **added: fields of the configuration beside those of the backbone.
 
         Raises:
             ValueError: a setting asks for something that is not part of these backbones.
         """
-        original = dict(options.get("config", options))
+        original: dict[str, Any] = dict(options.get("config", options))
         for name in _UNSUPPORTED:
             if original.pop(name, None):
                 raise ValueError(f"{name}=True of the original is not part of {cls.__name__}")
@@ -140,21 +145,18 @@ class VisualTokenOptions(FromTextConfig):
         norm = "separate" if flags["individual_vis_layer_norm"] else "joint"
         vocabulary = original.get("vocab_size_after_resize") or original["vocab_size"]
         pooling = "sequence" if flags["oneddownsample"] else "grid" if flags["downsample"] else None
-        fields = {
+        fields: dict[str, Any] = {
             _RENAMED.get(name, name): value
             for name, value in original.items()
             if name not in FIELDS_OF_THE_CLASS | _NOT_THE_BACKBONE
         }
-        return cls(
-            **fields,
-            vocab_size=vocabulary,
-            use_order_embeddings=flags["use_vis_order_embedding"],
-            visual_norm=norm if flags["use_vis_layer_norm"] else None,
-            share_embedding_norm=flags["share_vis_lang_layer_norm"],
-            visual_pooling=pooling,
-            pooled_tokens=_pooled(original.get("n_boxes", 36), pooling),
-        )
-
-
-def _pooled(boxes: int, pooling: str | None) -> int:
-    return int(boxes**0.5) ** 2 if pooling == "grid" else boxes
+        tokens = original.get("n_boxes", 36)
+        fields |= {
+            "vocab_size": vocabulary,
+            "use_order_embeddings": flags["use_vis_order_embedding"],
+            "visual_norm": norm if flags["use_vis_layer_norm"] else None,
+            "share_embedding_norm": flags["share_vis_lang_layer_norm"],
+            "visual_pooling": pooling,
+            "pooled_tokens": int(tokens**0.5) ** 2 if pooling == "grid" else tokens,
+        }
+        return cls(**fields, **added)

@@ -14,6 +14,7 @@ from ..tasks import TaskModule
 from ..values import shown
 
 __all__ = [
+    "VISUAL_INPUTS",
     "JointInput",
     "JointOutput",
     "TaskPrompts",
@@ -21,8 +22,10 @@ __all__ = [
     "VisualTokens",
     "joint_mask",
     "pool_visual",
+    "prompts_of",
 ]
 
+VISUAL_INPUTS = ("visual_features", "visual_boxes", "visual_mask", "image_ids")
 # Boxes are fractions of the image; rounding may put a corner this far outside.
 BOX_TOLERANCE = 1e-3
 
@@ -173,6 +176,17 @@ class TaskPrompts(nn.Module, TaskModule):
         return self.prompts[self.task](text)
 
 
+def prompts_of(config: Any, length: int) -> nn.Module:
+    """One `Prompt` for all tasks, or `TaskPrompts`, as a configuration says.
+
+    Args:
+        config: a configuration with the fields of `VisualTokenOptions`.
+        length: vectors.
+    """
+    sizes = length, config.d_model, config.prompt_width
+    return Prompt(*sizes) if config.prompt_tasks is None else TaskPrompts(config.prompt_tasks, *sizes)
+
+
 class VisualTokens:
     """What a text encoder gains: visual tokens behind the text, prompts before it. A mixin.
 
@@ -181,7 +195,7 @@ class VisualTokens:
     """
 
     config: Any
-    embed_tokens: nn.Module
+    embed_tokens: Any
 
     def add_visual_tokens(self, norm: Callable[[int], nn.Module] = nn.LayerNorm) -> None:
         """Create the modules on this encoder.
@@ -192,10 +206,7 @@ class VisualTokens:
         config = self.config
         self.visual_embedding = VisualEmbedding(config, norm)
         if config.prompt_length:
-            sizes = config.prompt_length, config.d_model, config.prompt_width
-            self.task_prompts = (
-                Prompt(*sizes) if config.prompt_tasks is None else TaskPrompts(config.prompt_tasks, *sizes)
-            )
+            self.task_prompts = prompts_of(config, config.prompt_length)
 
     def join(
         self,

@@ -1,6 +1,7 @@
-"""The unified multi-task setup of VL-Adapter: losses by task, and a mixin for transformers' Trainer."""
+"""VL-Adapter's unified setup: losses by task, a mixin for transformers' Trainer, models of the published code."""
 
 from .losses import LOSS_KINDS, TASK_LOSSES, LossSum, task_loss
+from .original import load_original
 from .trainer import MultitaskMixin
 
-__all__ = ["LOSS_KINDS", "TASK_LOSSES", "LossSum", "MultitaskMixin", "task_loss"]
+__all__ = ["LOSS_KINDS", "TASK_LOSSES", "LossSum", "MultitaskMixin", "load_original", "task_loss"]

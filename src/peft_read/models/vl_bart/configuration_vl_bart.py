@@ -26,6 +26,7 @@ class VLBartConfig(VisualTokenOptions, BartConfig):
         prompt_length: learnable vectors before the text; 0 for none.
         prompt_width: width of the perceptron that makes them.
         prompt_tasks: tasks with prompts of their own, which `set_task` chooses; None: one set for all.
+        decoder_prompt_length: learnable vectors before the decoder's tokens, of the same kind; 0 for none.
         **kwargs: fields of `transformers.BartConfig`.
 
     Raises:
@@ -51,6 +52,7 @@ class VLBartConfig(VisualTokenOptions, BartConfig):
         prompt_length: int = 0,
         prompt_width: int = 800,
         prompt_tasks: list[str] | None = None,
+        decoder_prompt_length: int = 0,
         **kwargs: Any,
     ):
         stacks = {
@@ -73,4 +75,5 @@ class VLBartConfig(VisualTokenOptions, BartConfig):
             prompt_length=prompt_length,
             prompt_width=prompt_width,
             prompt_tasks=prompt_tasks,
+            decoder_prompt_length=decoder_prompt_length,
         )

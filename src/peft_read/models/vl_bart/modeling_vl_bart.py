@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import BartConfig, BartForConditionalGeneration, BartModel
+from transformers import BartConfig, BartForConditionalGeneration, BartModel, DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import Seq2SeqModelOutput
 from transformers.models.bart.modeling_bart import BartEncoder
+from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from ..generation_cache import NAME, cache_argument
 from ..visual_token_generation import VisualTokenGeneration
-from ..visual_tokens import JointOutput, VisualTokens
+from ..visual_tokens import VISUAL_INPUTS, JointOutput, VisualTokens, prompts_of
 from .configuration_vl_bart import VLBartConfig
 
 __all__ = ["VLBartEncoder", "VLBartForConditionalGeneration", "VLBartModel"]
@@ -82,6 +85,9 @@ class VLBartEncoder(VisualTokens, BartEncoder):
 class VLBartModel(BartModel):
     """BART with a `VLBartEncoder`, without the language-modelling head.
 
+    With `decoder_prompt_length` P, the decoder runs once over P learnable vectors, without the encoder's states; the
+    tokens follow at the positions from P on and attend to what its self-attention made of these vectors.
+
     Args:
         config: the configuration.
     """
@@ -91,7 +97,75 @@ class VLBartModel(BartModel):
     def __init__(self, config: VLBartConfig):
         super().__init__(config)
         self.encoder = VLBartEncoder(config)
+        if config.decoder_prompt_length:
+            self.decoder_prompts = prompts_of(config, config.decoder_prompt_length)
         self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: Any = None,
+        cache: Any = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Seq2SeqModelOutput:
+        """`BartModel.forward` with the visual inputs of `VLBartEncoder.forward`.
+
+        Raises:
+            ValueError: prompts of the decoder with a cache of fixed size, or with gradient checkpointing.
+        """
+        cache = cache_argument(cache, past_key_values)[NAME]
+        given = cache
+        if self.config.decoder_prompt_length:
+            tokens = decoder_inputs_embeds if decoder_input_ids is None else decoder_input_ids
+            cache = self._after_prompts(cache, len(cast(Tensor, input_ids if tokens is None else tokens)))
+            if decoder_attention_mask is not None:
+                decoder_attention_mask = nn.functional.pad(
+                    decoder_attention_mask, (self.config.decoder_prompt_length, 0), value=1
+                )
+        if encoder_outputs is None:
+            encoder_outputs = self.encoder(
+                input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs
+            )
+            attention_mask = encoder_outputs.attention_mask
+        outputs = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            encoder_outputs=encoder_outputs,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **cache_argument(cache, None),
+            **{name: value for name, value in kwargs.items() if name not in VISUAL_INPUTS},
+        )
+        if cache is not given and use_cache is False:
+            outputs[NAME] = None
+        return outputs
+
+    def _after_prompts(self, cache: Any, batch: int) -> Any:
+        """A cache that the decoder's prompts are in."""
+        if self.training and getattr(self.decoder, "gradient_checkpointing", False):
+            raise ValueError(
+                "decoder_prompt_length: gradient checkpointing drops the cache that holds the decoder's prompts; "
+                "switch it off for the decoder"
+            )
+        if cache is None:
+            cache = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
+        if cache.get_seq_length():
+            return cache
+        if cache.is_compileable:
+            raise ValueError("decoder_prompt_length: the prompts of the decoder need a dynamic cache, no static one")
+        prompts = self.decoder_prompts(self.shared.weight.new_empty(batch, 0, 0))
+        self.decoder(inputs_embeds=prompts, use_cache=True, **cache_argument(cache, None))
+        return cache
 
 
 class VLBartForConditionalGeneration(VisualTokenGeneration, BartForConditionalGeneration):
