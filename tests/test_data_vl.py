@@ -419,7 +419,12 @@ def load_parts(path):
             {"structured_rep": [[{**OBJECT, "x_loc": 90}], [], []]},
             "'x_loc' must be a number from 0 to 80",
         ),
-        (load_nlvr, NLVR, {"structured_rep": [[{**OBJECT, "type": "star"}], [], []]}, "'type' must be one of circle"),
+        (
+            load_nlvr,
+            NLVR,
+            {"structured_rep": [[{**OBJECT, "type": "star"}], [], []]},
+            "'type' must be one of triangle",
+        ),
         (load_nlvr, NLVR, {"label": "yes"}, "'label' must be true or false"),
         (load_shapes, SHAPE, {"pieces": {"1": TRIANGLE}}, "'pieces' must be the pieces 1 to 7"),
         (load_shapes, SHAPE, {"viewbox": [0, 0, 0, 2]}, "'viewbox' must be"),

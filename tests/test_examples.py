@@ -39,10 +39,10 @@ def how2(tmp_path_factory):
 
 @pytest.fixture
 def summarize(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    import how2_summarize
+    monkeypatch.syspath_prepend(str(EXAMPLES / "reproduction"))
+    import summarise
 
-    return lambda *arguments: how2_summarize.main([*SMALL.split(), *map(str, arguments)])
+    return lambda *arguments: summarise.main([*SMALL.split(), *map(str, arguments)])
 
 
 def readme_snippets():
@@ -85,16 +85,16 @@ def test_one_run_writes_adapter_report_and_picture(how2, tmp_path, summarize):
 
 
 def test_a_yaml_file_gives_arguments_and_the_command_line_wins(how2, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    import how2_summarize
+    monkeypatch.syspath_prepend(str(EXAMPLES / "reproduction"))
+    import summarise
 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"data_dir: {how2}\nr: 3\nlearning_rate: 0.5\n")
-    script, training = how2_summarize.parse([str(recipe), "--learning_rate", "0.25"])
+    script, training = summarise.parse([str(recipe), "--learning_rate", "0.25"])
     assert (script.data_dir, script.r, training.learning_rate) == (str(how2), 3, 0.25)
     recipe.write_text("ranks: 3\n")
     with pytest.raises(ValueError, match=r"unknown arguments \['ranks'\]"):
-        how2_summarize.parse([str(recipe)])
+        summarise.parse([str(recipe)])
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "adapter", "prompt", "bias", "partial", "proj", "none"])
@@ -173,11 +173,11 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(how2, tmp_path, summariz
             if state.epoch and state.epoch >= 2:
                 raise KeyboardInterrupt
 
-    import how2_summarize
+    import summarise
 
-    trainer_class = how2_summarize.SummarisationTrainer
+    trainer_class = summarise.SummarisationTrainer
     monkeypatch.setattr(
-        how2_summarize,
+        summarise,
         "SummarisationTrainer",
         lambda *args, **kwargs: trainer_class(*args, callbacks=[Interruption()], **kwargs),
     )
@@ -197,7 +197,7 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(how2, tmp_path, summariz
     ("arguments", "message"),
     [
         (["--method", "prefix"], "'prefix' is not one of"),
-        (["--r", "0"], "--r 0 must be positive"),
+        (["--r", "0"], "--r 0 must be at least 1"),
         (["--push_to_hub", "true"], "--push_to_hub needs --hub_model_id"),
         (["--require_world_size", "2"], "1 process.es. run"),
         (["--features", "nowhere"], "no video features at nowhere"),
@@ -273,15 +273,15 @@ def test_the_alignment_picture_and_the_loop_without_trainer(how2, tmp_path, monk
 
 
 def test_the_comparison_runs_once_and_resumes(how2, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.syspath_prepend(str(EXAMPLES / "reproduction"))
     monkeypatch.syspath_prepend(str(EXAMPLES / "method_comparison"))
-    import how2_summarize
+    import summarise
     import summarization
 
     def in_process(command, **options):
         assert command[:2] == [sys.executable, str(EXAMPLES / "how2_summarize.py")]
         started.append(command)
-        how2_summarize.main(command[2:])
+        summarise.main(command[2:])
         return type("Done", (), {"returncode": 0})
 
     started, run = [], subprocess.run
@@ -333,23 +333,23 @@ def test_two_processes_see_the_loss_of_one(how2, tmp_path, summarize):
 @pytest.fixture
 def recipe_trainer(monkeypatch, tmp_path):
     """A trainer of a tiny new VG-BART with the arguments of the recipe file and the command line."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    import how2_summarize
-    from summarisation_models import apply_method
+    monkeypatch.syspath_prepend(str(EXAMPLES / "reproduction"))
+    import summarise
+    from summarisation_models import adapted
     from summarisation_training import SummarisationTrainer
 
     def build(*arguments, items=30):
         recipe = str(EXAMPLES / "recipes" / "how2_original.yaml")
         given = ["--output_dir", str(tmp_path), "--use_cpu", *map(str, arguments)]
-        script, training = how2_summarize.parse([recipe, *given])
-        how2_summarize.check_arguments(script, training)
+        script, training = summarise.parse([recipe, *given])
+        summarise.check_arguments(script, training)
         sizes = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
         sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 16}
         options = {**json.loads(script.new_visual_modules), "visual_feature_dim": 8, "img_trans_heads": 2}
         config = VGBartConfig(vocab_size=20, **sizes, **options, img_trans_layers=2, img_trans_ffn_dim=8)
         names = ("visual_lr_factor", "lr_step_epochs", "lr_step_factor")
         return SummarisationTrainer(
-            apply_method(VGBartForConditionalGeneration(config), [], script),
+            adapted(VGBartForConditionalGeneration(config), [], script),
             training,
             train_dataset=[{}] * items,
             eval_dataset=[{}],
@@ -401,29 +401,27 @@ def test_the_rates_fall_in_steps_of_epochs(recipe_trainer):
 
 
 def test_the_originals_recipe_runs_and_keeps_the_best_validation_rouge(how2, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    import how2_summarize
+    monkeypatch.syspath_prepend(str(EXAMPLES / "reproduction"))
+    import summarise
 
     tokenizer = AutoTokenizer.from_pretrained(BACKBONE)
     plain_model("bart", len(tokenizer)).save_pretrained(tmp_path / "plain")
     tokenizer.save_pretrained(tmp_path / "plain")
     rouge = iter([10.0, 30.0, 20.0])
-    measured = how2_summarize.Run.validation_rouge
-    monkeypatch.setattr(
-        how2_summarize.Run, "validation_rouge", lambda *given: measured(*given) | {"rouge2": next(rouge)}
-    )
+    measured = summarise.Run.validation_rouge
+    monkeypatch.setattr(summarise.Run, "validation_rouge", lambda *given: measured(*given) | {"rouge2": next(rouge)})
     arguments = ["--model_name_or_path", tmp_path / "plain", "--data_dir", how2, "--output_dir", tmp_path / "run"]
     arguments += ["--validation_split", "sum_val", "--test_split", "sum_test", "--num_train_samples", 8]
     arguments += ["--num_test_samples", 4, "--num_validation_samples", 4, *SMALL.split(), "--num_train_epochs", 3]
     arguments += ["--gradient_accumulation_steps", 1, "--learning_rate", "1e-2"]
     kept = []
-    save = how2_summarize.Run.save
+    save = summarise.Run.save
     monkeypatch.setattr(
-        how2_summarize.Run,
+        summarise.Run,
         "save",
         lambda run, trainer, *rest: kept.append(trainer.state) or save(run, trainer, *rest),
     )
-    result = how2_summarize.main([str(EXAMPLES / "recipes" / "how2_original.yaml"), *map(str, arguments)])
+    result = summarise.main([str(EXAMPLES / "recipes" / "how2_original.yaml"), *map(str, arguments)])
     [state] = kept
     assert (state.best_metric, state.best_global_step) == (30.0, 2)
     assert [entry["eval_rouge2"] for entry in result["log"] if "eval_rouge2" in entry] == [10.0, 30.0, 20.0]

@@ -218,15 +218,15 @@ plain = st.one_of(
     )
 )
 def test_a_yaml_file_means_what_it_says_or_is_named(tmp_path_factory, values):
-    sys.path.insert(0, str(EXAMPLES))
+    sys.path.insert(0, str(EXAMPLES / "reproduction"))
     try:
-        import how2_summarize
+        import summarise
     finally:
-        sys.path.remove(str(EXAMPLES))
+        sys.path.remove(str(EXAMPLES / "reproduction"))
     path = tmp_path_factory.mktemp("yaml") / "recipe.yaml"
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
     try:
-        script, training = how2_summarize.parse([str(path), "--use_cpu"])
+        script, training = summarise.parse([str(path), "--use_cpu"])
     except ValueError as error:
         assert "recipe.yaml" in str(error)
         return

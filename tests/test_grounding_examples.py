@@ -13,7 +13,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from peft_read.data import write_feature_archive
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "method_comparison")]
+sys.path[:0] = [str(EXAMPLES / "reproduction"), str(EXAMPLES / "method_comparison")]
 ground_moments, grounding, grounding_data, pretrain_grounding = map(
     importlib.import_module, ("ground_moments", "grounding", "grounding_data", "pretrain_grounding")
 )
@@ -226,7 +226,7 @@ def test_bad_arguments_are_named(world, tmp_path):
         with pytest.raises(ValueError, match=match):
             ground_moments.main(qvhighlights(world, *arguments, "--output_dir", str(tmp_path)))
 
-    fails("--method", "magic", match="'magic' is not one of full")
+    fails("--method", "magic", match="'magic' is not one of read")
     fails("--backbone", "clip", match="neither 'moment_detr' nor 'umt'")
     fails("--method", "prompt", "--pvla", match="prompts would be aligned")
     fails("--method", "none", "--pvla", match="nothing is trained")

@@ -28,15 +28,15 @@ def how2(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scripts(how2, tmp_path_factory):
-    paths = [str(EXAMPLES), str(EXAMPLES / "method_comparison")]
+    paths = [str(EXAMPLES / "reproduction"), str(EXAMPLES / "method_comparison")]
     sys.path[:0] = paths
-    import how2_summarize
+    import summarise
     import summarization
 
     # What this run imports and compiles, the forks need not.
     folder = tmp_path_factory.mktemp("first")
-    how2_summarize.main(["--data_dir", str(how2), "--output_dir", str(folder), *SMALL, "--max_steps", "1"])
-    yield how2_summarize, summarization
+    summarise.main(["--data_dir", str(how2), "--output_dir", str(folder), *SMALL, "--max_steps", "1"])
+    yield summarise, summarization
     for path in paths:
         sys.path.remove(path)
 
@@ -47,10 +47,10 @@ def one_run(scripts, how2, folder):
 
 def one_comparison(scripts, how2, folder):
     """Two runs and their table; a run is a part of the comparison's process, so that its writes are counted too."""
-    how2_summarize, summarization = scripts
+    summarise, summarization = scripts
 
     def in_process(command, **options):
-        how2_summarize.main(command[2:])
+        summarise.main(command[2:])
         return type("Done", (), {"returncode": 0})
 
     subprocess.run = in_process

@@ -14,7 +14,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 @pytest.fixture
 def run_folder(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.syspath_prepend(str(EXAMPLES / "reproduction"))
     monkeypatch.syspath_prepend(str(EXAMPLES / "method_comparison"))
     import run_folder
 
@@ -104,11 +104,11 @@ def test_a_run_goes_on_with_its_own_arguments_only(run_folder, tmp_path):
     ],
 )
 def test_all_arguments_that_change_the_result_are_compared(run_folder, name, value, free, tmp_path):
-    import how2_summarize
+    import summarise
 
     base = ["--output_dir", str(tmp_path), "--use_cpu"]
-    first = run_folder.run_arguments(*how2_summarize.parse(base))
-    second = run_folder.run_arguments(*how2_summarize.parse([*base, f"--{name}", str(value)]))
+    first = run_folder.run_arguments(*summarise.parse(base))
+    second = run_folder.run_arguments(*summarise.parse([*base, f"--{name}", str(value)]))
     assert (first == second) is free
 
 
@@ -247,25 +247,25 @@ def test_two_comparisons_do_not_share_a_folder(run_folder, tmp_path, monkeypatch
     ],
 )
 def test_what_is_wrong_in_a_yaml_file_is_said_with_its_name(run_folder, text, message, tmp_path):
-    import how2_summarize
+    import summarise
 
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=f"recipe.yaml.*{message}"):
-        how2_summarize.parse([str(path)])
+        summarise.parse([str(path)])
 
 
 def test_values_of_a_yaml_file_mean_what_they_say(run_folder, tmp_path):
-    import how2_summarize
+    import summarise
 
     path = tmp_path / "recipe.yaml"
     path.write_text(
         'pvla: "false"\nlearning_rate: 3.0e-5\nnum_train_samples: 7\nnew_visual_modules: {fusion_layer: -1}'
     )
-    script, training = how2_summarize.parse([str(path), "--use_cpu"])
+    script, training = summarise.parse([str(path), "--use_cpu"])
     assert (script.pvla, training.learning_rate, script.num_train_samples) == (False, 3e-5, 7)
     assert json.loads(script.new_visual_modules) == {"fusion_layer": -1}
-    assert how2_summarize.parse([str(EXAMPLES / "recipes" / "how2_original.yaml"), "--use_cpu"])[0].pvla is False
+    assert summarise.parse([str(EXAMPLES / "recipes" / "how2_original.yaml"), "--use_cpu"])[0].pvla is False
 
 
 @pytest.mark.parametrize(
@@ -292,10 +292,10 @@ def test_values_of_a_yaml_file_mean_what_they_say(run_folder, tmp_path):
     ],
 )
 def test_options_that_mean_nothing_are_named(run_folder, arguments, message, tmp_path):
-    import how2_summarize
+    import summarise
 
     with pytest.raises(ValueError, match=message):
-        how2_summarize.prepare(["--output_dir", str(tmp_path), "--use_cpu", *arguments.split()])
+        summarise.prepare(["--output_dir", str(tmp_path), "--use_cpu", *arguments.split()])
     assert not (tmp_path / "run.json").exists()
 
 

@@ -10,7 +10,7 @@ backward pass to the input embeddings. Times are processor times, medians of ste
 Memory is what autograd keeps for the backward pass besides the weights, and the optimizer's state with the gradients.
 READ-PVLA aligns the encoder's first half of tokens ("video") with its second half, in Moment-DETR clips with words.
 LoRA adapts what peft adapts by default, queries and values of every attention; Moment-DETR, which peft does not know,
-at the two linears of every feed-forward block, as examples/ground_moments.py does.
+at the two linears of every feed-forward block, as examples/reproduction/ground_moments.py does.
 
 With --output the results of other models that are in the files already stay there.
 """

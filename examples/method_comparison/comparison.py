@@ -21,7 +21,7 @@ from typing import Any
 
 from peft_read.files import safe_name, write_whole
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the other examples
+sys.path.insert(0, str(Path(__file__).parents[1] / "reproduction"))
 from run_folder import ENDS_WITH_STDIN, clear_finished, lock_folder
 
 Result = dict[str, Any]

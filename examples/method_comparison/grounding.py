@@ -26,7 +26,7 @@ from comparison import markdown as table
 
 from peft_read.data import TVSUM_DOMAINS
 
-SCRIPT = Path(__file__).parents[1] / "ground_moments.py"
+SCRIPT = Path(__file__).parents[1] / "reproduction" / "ground_moments.py"
 SELECTION = "MR-full-mAP"
 SHOWN = {
     "qvhighlights": {

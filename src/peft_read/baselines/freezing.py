@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-__all__ = ["FREEZING_METHODS", "HEADS", "train_only"]
+__all__ = ["FREEZING_METHODS", "HEADS", "modules_called", "train_only"]
 
 FREEZING_METHODS = ("full", "bias", "partial", "proj", "none")
 # The output layers of models that predict no words, by model type: names of modules, or the ends of names.
@@ -38,7 +38,7 @@ def train_only(model: nn.Module, method: str, *, also: Sequence[str] = ()) -> nn
     if method not in FREEZING_METHODS:
         raise ValueError(f"method={method!r} is not one of {FREEZING_METHODS}")
     chosen = {id(parameter) for parameter in _chosen(model, method)}
-    chosen |= {id(parameter) for module in _called(model, also) for parameter in module.parameters()}
+    chosen |= {id(parameter) for module in modules_called(model, also) for parameter in module.parameters()}
     if not chosen and method != "none":
         raise ValueError(f"method={method!r} finds nothing to train in {type(model).__name__}")
     for parameter in model.parameters():
@@ -72,10 +72,10 @@ def _chosen(model: nn.Module, method: str) -> list[nn.Parameter]:
 
 
 def _heads(model: nn.Module) -> list[nn.Module]:
-    return _called(model, HEADS.get(getattr(getattr(model, "config", None), "model_type", ""), ()))
+    return modules_called(model, HEADS.get(getattr(getattr(model, "config", None), "model_type", ""), ()))
 
 
-def _called(model: nn.Module, suffixes: Sequence[str]) -> list[nn.Module]:
+def modules_called(model: nn.Module, suffixes: Sequence[str]) -> list[nn.Module]:
     """The modules whose name is one of these, or ends with one."""
     return [
         module

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
+from .freezing import modules_called
 from .prompt import InputPrompts
 from .prompt_summariser import SummariserPrompts
 
@@ -14,7 +16,7 @@ __all__ = ["add_prompts"]
 GROUNDING, SUMMARISERS = ("moment_detr", "umt"), ("vg_bart", "vg_t5")
 
 
-def add_prompts(model: nn.Module, *, length: int = 10) -> nn.Module:
+def add_prompts(model: nn.Module, *, length: int = 10, also: Sequence[str] = ()) -> nn.Module:
     """Freezes a model and puts learnable vectors before both of its input sequences.
 
     Source: READ-PVLA section 4.1, baseline "Prompt": learnable vectors are put before the input sequences, the rest
@@ -23,7 +25,8 @@ def add_prompts(model: nn.Module, *, length: int = 10) -> nn.Module:
 
     Args:
         model: a Moment-DETR, UMT, VG-BART or VG-T5, without an adapter.
-        length: vectors a sequence.
+        length: vectors per sequence.
+        also: suffixes of module names that are trained beside the prompts (modules that are new, not pretrained).
 
     Returns:
         The model.
@@ -59,6 +62,8 @@ def add_prompts(model: nn.Module, *, length: int = 10) -> nn.Module:
         prompts = InputPrompts(model_type, length, config.d_model, has_text=has_text)
     model.prompts = prompts.to(device=reference.device, dtype=reference.dtype)
     prompts.attach(model)
+    for module in modules_called(model, also):
+        module.requires_grad_(True)
     return model
 
 

@@ -8,17 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from ..values import number, shown
 from .jsonl import Record, iterate_jsonl
+from .scene_tokens import COLOURS, PICTURE_SIDE, TYPES
 from .vl_examples import TASK_PROMPTS, ExampleReader, example
 from .vl_images import truth_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["NLVR_COLOURS", "NLVR_SHAPES", "load_nlvr"]
+__all__ = ["load_nlvr"]
 
-NLVR_SHAPES = ("circle", "square", "triangle")
-NLVR_COLOURS = ("#0099ff", "Black", "Yellow")
-SIDE, BOXES = 100, 3
+BOXES = 3
 
 
 def load_nlvr(annotations: str | Path, *, prompt: str = TASK_PROMPTS["nlvr"]) -> Dataset:
@@ -67,11 +66,12 @@ def _object(item: Any, record: Record) -> dict[str, Any]:
     where = record.where("structured_rep")
     if not isinstance(item, dict):
         raise ValueError(f"{where} holds {shown(item)}, which is no object")
-    size = number(item.get("size"), f"{where}: 'size'", above=0, high=SIDE)
+    size = number(item.get("size"), f"{where}: 'size'", above=0, high=PICTURE_SIDE)
     place = {
-        name: number(item.get(name), f"{where}: {name!r}", low=0, high=SIDE - size) for name in ("x_loc", "y_loc")
+        name: number(item.get(name), f"{where}: {name!r}", low=0, high=PICTURE_SIDE - size)
+        for name in ("x_loc", "y_loc")
     }
-    for name, known in (("type", NLVR_SHAPES), ("color", NLVR_COLOURS)):
+    for name, known in (("type", TYPES), ("color", COLOURS)):
         if item.get(name) not in known:
             raise ValueError(f"{where}: {name!r} must be one of {', '.join(known)}, not {shown(item.get(name))}")
     return {**place, "size": size, "type": item["type"], "color": item["color"]}

@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 
+from .grounding_records import grounding_records, write_submission
 from .moment_detr import MomentDetrConfig, MomentDetrForTemporalGrounding
 from .umt import UMTConfig, UMTForTemporalGrounding
 from .vg_bart import VGBartConfig, VGBartForConditionalGeneration, VGBartModel
@@ -24,6 +25,8 @@ __all__ = [
     "VLBartModel",
     "VLT5Config",
     "VLT5ForConditionalGeneration",
+    "grounding_records",
+    "write_submission",
 ]
 
 AutoConfig.register("moment_detr", MomentDetrConfig)

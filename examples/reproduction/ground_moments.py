@@ -1,11 +1,11 @@
 """Adapts a grounding model to QVHighlights, TVSum or YouTube Highlights with any method of the paper, and reports it.
 
-    python examples/ground_moments.py --train_file highlight_val_release.jsonl --num_train_samples 700 \
+    python examples/reproduction/ground_moments.py --train_file highlight_val_release.jsonl --num_train_samples 700 \
         --test_file highlight_test_with_gt.jsonl --features val_captions.npz,test_captions.npz \
         --text_encoder sentence-transformers/all-MiniLM-L6-v2 --projection pca.npz \
         --model_name_or_path outputs/grounding_backbone --method read --pvla --output_dir outputs/read_pvla
-    python examples/ground_moments.py --dataset tvsum --domain BK --train_file tvsum50.jsonl ...
-    python examples/ground_moments.py --output_dir outputs/read_pvla --predict "a dog runs" --video <id>
+    python examples/reproduction/ground_moments.py --dataset tvsum --domain BK --train_file tvsum50.jsonl ...
+    python examples/reproduction/ground_moments.py --output_dir outputs/read_pvla --predict "a dog runs" --video <id>
 
 docs/data.md says where the data is published. Without `--model_name_or_path` the backbone starts from random weights.
 QVHighlights: the best checkpoint by validation mAP, predictions in the official submission format, a picture. TVSum:
@@ -27,9 +27,10 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from grounding_data import DataArguments, Fold, GroundingData, check_data_arguments, submission
+from grounding_data import DataArguments, Fold, GroundingData, check_data_arguments
 from grounding_report import describe, draw
-from peft import LoraConfig, PeftModel, get_peft_model
+from methods import PEFT_METHODS, MethodArguments, apply_method, check_method
+from peft import PeftModel
 from run_folder import (
     KeepCheckpoints,
     RunFolder,
@@ -45,32 +46,27 @@ from torch import nn
 from transformers import AutoModel, Trainer, set_seed
 from transformers import TrainingArguments as TransformersArguments
 
-from peft_read import PVLAConfig, PVLALossMixin, READConfig
+from peft_read import PVLAConfig, PVLALossMixin
 from peft_read.alignment import last_whole_checkpoint
-from peft_read.baselines import HEADS, add_prompts, train_only
+from peft_read.baselines import HEADS, add_prompts
 from peft_read.data import ground_truth_records
 from peft_read.files import safe_name, write_whole
 from peft_read.metrics import evaluate_qvhighlights, tvsum_map, youtube_highlights_map
+from peft_read.models import grounding_records, write_submission
 
-PEFT_METHODS = ("read", "adapter", "lora")
-METHODS = ("full", "bias", "partial", "proj", "lora", "prompt", "adapter", "read", "none")
 LORA_TARGETS = {"moment_detr": r"transformer\..*\.linear[12]", "umt": r".*(att\d?|query_gen\.encoder)\.[qv]"}
 SELECTION = "MR-full-mAP"
 RUN_ARGUMENTS = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "seed")
 
 
 @dataclass
-class ScriptArguments(DataArguments):
+class ScriptArguments(MethodArguments, DataArguments):
     """The data, the model and the method."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "a pretrained backbone"})
-    method: str = field(default="read", metadata={"help": f"one of {', '.join(METHODS)}"})
-    r: int = field(default=16, metadata={"help": "width k of READ and Adapter, rank of LoRA"})
-    cell: str = field(default="rnn", metadata={"help": "READ's recurrence: rnn, gru, lstm"})
     target_modules: str | None = field(
         default=None, metadata={"help": "regular expression; default: every feed-forward block, of LoRA see above"}
     )
-    prompt_length: int = 10
     train_heads: bool = field(
         default=True, metadata={"help": "train the output layers with every method; --no_train_heads"}
     )
@@ -125,7 +121,7 @@ def prepare(argv: list[str]) -> Grounding | Answer:
     check_training(training)
     data = GroundingData(script)
     # Once before anything is written: a method that does not fit the backbone ends here.
-    apply_method(load_backbone(script, data), script)
+    adapted(load_backbone(script, data), script)
     if script.pvla:
         alignment(script)
     return Grounding(script, training, data)
@@ -191,15 +187,14 @@ def write_json(path: Path, content: Any) -> None:
 
 def check_arguments(script: ScriptArguments) -> None:
     """Everything that can be wrong before data is read."""
-    if script.method not in METHODS:
-        raise ValueError(f"--method {script.method!r} is not one of {', '.join(METHODS)}")
+    check_method(script)
     if script.pvla and script.method in ("prompt", "none"):
         raise ValueError(
             f"--pvla with --method {script.method}: "
             + ("nothing is trained" if script.method == "none" else "the prompts would be aligned as clips and words")
         )
     check_numbers(script)
-    check_at_least(script, {"r": 1, "prompt_length": 1, "pictures": 0, "pvla_weight": 0, "nms_threshold": 0})
+    check_at_least(script, {"pictures": 0, "pvla_weight": 0, "nms_threshold": 0})
     if script.nms_threshold is not None and script.nms_threshold > 1:
         raise ValueError(f"--nms_threshold {script.nms_threshold} must be at most 1")
     if not re.fullmatch(r"all|-?\d+(,-?\d+)*", script.pvla_blocks):
@@ -228,26 +223,18 @@ def combine(dataset: str, results: dict[str, Any]) -> dict[str, Any]:
     return {**{key: first[key] for key in ("method", "trainable", "parameters")}, **means, "folds": results}
 
 
-def apply_method(model: nn.Module, script: ScriptArguments) -> nn.Module:
-    """Wraps or freezes the backbone; the output layers are trained with every method, unless told otherwise."""
+def adapted(model: nn.Module, script: ScriptArguments) -> nn.Module:
+    """The backbone with the method of the arguments, its output layers trained with it unless told not to."""
     model_type = model.config.model_type
     heads = [name for name in HEADS[model_type] if any(full.endswith(name) for full, _ in model.named_modules())]
-    heads = heads if script.train_heads else []
-    if script.method in ("read", "adapter"):
-        cell = script.cell if script.method == "read" else "none"
-        config = READConfig(r=script.r, cell=cell, target_modules=script.target_modules, modules_to_save=heads or None)
-        return get_peft_model(model, config)
-    if script.method == "lora":
-        targets = script.target_modules or LORA_TARGETS[model_type]
-        config = LoraConfig(r=script.r, lora_alpha=script.r, target_modules=targets, modules_to_save=heads or None)
-        return get_peft_model(model, config)
-    if script.method == "prompt":
-        model = add_prompts(model, length=script.prompt_length)
-        for name, parameter in model.named_parameters():
-            if any(f"{head}." in name for head in heads):
-                parameter.requires_grad_(True)
-        return model
-    return train_only(model, script.method, also=[] if script.method == "none" else heads)
+    return apply_method(
+        model,
+        script,
+        also=heads if script.train_heads else [],
+        lora_targets=LORA_TARGETS[model_type],
+        lora_alpha=script.r,
+        target_modules=script.target_modules,
+    )
 
 
 def alignment(script: ScriptArguments) -> PVLAConfig:
@@ -284,7 +271,7 @@ class Run:
         backbone = load_backbone(script, self.data)
         collator = self.data.collator(backbone.config, seed=training.seed)
         self.config, self._collator = backbone.config, self.data.collator(backbone.config)  # not for training
-        model = apply_method(backbone, script)
+        model = adapted(backbone, script)
         trainer = GroundingTrainer(
             model=model,
             args=training,
@@ -320,7 +307,7 @@ class Run:
 
     def records(self, outputs: Any, rows: Dataset) -> list[dict[str, Any]]:
         seconds, threshold = self.data.clips.clip_seconds, self.script.nms_threshold
-        return submission(outputs, list(rows), self.config, clip_seconds=seconds, nms_threshold=threshold)
+        return grounding_records(outputs, list(rows), self.config, clip_seconds=seconds, nms_threshold=threshold)
 
     def metrics(self, records: list[dict[str, Any]], rows: Dataset) -> dict[str, float]:
         """The dataset's official figures; nothing where it has no labels."""
@@ -408,12 +395,6 @@ def load_trained(script: ScriptArguments, folder: Path) -> nn.Module:
     return AutoModel.from_pretrained(folder / "trained").eval()
 
 
-def write_submission(path: Path, records: list[dict[str, Any]]) -> None:
-    """The official format: one JSON record a line."""
-    with write_whole(path) as file:
-        file.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
-
-
 class Answer:
     """One query in one video, answered with the result of an earlier run.
 
@@ -451,7 +432,7 @@ class Answer:
         names = ("pred_logits", "pred_spans", "saliency_scores", "boundaries", "video_mask")
         outputs = [found[name].numpy() for name in names if found.get(name) is not None]
         threshold = self.then.nms_threshold
-        [record] = submission(outputs, [row], config, clip_seconds=seconds, nms_threshold=threshold)
+        [record] = grounding_records(outputs, [row], config, clip_seconds=seconds, nms_threshold=threshold)
         print(describe(record, seconds))
         draw(self.folder / "prediction.png", [row], [record])
         return record

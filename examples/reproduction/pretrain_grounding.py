@@ -1,7 +1,7 @@
 """Pretrains a grounding backbone on weak labels: captions as queries, runs of similar clips as their moments.
 
-    python examples/pretrain_grounding.py --train_file highlight_val_release.jsonl --num_train_samples 700 \
-        --captions captions_val.jsonl --features val_captions.npz \
+    python examples/reproduction/pretrain_grounding.py --train_file highlight_val_release.jsonl \
+        --num_train_samples 700 --captions captions_val.jsonl --features val_captions.npz \
         --text_encoder sentence-transformers/all-MiniLM-L6-v2 --projection pca.npz \
         --num_train_epochs 5 --output_dir outputs/grounding_backbone
 

@@ -1,7 +1,7 @@
 """Pretrains a small VG-BART or VG-T5, vision included: the frozen backbone that the examples adapt.
 
-    python examples/pretrain_summariser.py --corpus how2_mini --output_dir examples/how2_mini_backbone
-    python examples/pretrain_summariser.py --backbone vg_t5 --corpus captions --captions captions.jsonl \
+    python examples/reproduction/pretrain_summariser.py --corpus how2_mini --output_dir examples/how2_mini_backbone
+    python examples/reproduction/pretrain_summariser.py --backbone vg_t5 --corpus captions --captions captions.jsonl \
         --features features.npz --output_dir outputs/captions_t5
 
 `how2_mini`: video-guided summarisation on seven of the eight generated domains, and denoising of plain talk that uses

@@ -1,4 +1,4 @@
-"""The grounding datasets as the examples use them: features, text, splits, models and predictions in seconds."""
+"""The grounding datasets as the examples use them: features, text, splits and models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from run_folder import check_at_least, check_numbers
 from torch import nn
@@ -42,13 +41,10 @@ from peft_read.models import (
     UMTConfig,
     UMTForTemporalGrounding,
 )
-from peft_read.models.moment_detr import highlight_scores, ranked_windows
-from peft_read.spans import temporal_nms
 
 logger = logging.getLogger(__name__)
 
 DATASETS = ("qvhighlights", "tvsum", "youtube_highlights")
-MAX_WINDOWS = 10
 
 
 @dataclass
@@ -424,61 +420,3 @@ def read_text_cache(cache: Path, fingerprint: str) -> dict[str, np.ndarray]:
         return {}
     store = FeatureStore(cache)
     return {text: store[text] for text in store}
-
-
-def submission(
-    outputs: Sequence[np.ndarray],
-    rows: Sequence[dict],
-    config: Any,
-    *,
-    clip_seconds: float = 2.0,
-    nms_threshold: float | None = None,
-) -> list[dict[str, Any]]:
-    """Records of the official submission format.
-
-    Args:
-        outputs: of Moment-DETR `pred_logits`, `pred_spans`, `saliency_scores`, `video_mask`; of UMT `saliency_scores`,
-            `boundaries` where it predicts any, `video_mask`.
-        rows: of the dataset, in the same order.
-        config: of the model.
-        clip_seconds: length of a clip.
-        nms_threshold: of the suppression of overlapping windows; None = none.
-    """
-    durations = [row["duration"] for row in rows]
-    windows: list[list[list[float]]] | None = None
-    if config.model_type == "moment_detr":
-        logits, spans, saliency, mask = map(torch.as_tensor, outputs)
-        windows = ranked_windows(
-            logits,
-            spans,
-            durations,
-            config=config,
-            clip_seconds=clip_seconds,
-            longest_seconds=max(durations),
-            nms_threshold=nms_threshold,
-        )
-    else:
-        saliency, *boundaries, mask = map(torch.as_tensor, outputs)
-        if boundaries:
-            windows = [
-                _umt_windows(found.numpy(), seconds, nms_threshold)
-                for found, seconds in zip(boundaries[0], durations, strict=True)
-            ]
-    scores = highlight_scores(saliency, mask)
-    records = []
-    for index, row in enumerate(rows):
-        record = {"qid": row.get("qid", row["vid"]), "query": row["query"], "vid": row["vid"]}
-        if windows is not None:
-            record["pred_relevant_windows"] = windows[index]
-        records.append({**record, "pred_saliency_scores": scores[index]})
-    return records
-
-
-def _umt_windows(boundaries: np.ndarray, seconds: float, nms_threshold: float | None) -> list[list[float]]:
-    """UMT's windows that lie on real clips and begin inside the video, cut to it, to 4 decimals."""
-    real = boundaries[(boundaries[:, 2] > 0) & (boundaries[:, 0] < seconds)]
-    rounded = [
-        [round(min(float(start), seconds), 4), round(min(float(end), seconds), 4), round(float(score), 4)]
-        for start, end, score in real
-    ]
-    return rounded[:MAX_WINDOWS] if nms_threshold is None else temporal_nms(rounded, nms_threshold)

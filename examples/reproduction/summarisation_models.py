@@ -9,18 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from methods import MethodArguments, apply_method
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, GenerationConfig
 
-from peft_read import READConfig
-from peft_read.baselines import add_prompts, train_only
+from peft_read.baselines import add_prompts
 from peft_read.models import VGBartForConditionalGeneration, VGT5ForConditionalGeneration
 from peft_read.models.vision_guidance import VISUAL_MODULES
 
-METHODS = ("read", "adapter", "lora", "prompt", "full", "bias", "partial", "proj", "none")
 # New visual modules on a plain checkpoint: the best published variant, with padding kept out of the fusion. VG-T5
 # builds a visual transformer and never calls it; here it is part of the model.
 NEW_MODULES = {"use_forget_gate": True, "use_img_trans": True, "mask_fusion": True}
@@ -50,11 +48,11 @@ BACKBONES = {
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(MethodArguments):
     """The model and the method."""
 
     model_name_or_path: str = field(
-        default=str(Path(__file__).with_name("how2_mini_backbone")),
+        default=str(Path(__file__).parents[1] / "how2_mini_backbone"),
         metadata={"help": "a VG-BART or VG-T5, or a plain BART, T5 or flan-T5, which gets new visual modules"},
     )
     backbone: str | None = field(
@@ -63,10 +61,6 @@ class ModelArguments:
     new_visual_modules: str = field(
         default="{}", metadata={"help": 'JSON: options of new visual modules, such as {"mask_fusion": false}'}
     )
-    method: str = field(default="read", metadata={"help": f"one of {', '.join(METHODS)}"})
-    r: int = field(default=16, metadata={"help": "width k of READ and Adapter, rank of LoRA"})
-    cell: str = field(default="rnn", metadata={"help": "READ's recurrence: rnn, gru, lstm"})
-    prompt_length: int = field(default=10, metadata={"help": "vectors before each of the two sequences"})
     dropout: float | None = field(default=None, metadata={"help": "overrides every dropout of the backbone"})
 
 
@@ -161,21 +155,10 @@ def generation_config(model: nn.Module, *, num_beams: int, max_length: int) -> G
     )
 
 
-def apply_method(model: nn.Module, new_modules: list[str], script: ModelArguments) -> nn.Module:
-    """Wraps or freezes the backbone; new modules are trained with every method, and saved with every adapter."""
-    save: dict[str, Any] = {"modules_to_save": new_modules or None, "task_type": "SEQ_2_SEQ_LM"}
-    if script.method in ("read", "adapter"):
-        cell = script.cell if script.method == "read" else "none"
-        return get_peft_model(model, READConfig(r=script.r, cell=cell, **save))
-    if script.method == "lora":
-        targets = list(BACKBONES[model.config.model_type].lora_targets)
-        return get_peft_model(model, LoraConfig(r=script.r, target_modules=targets, **save))
-    if script.method == "prompt":
-        model = add_prompts(model, length=script.prompt_length)
-        for name in new_modules:
-            model.get_encoder().get_submodule(name.removeprefix("encoder.")).requires_grad_(True)
-        return model
-    return train_only(model, script.method, also=new_modules)
+def adapted(model: nn.Module, new_modules: list[str], script: ModelArguments) -> nn.Module:
+    """The backbone with the method of the arguments."""
+    targets = BACKBONES[model.config.model_type].lora_targets
+    return apply_method(model, script, also=new_modules, lora_targets=targets, task_type="SEQ_2_SEQ_LM")
 
 
 def save_prompts(model: nn.Module, folder: Path) -> None:

@@ -1,0 +1,268 @@
+"""The run of `vl_multitask.py`: arguments, data, multi-task training, measures of every task and what is saved."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from multitask_data import SUITES, load_suite
+from multitask_models import (
+    ModelArguments,
+    adapted,
+    check_model_arguments,
+    load_backbone,
+    load_trained,
+    save_trained,
+)
+from multitask_report import write_report
+from run_folder import (
+    KeepCheckpoints,
+    RunFolder,
+    ScriptParser,
+    check_at_least,
+    check_numbers,
+    check_training,
+    log_without_times,
+    run_arguments,
+    written_whole,
+)
+from scene_batches import SceneCollator
+from torch import nn
+from transformers import AutoTokenizer, GenerationConfig, Seq2SeqTrainer, Seq2SeqTrainingArguments, set_seed
+
+from peft_read import PVLAConfig, PVLALossMixin, set_task
+from peft_read.alignment import last_whole_checkpoint
+from peft_read.data import MultitaskDataset
+from peft_read.files import write_whole
+from peft_read.vl_adapter import MultitaskMixin
+
+
+@dataclass
+class ScriptArguments(ModelArguments):
+    """The tasks and the training, beside the model and the method."""
+
+    suite: str | None = field(
+        default=None, metadata={"help": f"{' or '.join(SUITES)}; scenes with --data_dir, vl_mini without"}
+    )
+    data_dir: str | None = field(default=None, metadata={"help": "folder with nlvr/, kilogram/ and coco_people/"})
+    tasks: list[str] = field(default_factory=list, metadata={"help": "some of the suite's; default: all"})
+    num_train_samples: int | None = field(default=None, metadata={"help": "of each task"})
+    num_validation_samples: int | None = field(default=None, metadata={"help": "of each task"})
+    num_test_samples: int | None = field(default=None, metadata={"help": "of each task"})
+    sampling: str = field(default="round_robin", metadata={"help": "round_robin or balanced"})
+    pvla_weight: float = 0.1
+    pvla_mass: float = 0.5
+    measure_before: bool = field(default=True, metadata={"help": "also measure the backbone before adaptation"})
+    require_world_size: int | None = field(default=None, metadata={"help": "fail unless so many processes run"})
+
+
+@dataclass
+class TrainingArguments(Seq2SeqTrainingArguments):
+    """Trainer's arguments, with defaults for a small frozen backbone."""
+
+    output_dir: str = "outputs/vl_multitask"
+    learning_rate: float = 3e-3
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 0.1
+    num_train_epochs: float = 6
+    per_device_train_batch_size: int = 32
+    per_device_eval_batch_size: int = 64
+    weight_decay: float = 0.01
+    max_grad_norm: float = 5.0
+    eval_strategy: str = "epoch"
+    save_strategy: str = "epoch"
+    save_total_limit: int = 2  # the last one, and the one before it should the last be damaged
+    logging_steps: float = 10
+    remove_unused_columns: bool = False
+    dataloader_pin_memory: bool = torch.cuda.is_available()  # torch warns where there is nothing to pin for
+    generation_num_beams: int = 1
+    report_to: str = "none"
+
+
+class MultitaskTrainer(PVLALossMixin, MultitaskMixin, Seq2SeqTrainer):
+    """Trainer of several tasks with the alignment loss."""
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    return prepare(sys.argv[1:] if argv is None else list(argv)).execute()
+
+
+def prepare(argv: list[str]) -> Run:
+    """Reads the arguments and the data; what is wrong with them is said here."""
+    script, training = ScriptParser((ScriptArguments, TrainingArguments)).parse_args_into_dataclasses(argv)
+    script.suite = script.suite or ("vl_mini" if script.data_dir is None else "scenes")
+    check_arguments(script, training)
+    chosen = script.tasks or list(SUITES[script.suite])
+    sizes = {split: getattr(script, f"num_{split}_samples") for split in ("train", "validation", "test")}
+    splits = load_suite(script.suite, script.data_dir, sizes, seed=training.seed)
+    splits = {split: {task: rows[task] for task in chosen} for split, rows in splits.items()}
+    load_backbone(script, chosen)  # what does not fit ends here
+    folder = None
+    with training.main_process_first(desc="preparing the output folder"):
+        if training.process_index == 0:
+            folder = RunFolder(Path(training.output_dir), run_arguments(script, training))
+    return Run(script, training, splits, folder)
+
+
+def check_arguments(script: ScriptArguments, training: TrainingArguments) -> None:
+    """Everything that can be wrong before data is read."""
+    check_model_arguments(script)
+    if script.suite not in SUITES:
+        raise ValueError(f"--suite {script.suite!r} is not one of {', '.join(SUITES)}")
+    if script.suite == "scenes" and script.data_dir is None:
+        raise ValueError("--suite scenes needs --data_dir, a folder with nlvr/, kilogram/ and coco_people/")
+    if script.suite == "vl_mini" and script.data_dir is not None:
+        raise ValueError("--suite vl_mini is generated: leave out --data_dir")
+    if unknown := set(script.tasks) - set(SUITES[script.suite]):
+        raise ValueError(f"--tasks {sorted(unknown)}: the tasks of {script.suite} are {list(SUITES[script.suite])}")
+    check_numbers(script)
+    check_training(training)
+    samples = ("num_train_samples", "num_validation_samples", "num_test_samples")
+    sizes = ("r", "lora_alpha", "phm_dim", "reduction_factor", "prompt_length", "prompt_width")
+    check_at_least(script, dict.fromkeys((*samples, *sizes), 1))
+    check_at_least(training, {"generation_num_beams": 1})
+    PVLAConfig(weight=script.pvla_weight, mass=script.pvla_mass)
+    if script.require_world_size not in (None, training.world_size):
+        raise ValueError(
+            f"--require_world_size {script.require_world_size}, but {training.world_size} process(es) run; "
+            f"on a CPU use torchrun --nproc_per_node {script.require_world_size}"
+        )
+
+
+class Run:
+    """One set of arguments and data."""
+
+    def __init__(
+        self, script: ScriptArguments, training: TrainingArguments, splits: Any, folder: RunFolder | None
+    ) -> None:
+        self.script, self.training, self.splits, self.folder = script, training, splits, folder
+        self.tasks = list(splits["train"])
+        self.suite = SUITES[str(script.suite)]
+        self.tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path)
+        self.collator = SceneCollator(self.tokenizer)
+
+    def execute(self) -> dict[str, Any]:
+        """Adapts, measures, reports; the numbers of the report."""
+        try:
+            return self._execute()
+        finally:
+            if self.folder is not None:
+                self.folder.release()
+
+    def _execute(self) -> dict[str, Any]:
+        started, script, training = time.time(), self.script, self.training
+        result = self.adapt()
+        seconds = time.time() - started if self.folder is None else self.folder.seconds
+        result |= {"seconds": seconds, "world_size": training.world_size, "arguments": asdict(script)}
+        if self.folder is not None:
+            folder = Path(training.output_dir)
+            print(write_report(folder, result))
+            with write_whole(folder / "results.json") as file:  # the last file: with it, the run is finished
+                file.write(json.dumps(result, indent=2) + "\n")
+            self.folder.remove_checkpoints()
+        return result
+
+    def adapt(self) -> dict[str, Any]:
+        """Trains and measures; the numbers of the report."""
+        script, training = self.script, self.training
+        set_seed(training.seed)
+        model = adapted(self.backbone(), script, self.tasks)
+        trainer = MultitaskTrainer(
+            model=model,
+            args=training,
+            train_dataset=MultitaskDataset(self.splits["train"], seed=training.seed),
+            eval_dataset=MultitaskDataset(self.splits["validation"]),
+            data_collator=self.collator,
+            processing_class=self.tokenizer,
+            pvla_config=self.alignment() if script.method == "read_pvla" else None,
+            task_sampling=script.sampling,
+            task_losses={task: self.suite[task].loss for task in self.tasks},
+            callbacks=[KeepCheckpoints(self.folder)],
+        )
+        result: dict[str, Any] = {
+            "suite": script.suite,
+            "method": self.name(),
+            "metrics": {task: self.suite[task].metric for task in self.tasks},
+            "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "sizes": {
+                split: {task: len(rows) for task, rows in tasks.items()} for split, tasks in self.splits.items()
+            },
+        }
+        if script.measure_before and script.method != "none":
+            result["before"], _ = self.measure(self.backbone(), "test")
+        if script.method != "none":
+            trainer.train(resume_from_checkpoint=last_whole_checkpoint(training.output_dir))
+        result["log"] = log_without_times(trainer.state.log_history)
+        trained = trainer.accelerator.unwrap_model(trainer.model)
+        result["validation"], _ = self.measure(trained, "validation")
+        result["after"], answers = self.measure(trained, "test")
+        result["examples"] = {task: self.examples(task, answers[task]) for task in self.tasks}
+        if script.method != "none" and self.folder is not None:
+            result |= self.save(trained, Path(training.output_dir) / "trained", answers)
+        return result
+
+    def name(self) -> str:
+        """Of the method in the report."""
+        script = self.script
+        method = {"read_pvla": "read + PVLA"}.get(script.method, script.method)
+        return method + (f", {script.share}" if script.share != "single" else "") + ", prompts" * script.prompts
+
+    def backbone(self) -> nn.Module:
+        """A fresh copy of the backbone."""
+        model = load_backbone(self.script, self.tasks).to(self.training.device)
+        config = model.config
+        model.generation_config = GenerationConfig(
+            num_beams=self.training.generation_num_beams,
+            decoder_start_token_id=config.decoder_start_token_id,
+            bos_token_id=config.bos_token_id,
+            eos_token_id=config.eos_token_id,
+            pad_token_id=config.pad_token_id,
+        )
+        return model
+
+    def alignment(self) -> PVLAConfig:
+        return PVLAConfig(weight=self.script.pvla_weight, mass=self.script.pvla_mass)
+
+    def measure(self, model: nn.Module, split: str) -> tuple[dict[str, float], dict[str, list[str]]]:
+        """The score and the answers of every task."""
+        answers = {task: self.answers(model, task, self.splits[split][task]) for task in self.tasks}
+        scores = {task: self.suite[task].score(answers[task], self.splits[split][task]) for task in self.tasks}
+        return scores, answers
+
+    @torch.no_grad()
+    def answers(self, model: nn.Module, task: str, rows: list[dict[str, Any]]) -> list[str]:
+        """What the model writes for every row of one task."""
+        model.eval()
+        texts: list[str] = []
+        step = self.training.per_device_eval_batch_size
+        with set_task(model, task):
+            for start in range(0, len(rows), step):
+                batch = self.collator(rows[start : start + step])
+                inputs = {k: v.to(self.training.device) for k, v in batch.items() if k != "labels"}
+                tokens = model.generate(**inputs, max_new_tokens=self.suite[task].max_length)
+                texts += self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def save(self, model: nn.Module, folder: Path, answers: dict[str, list[str]]) -> dict[str, Any]:
+        """Saves what was trained, loads it into a fresh backbone, and compares the answers."""
+        with written_whole(folder) as part:
+            save_trained(model, part)
+        fresh = load_trained(self.backbone(), self.script, self.tasks, folder)
+        rows = {task: self.splits["test"][task][:32] for task in self.tasks}
+        same = all(self.answers(fresh, task, rows[task]) == answers[task][:32] for task in self.tasks)
+        size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+        return {"saved": str(folder), "saved_bytes": size, "reloaded_is_identical": same}
+
+    def examples(self, task: str, answers: list[str], count: int = 4) -> list[dict[str, str]]:
+        """A handful of answers beside their references."""
+        return [
+            {"text": row["text"], "reference": row["target"], "prediction": answer}
+            for row, answer in zip(self.splits["test"][task][:count], answers, strict=False)
+        ]
