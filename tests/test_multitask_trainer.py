@@ -1,7 +1,12 @@
 """MultitaskMixin: whose gradients come out, what is logged and evaluated, how a run goes on, and what is refused."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
+from test_data_how2 import word_tokenizer
 from torch import nn
 from transformers import (
     Seq2SeqTrainer,
@@ -12,9 +17,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from peft_read import PVLAConfig, PVLALossMixin, Stream
+from peft_read import PVLAConfig, PVLALossMixin, READConfig, Stream
 from peft_read.alignment import Aligner
-from peft_read.data import MultitaskDataset
+from peft_read.data import MultitaskDataset, VLCollator, load_nlvr2, load_vqa
+from peft_read.models import VLBartConfig, VLBartForConditionalGeneration
 from peft_read.tasks import TaskModule, set_task
 from peft_read.vl_adapter import MultitaskMixin, task_loss
 
@@ -297,3 +303,58 @@ def test_the_two_mixins_share_no_private_name():
 def test_unused_weights_of_other_tasks_are_told_to_ddp(tmp_path):
     assert trainer_of(tmp_path, data()).args.ddp_find_unused_parameters is True
     assert trainer_of(tmp_path, data(), model=tiny_model(())).args.ddp_find_unused_parameters is None
+
+
+# --- all of it together --------------------------------------------------------------------------------------------
+
+
+def test_read_and_alignment_on_vl_bart_from_files_to_predictions(tmp_path):
+    """Two images' statements and a question, one task per batch: trained, evaluated by task, and resumed."""
+    statement = {"identifier": "dev-0-0-0", "img0": "a", "img1": "b", "sent": "two dogs", "label": 1, "uid": "u0"}
+    question = {"question_id": 1, "img_id": "a", "sent": "what is it", "label": {"dog": 1.0, "cat": 0.3}}
+    files = {"nlvr": [{**statement, "uid": f"u{i}", "label": i % 2} for i in range(4)]}
+    files["vqa"] = [{**question, "question_id": i} for i in range(6)]
+    for task, records in files.items():
+        (tmp_path / f"{task}.json").write_text(json.dumps(records))
+    parts = {"vqa": load_vqa(tmp_path / "vqa.json"), "nlvr": load_nlvr2(tmp_path / "nlvr.json")}
+    generator = np.random.default_rng(0)
+    features = {image: generator.normal(size=(3, 4)).astype(np.float32) for image in "ab"}
+
+    blocks = r"model\.encoder\.layers\.\d+"
+    alignment = PVLAConfig(
+        video=Stream(blocks, tokens=lambda batch, _: slice(batch["input_ids"].shape[1], None), mask="visual_mask"),
+        language=Stream(blocks, tokens=lambda batch, _: slice(batch["input_ids"].shape[1]), mask="attention_mask"),
+        weight=0.1,
+    )
+
+    def trainer(steps, folder):
+        torch.manual_seed(0)
+        config = VLBartConfig(
+            vocab_size=40, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+            decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=64,
+            visual_feature_dim=4, pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=2,
+            forced_eos_token_id=2,
+        )  # fmt: skip
+        model = get_peft_model(VLBartForConditionalGeneration(config), READConfig(r=2))
+        args = Seq2SeqTrainingArguments(
+            output_dir=str(folder), max_steps=steps, per_device_eval_batch_size=4, save_steps=3, logging_steps=1,
+            report_to="none", use_cpu=True, disable_tqdm=True, lr_scheduler_type="constant", predict_with_generate=True, generation_max_length=6,
+        )  # fmt: skip
+        return AlignedTrainer(
+            model=model, args=args, train_dataset=MultitaskDataset(parts), eval_dataset=MultitaskDataset(parts),
+            data_collator=VLCollator(word_tokenizer("nlvr: two dogs true false vqa: what is it dog cat"), features), task_batch_sizes={"vqa": 2, "nlvr": 2},
+            pvla_config=alignment, task_metrics={"vqa": lambda p: {"rows": len(p.predictions)}},
+        )  # fmt: skip
+
+    whole = trainer(7, tmp_path / "whole")
+    whole.train()
+    log = [entry for entry in whole.state.log_history if "task_loss" in entry]
+    assert all(entry["pvla_loss"] > 0 for entry in log)
+    assert {name for entry in log for name in entry if name in ("vqa_loss", "nlvr_loss")} == {"vqa_loss", "nlvr_loss"}
+    trainer(4, tmp_path / "part").train()
+    resumed = trainer(7, tmp_path / "part")
+    resumed.train(resume_from_checkpoint=True)
+    assert torch.equal(flat(whole.model), flat(resumed.model))
+    result = whole.evaluate()
+    assert result["eval_vqa_rows"] == 6
+    assert {"eval_vqa_loss", "eval_nlvr_loss", "eval_vqa_pvla_loss", "eval_nlvr_pvla_loss"} <= set(result)

@@ -83,7 +83,7 @@ def _adapters_of(model: nn.Module, task: str) -> list[nn.Module]:
     """The parts of a model that have an adapter of peft named after a task, in the order in which they are switched.
 
     Raises:
-        ValueError: if there are several adapters to choose from and none has this name.
+        ValueError: if there are several adapters, none of them "default", and none has this name.
     """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     names: dict[type, set[str]] = {}
@@ -91,7 +91,9 @@ def _adapters_of(model: nn.Module, task: str) -> list[nn.Module]:
         names.setdefault(type(layer), set()).update(layer._get_available_adapters())
     everything = sorted(set().union(*names.values()))
     if task not in everything:
-        if len(everything) > 1 and not any(module.task_names for module in task_modules(model)):
+        # An adapter called "default" is named after no task, nor are then those beside it.
+        named_after_tasks = len(everything) > 1 and "default" not in everything
+        if named_after_tasks and not any(module.task_names for module in task_modules(model)):
             known = ", ".join(map(repr, everything))
             raise ValueError(f"task {task!r} is unknown to this model, which has adapters for: {known}")
         return []

@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForSeq2SeqLM,
     BartConfig,
     BartForConditionalGeneration,
@@ -205,7 +206,7 @@ def test_each_token_follows_the_formula(backbone, norm, order):
     embedding, table = encoder.visual_embedding, model.get_input_embeddings().weight
     counted = [[0, 1, 2, 0, 1, 2], [0, 0, 1, 2, 1, 2], [0, 0, 1, 2, 3, 4]]
     for row in range(3):
-        for place in range(6):
+        for place in range(int(inputs["visual_mask"][row].sum())):
             x1, y1, x2, y2 = inputs["visual_boxes"][row, place]
             box = torch.stack([x1, y1, x2, y2, (y2 - x2) * (y1 - x1)])  # the area of the original
             features = embedding.feat_embedding[0](inputs["visual_features"][row, place])
@@ -345,6 +346,8 @@ def test_save_and_load_through_the_auto_classes(backbone, tmp_path):
     assert (config.visual_norm, config.prompt_tasks, config.max_objects) == ("joint", ["vqa", "gqa"], 40)
     loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
     assert isinstance(loaded, backbone.model_class)
+    more = backbone.model_class.from_pretrained(tmp_path, prompt_length=4, prompt_tasks=None)
+    assert encoder_of(more, backbone).task_prompts.embedding.weight.shape == (4, 16)
     set_task(loaded, "gqa")
     set_task(model, "gqa")
     torch.testing.assert_close(loaded(**inputs, labels=LABELS).logits, model(**inputs, labels=LABELS).logits)
@@ -448,6 +451,14 @@ def test_states_of_the_encoder_may_be_given(backbone):
     torch.testing.assert_close(joint.logits, expected)
     with pytest.raises(ValueError, match="covers neither the 16 states"):
         model(encoder_outputs=(states.last_hidden_state,), attention_mask=torch.ones(3, 14), labels=LABELS)
+
+
+def test_the_model_without_a_head_is_the_same_below_it():
+    model, inputs = small_model(BART, **PROMPTS), batch(BART)
+    bare = AutoModel.from_config(model.config)
+    bare.load_state_dict(model.model.state_dict())
+    states = bare.eval()(**inputs, decoder_input_ids=model.prepare_decoder_input_ids_from_labels(LABELS))
+    torch.testing.assert_close(model.lm_head(states.last_hidden_state), model(**inputs, labels=LABELS).logits)
 
 
 def test_tuples_embeddings_masks_of_other_types_and_attentions(backbone):
@@ -578,6 +589,14 @@ def test_inputs_that_make_no_sense(backbone):
         model(**text, visual_features=torch.randn(3, 12, 12), image_ids=ids, labels=LABELS)
     ids = torch.tensor([0] * 6 + [1] * 6).expand(3, -1)
     model(**text, visual_features=torch.randn(3, 12, 12), image_ids=ids, labels=LABELS)
+    # padding after two images counts for neither, whatever its number
+    model(
+        **text,
+        visual_features=torch.randn(3, 20, 12),
+        image_ids=torch.nn.functional.pad(ids, (0, 8)),
+        visual_mask=torch.arange(20).lt(12).expand(3, -1),
+        labels=LABELS,
+    )
     if backbone is BART:
         with pytest.raises(ValueError, match="a text of 33 tokens, but the position table has 32 rows"):
             model(torch.ones(3, 33, dtype=torch.long), visual_features=torch.randn(3, 6, 12), labels=LABELS)

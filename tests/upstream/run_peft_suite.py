@@ -1,12 +1,13 @@
-"""Run peft's own test suite against READ in place of the methods it was written for.
+"""Run peft's own test suite against a method of this package in place of those it was written for.
 
-    python tests/upstream/run_peft_suite.py            # all suites, about ten minutes on one core
+    python tests/upstream/run_peft_suite.py            # READ, all suites, about ten minutes on one core
     python tests/upstream/run_peft_suite.py custom decoder -x
+    python tests/upstream/run_peft_suite.py --method COMPACTER custom
 
 The source distribution of the installed peft is downloaded, since wheels carry no tests; nothing of it is kept. The
-suites' tables of configurations are replaced by READ's, and the tiny models that they fetch from the Hub are made
-here, with the same names and random weights. Only tests that take READ's configuration are run. Tests of merging are
-left to skip themselves, as they do for peft's own methods that cannot be merged.
+suites' tables of configurations are replaced by the method's, and the tiny models that they fetch from the Hub are
+made here, with the same names and random weights. Only tests that take the method's configuration are run. Tests of
+merging are left to skip themselves, as they do for peft's own methods that cannot be merged.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import tempfile
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 SUITES = {
     "config": "test_config.py",
@@ -30,47 +32,115 @@ SUITES = {
     "token_classification": "test_token_classification_qa.py",
 }
 
-# Prepended to every suite; the tables replace those of the same name.
+# Prepended to every suite; the tables replace those of the same name. Of each method: the class of its configurations,
+# what they cannot do without, settings for models of transformers, and the tables for models of the suite's own.
 PRELUDE = """
 import peft_read
-from peft_read import READConfig
+from peft_read import {config}
 
-def _read_configs(task_type):
-    return [
-        (READConfig, {"task_type": task_type, "target_modules": None, "r": 4}),
-        (READConfig, {"task_type": task_type, "target_modules": None, "r": 2, "cell": "gru", "use_bias": False}),
-        (READConfig, {"task_type": task_type, "target_modules": None, "r": 2, "cell": "lstm"}),
-        (READConfig, {"task_type": task_type, "target_modules": None, "r": 4, "cell": "none"}),
-    ]
+def _our_configs(task_type):
+    return [({config}, {{"task_type": task_type, "target_modules": None, **settings}}) for settings in {settings}]
 
-READ_CUSTOM_CASES = [
-    ("MLP READ", "MLP", READConfig, {"target_modules": "lin0"}),
-    ("MLP READ list", "MLP", READConfig, {"target_modules": ["lin0"]}),
-    ("MLP READ both", "MLP", READConfig, {"target_modules": ["lin0", "lin1"]}),
-    ("MLP READ r", "MLP", READConfig, {"target_modules": ["lin0"], "r": 2}),
-    ("MLP READ no bias", "MLP", READConfig, {"target_modules": ["lin0"], "use_bias": False}),
-    ("MLP READ modules_to_save", "MLP", READConfig, {"target_modules": ["lin1"], "modules_to_save": ["lin0"]}),
-    ("MLP READ GRU", "MLP", READConfig, {"target_modules": ["lin0", "lin1"], "cell": "gru"}),
-    ("MLP READ LSTM", "MLP", READConfig, {"target_modules": ["lin0", "lin1"], "cell": "lstm"}),
-    ("MLP READ none", "MLP", READConfig, {"target_modules": ["lin0", "lin1"], "cell": "none"}),
-    ("MLP READ both ways", "MLP", READConfig, {"target_modules": ["lin0"], "bidirectional": True}),
-    ("Conv1D READ", "EmbConv1D", READConfig, {"target_modules": ["conv1d"]}),
-    ("Conv1D READ saved", "EmbConv1D", READConfig, {"target_modules": ["conv1d"], "modules_to_save": ["emb"]}),
-]
-READ_ACTIVE_CASES = [
-    ("READ same", "read", READConfig, {"target_modules": ["lin0"], "init_weights": False},
-     {"target_modules": ["lin0"], "init_weights": False}),
-    ("READ different", "read", READConfig, {"target_modules": ["lin0"], "init_weights": False},
-     {"target_modules": ["lin1"], "init_weights": False}),
-    ("READ two cells", "read", READConfig, {"target_modules": ["lin0"], "init_weights": False, "cell": "gru"},
-     {"target_modules": ["lin0"], "init_weights": False, "r": 2}),
-]
+OUR_CUSTOM_CASES = [(f"{{name}} {method}", model, {config}, settings) for name, model, settings in {custom}]
+OUR_ACTIVE_CASES = [(f"{method} {{name}}", "{lower}", {config}, {{**one, "init_weights": False}},
+                     {{**two, "init_weights": False}}) for name, one, two in {active}]
 """
+TASK = {"tasks": ["a"]}  # alone, it needs no choice
+METHODS: dict[str, dict[str, Any]] = {
+    "READ": {
+        "config": "READConfig",
+        "needed": {},
+        "settings": [{"r": 4}, {"r": 2, "cell": "gru", "use_bias": False}, {"r": 2, "cell": "lstm"},
+                     {"r": 4, "cell": "none"}],
+        "custom": [
+            ("MLP", "MLP", {"target_modules": "lin0"}),
+            ("MLP list", "MLP", {"target_modules": ["lin0"]}),
+            ("MLP both", "MLP", {"target_modules": ["lin0", "lin1"]}),
+            ("MLP r", "MLP", {"target_modules": ["lin0"], "r": 2}),
+            ("MLP no bias", "MLP", {"target_modules": ["lin0"], "use_bias": False}),
+            ("MLP modules_to_save", "MLP", {"target_modules": ["lin1"], "modules_to_save": ["lin0"]}),
+            ("MLP GRU", "MLP", {"target_modules": ["lin0", "lin1"], "cell": "gru"}),
+            ("MLP LSTM", "MLP", {"target_modules": ["lin0", "lin1"], "cell": "lstm"}),
+            ("MLP none", "MLP", {"target_modules": ["lin0", "lin1"], "cell": "none"}),
+            ("MLP both ways", "MLP", {"target_modules": ["lin0"], "bidirectional": True}),
+            ("Conv1D", "EmbConv1D", {"target_modules": ["conv1d"]}),
+            ("Conv1D saved", "EmbConv1D", {"target_modules": ["conv1d"], "modules_to_save": ["emb"]}),
+        ],
+        "active": [
+            ("same", {"target_modules": ["lin0"]}, {"target_modules": ["lin0"]}),
+            ("different", {"target_modules": ["lin0"]}, {"target_modules": ["lin1"]}),
+            ("two cells", {"target_modules": ["lin0"], "cell": "gru"}, {"target_modules": ["lin0"], "r": 2}),
+        ],
+    },
+    "BOTTLENECK": {
+        "config": "BottleneckConfig",
+        "needed": {},
+        "settings": [{}, {"r": 4, "norm_before": True}, {"r": 4, "low_rank": 2}, {"r": 4, **TASK, "share": "down"}],
+        "custom": [
+            ("MLP", "MLP", {"target_modules": "lin0"}),
+            ("MLP list", "MLP", {"target_modules": ["lin0"], "reduction_factor": 4}),
+            ("MLP both", "MLP", {"target_modules": ["lin0", "lin1"], "r": 2}),
+            ("MLP norms", "MLP", {"target_modules": ["lin0"], "r": 4, "norm_before": True, "norm_after": True}),
+            ("MLP low rank", "MLP", {"target_modules": ["lin0"], "r": 4, "low_rank": 1}),
+            ("MLP tasks", "MLP", {"target_modules": ["lin0"], "r": 4, **TASK}),
+            ("MLP half", "MLP", {"target_modules": ["lin0", "lin1"], "r": 2, **TASK, "share": "up"}),
+            ("MLP relu", "MLP", {"target_modules": ["lin0"], "activation": "relu"}),
+            ("MLP modules_to_save", "MLP", {"target_modules": ["lin1"], "modules_to_save": ["lin0"], "r": 2}),
+            ("Conv1D", "EmbConv1D", {"target_modules": ["conv1d"], "r": 1, "activation": "linear"}),
+            ("Conv1D saved", "EmbConv1D",
+             {"target_modules": ["conv1d"], "modules_to_save": ["emb"], "r": 1, "activation": "linear"}),
+        ],
+        "active": [
+            ("same", {"target_modules": ["lin0"]}, {"target_modules": ["lin0"]}),
+            ("different", {"target_modules": ["lin0"]}, {"target_modules": ["lin1"], "r": 2}),
+            ("two widths", {"target_modules": ["lin0"], "r": 4}, {"target_modules": ["lin0"], "norm_after": True}),
+        ],
+    },
+    "COMPACTER": {
+        "config": "CompacterConfig",
+        "needed": {},
+        "settings": [{"r": 4}, {"r": 4, "phm_dim": 2, "shared_rule": None, "factorized_rank": None},
+                     {"r": 4, **TASK, "shared_rule": "tasks"}],
+        "custom": [
+            ("MLP", "MLP", {"target_modules": "lin0", "r": 4}),
+            ("MLP own rules", "MLP", {"target_modules": ["lin0"], "r": 4, "shared_rule": None}),
+            ("MLP both", "MLP", {"target_modules": ["lin0", "lin1"], "r": 2, "phm_dim": 2}),
+            ("MLP full", "MLP", {"target_modules": ["lin0"], "r": 4, "factorized_rank": None}),
+            ("MLP tasks", "MLP", {"target_modules": ["lin0"], "r": 4, **TASK, "shared_rule": "tasks"}),
+            ("MLP norms", "MLP", {"target_modules": ["lin0"], "r": 4, "norm_before": True, "norm_after": True}),
+            ("MLP modules_to_save", "MLP",
+             {"target_modules": ["lin1"], "modules_to_save": ["lin0"], "r": 2, "phm_dim": 2}),
+            ("Conv1D", "EmbConv1D", {"target_modules": ["conv1d"], "r": 1, "phm_dim": 1}),
+        ],
+        "active": [
+            ("same", {"target_modules": ["lin0"], "r": 4}, {"target_modules": ["lin0"], "r": 4}),
+            ("different", {"target_modules": ["lin0"], "r": 4},
+             {"target_modules": ["lin1"], "r": 2, "phm_dim": 2, "shared_rule": None}),
+        ],
+    },
+    "HYPERFORMER": {
+        "config": "HyperformerConfig",
+        "needed": TASK,
+        "settings": [{"r": 4, **TASK}, {"r": 4, **TASK, "shared_generator": True, "norm_before": True}],
+        "custom": [
+            ("MLP", "MLP", {"target_modules": "lin0", **TASK}),
+            ("MLP list", "MLP", {"target_modules": ["lin0"], "r": 4, **TASK, "shared_generator": True}),
+            ("MLP both", "MLP", {"target_modules": ["lin0", "lin1"], "r": 2, **TASK}),
+            ("MLP norms", "MLP", {"target_modules": ["lin0"], **TASK, "norm_before": True, "norm_after": True}),
+            ("MLP modules_to_save", "MLP", {"target_modules": ["lin1"], "modules_to_save": ["lin0"], "r": 2, **TASK}),
+            ("Conv1D", "EmbConv1D", {"target_modules": ["conv1d"], "r": 1, **TASK}),
+        ],
+        "active": [
+            ("same", {"target_modules": ["lin0"], **TASK}, {"target_modules": ["lin0"], **TASK}),
+            ("different", {"target_modules": ["lin0"], **TASK}, {"target_modules": ["lin1"], "r": 2, **TASK}),
+        ],
+    },
+}  # fmt: skip
 
 TABLES = {
-    "TEST_CASES": "READ_CUSTOM_CASES",
-    "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES": "READ_ACTIVE_CASES",
-    "REQUIRES_GRAD_TEST_CASES": "READ_CUSTOM_CASES",
+    "TEST_CASES": "OUR_CUSTOM_CASES",
+    "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES": "OUR_ACTIVE_CASES",
+    "REQUIRES_GRAD_TEST_CASES": "OUR_CUSTOM_CASES",
 }
 TASKS = {
     "test_decoder_models.py": "CAUSAL_LM",
@@ -92,44 +162,51 @@ def unpack_tests(folder: Path) -> Path:
     return tests
 
 
-def put_read_in(tests: Path) -> None:
-    """Replace the suites' configurations, and tell their helpers what READ does not do."""
+def put_method_in(tests: Path, name_of_method: str) -> None:
+    """Replace the suites' configurations, and tell their helpers what the method does not do."""
+    method = METHODS[name_of_method]
+    config = method["config"]
+    prelude = PRELUDE.format(method=name_of_method, lower=name_of_method.lower(), **method)
     for name in SUITES.values():
         path = tests / name
         text = path.read_text()
         for table, replacement in TABLES.items():
             text = re.sub(rf"(?ms)^{table} = \[\n.*?^\]\n", f"{table} = {replacement}\n", text)
         if name in TASKS:
-            configs = f'ALL_CONFIGS = _read_configs("{TASKS[name]}")\n'
+            configs = f'ALL_CONFIGS = _our_configs("{TASKS[name]}")\n'
             text = re.sub(r"(?ms)^ALL_CONFIGS = \[\n.*?^\]\n", configs, text)
-        text = re.sub(r"(?ms)^ALL_CONFIG_CLASSES = \(\n.*?^\)\n", "ALL_CONFIG_CLASSES = ((READConfig, {}),)\n", text)
-        text = re.sub(r"(?ms)^def _all_configs\(task_type\):\n.*?^    \]\n", "_all_configs = _read_configs\n", text)
+        classes = f"ALL_CONFIG_CLASSES = (({config}, {method['needed']}),)\n"
+        text = re.sub(r"(?ms)^ALL_CONFIG_CLASSES = \(\n.*?^\)\n", classes, text)
+        text = re.sub(r"(?ms)^def _all_configs\(task_type\):\n.*?^    \]\n", "_all_configs = _our_configs\n", text)
         # Rows that follow nothing move no recurrent weight, whoever trains it, and inputs up to 89 drive tanh into
         # its flat ends: here the rows are the tokens of one sequence, and of ordinary size.
-        text = re.sub(
-            r"(?s)(def test_only_params_are_updated.*?\n)( +)(model = self)",
-            r'\1\2if model_id == "MLP":\n\2    X = {"X": torch.randn(1, 9, 10)}\n\2\3',
-            text,
-            count=1,
-        )
-        path.write_text(_after_imports(text))
+        if name_of_method == "READ":
+            text = re.sub(
+                r"(?s)(def test_only_params_are_updated.*?\n)( +)(model = self)",
+                r'\1\2if model_id == "MLP":\n\2    X = {"X": torch.randn(1, 9, 10)}\n\2\3',
+                text,
+                count=1,
+            )
+        path.write_text(_after_imports(text, prelude))
 
     common = tests / "testing_common.py"
     text = common.read_text()
-    text = text.replace("issubclass(config_cls, LilyConfig)", "issubclass(config_cls, (LilyConfig, READConfig))")
+    text = text.replace("issubclass(config_cls, LilyConfig)", "issubclass(config_cls, (LilyConfig, OurConfig))")
     text = text.replace(
         "config_cls not in (IA3Config, LoHaConfig, LoKrConfig, LoraConfig)",
-        "config_cls not in (IA3Config, LoHaConfig, LoKrConfig, LoraConfig, READConfig)",
+        "config_cls not in (IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OurConfig)",
     )
     if find_spec("diffusers") is None:  # needed only by suites that are not run here
         text = text.replace("from diffusers import StableDiffusionPipeline", "class StableDiffusionPipeline: pass")
-    common.write_text(text.replace("\nimport torch\n", "\nimport torch\nfrom peft_read import READConfig\n", 1))
+    common.write_text(
+        text.replace("\nimport torch\n", f"\nimport torch\nfrom peft_read import {config} as OurConfig\n", 1)
+    )
 
 
-def _after_imports(text: str) -> str:
+def _after_imports(text: str, prelude: str) -> str:
     """Put the prelude below the license, above the first import."""
     first = re.search(r"(?m)^(from|import) ", text)
-    return text[: first.start()] + PRELUDE + "\n" + text[first.start() :]
+    return text[: first.start()] + prelude + "\n" + text[first.start() :]
 
 
 def make_models(hub: Path) -> None:
@@ -187,13 +264,14 @@ def make_models(hub: Path) -> None:
     torch.manual_seed(0)
     for name, (cls, config) in models.items():
         cls(config).save_pretrained(hub / name)
-    # A configuration of another method, which the suite loads through READ's class.
+    # A configuration of another method, which the suite loads through the class of ours.
     peft.LoraConfig(target_modules=["q_proj"]).save_pretrained(hub / "peft-internal-testing/tiny-opt-lora-revision")
 
 
 def main() -> None:
     """Prepare a temporary folder and run pytest in it."""
-    parser = argparse.ArgumentParser(description="Run peft's own tests against READ.")
+    parser = argparse.ArgumentParser(description="Run peft's own tests against one of our methods.")
+    parser.add_argument("--method", choices=METHODS, default="READ", help="the method (READ)")
     parser.add_argument("suites", nargs="*", help=f"some of {', '.join(SUITES)}; all if absent")
     parser.add_argument("--keep", type=Path, help="work in this folder and keep it")
     arguments, for_pytest = parser.parse_known_args()
@@ -204,11 +282,12 @@ def main() -> None:
         folder = arguments.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         tests = unpack_tests(folder)
-        put_read_in(tests)
+        put_method_in(tests, arguments.method)
         hub = folder / "hub"
         make_models(hub)
         files = [str(tests / SUITES[name]) for name in arguments.suites or SUITES]
-        chosen = "READConfig and not from_pretrained_cache_dir"  # that one looks into the download cache of the Hub
+        config = METHODS[arguments.method]["config"]
+        chosen = f"{config} and not from_pretrained_cache_dir"  # that one looks into the download cache of the Hub
         options = ["-k", chosen, "-o", "addopts=", "-p", "no:cacheprovider", *for_pytest]
         command = [sys.executable, "-m", "pytest", "-q", *options, *files]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

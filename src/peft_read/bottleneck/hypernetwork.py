@@ -177,6 +177,20 @@ class Hypernetworks(nn.Module):
             stacks.setdefault(position.stack, []).append(position)
         self.stacks = nn.ModuleDict({key: StackHypernetwork(config, found) for key, found in stacks.items()})
 
+    def add_task(self, task: str, like: str | None, init_weights: bool | str, deviation: float | None) -> None:
+        """Add the embedding of a further task.
+
+        Args:
+            task: its name.
+            like: the task whose embedding it begins with; N(0, 1) if None.
+            init_weights: of the configuration; the embedding is drawn in one way only.
+            deviation: of the base model's linear layers, which embeddings of tasks do not follow.
+        """
+        first = next(iter(self.task_embeddings.values()))
+        embedding = nn.init.normal_(torch.empty_like(first)) if like is None else self.task_embeddings[f"task_{like}"]
+        copied = embedding.detach().clone()
+        self.task_embeddings[f"task_{task}"] = nn.Parameter(copied, requires_grad=first.requires_grad)
+
     def reset_parameters(self, init_weights: bool | str, deviation: float | None) -> None:
         """Task embeddings N(0, 1), the rest as `StackHypernetwork` says."""
         for embedding in self.task_embeddings.values():

@@ -67,10 +67,10 @@ class PHMLinear(nn.Module):
 
     def matrix(self) -> Tensor:
         """H (d, e)."""
-        factor: Any = self.left @ self.right if "left" in self._parameters else self.weight
+        factor = self.left @ self.right if "left" in self._parameters else self.weight
         rule: Any = self.rule.weight
         products = torch.einsum("ipq,iac->paqc", rule, factor)
-        return products.reshape(len(rule) * factor.shape[1], -1)
+        return products.reshape(len(rule) * products.shape[1], -1)
 
     def forward(self, x: Tensor) -> Tensor:
         """X H + b."""
@@ -78,7 +78,7 @@ class PHMLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """The sizes of the factors."""
-        shapes = [f"{name}={tuple(parameter.shape)}" for name, parameter in self._parameters.items()]
+        shapes = [f"{name}={tuple(parameter.shape)}" for name, parameter in self.named_parameters(recurse=False)]
         return ", ".join(shapes)
 
 

@@ -89,6 +89,8 @@ class _Shared(nn.Module, BottleneckState):
     """A child of the adapted model, so that peft finds, trains, saves, moves and deletes what it holds."""
 
     other_param_names: tuple[str, ...] = ()
+    # What peft asks its layers about the module they wrap.
+    weight = bias = in_features = out_features = None  # type: ignore[assignment]
 
     def __init__(self, like: torch.Tensor | None) -> None:
         super().__init__()
@@ -110,6 +112,10 @@ class _Shared(nn.Module, BottleneckState):
     def get_base_layer(self) -> nn.Module:
         """Itself: it wraps nothing."""
         return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """X as it is: a `torch.nn.Sequential` calls whatever stands in it."""
+        return x
 
     def __repr__(self) -> str:
         return "peft_read." + super().__repr__()

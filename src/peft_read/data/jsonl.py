@@ -17,7 +17,16 @@ from ..values import id_of, shown
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
-__all__ = ["Record", "dataset_of", "find_annotations", "iterate_jsonl", "iterate_members", "read_jsonl", "read_lines"]
+__all__ = [
+    "Record",
+    "dataset_of",
+    "find_annotations",
+    "iterate_jsonl",
+    "iterate_members",
+    "parse_json",
+    "read_jsonl",
+    "read_lines",
+]
 
 COMPRESSED = (".xz", ".gz")
 CHUNK = 2000  # records that are Python objects at the same time
@@ -171,6 +180,18 @@ def _parsed(text: str, position: int, place: str) -> tuple[Any, int]:
         raise ValueError(f"{place}: no JSON that can be read: it is nested too deeply") from error
     except ValueError as error:  # no JSON, or a number of thousands of digits
         raise ValueError(f"{place}: no JSON: {getattr(error, 'msg', error)}") from error
+
+
+def parse_json(text: str, place: str) -> Any:
+    """One JSON value and nothing else.
+
+    Raises:
+        ValueError: no JSON, text behind it, or a field that comes twice in one object.
+    """
+    value, end = _parsed(text, _skip(text, 0), place)
+    if _skip(text, end) < len(text):
+        raise ValueError(f"{place}: no JSON: text behind the value")
+    return value
 
 
 def read_jsonl(path: str | Path, *, required: Iterable[str] = ()) -> list[Record]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from .highlight_detection import tvsum_map, youtube_highlights_map
 from .moment_retrieval import evaluate_qvhighlights
+from .question_answering import gqa_accuracy, multiple_choice_accuracy, nlvr_accuracy, vqa_accuracy
 from .summarization import rouge_scores
 
 __all__ = ["evaluate_metric"]
@@ -34,6 +35,10 @@ _METRICS: dict[str, tuple[Any, Any, Callable[..., Any]]] = {
         lambda predictions, references: {"mAP": youtube_highlights_map(predictions, references)},
     ),
     "rouge": ("string", "string", rouge_scores),
+    "vqa": ("string", ["string"], vqa_accuracy),
+    "gqa": ("string", "string", lambda predictions, references: {"accuracy": gqa_accuracy(predictions, references)}),
+    "nlvr2": ("string", {"identifier": "string", "label": "string"}, nlvr_accuracy),
+    "multiple_choice": ("string", "string", multiple_choice_accuracy),
 }
 
 
@@ -41,9 +46,10 @@ def evaluate_metric(name: str) -> Any:
     """One of the project's metrics as an `evaluate.Metric`, with `compute`, `add` and `add_batch`.
 
     Args:
-        name: `"qvhighlights"`, `"tvsum"`, `"youtube_highlights"` or `"rouge"`. Predictions and references are those
-            of the plain function; of QVHighlights' records only the fields that the metric reads are kept. `compute`
-            takes the plain function's options: `variant` and `tokenizer`, `top_k`, `match_number` and `clip_seconds`.
+        name: `"qvhighlights"`, `"tvsum"`, `"youtube_highlights"`, `"rouge"`, `"vqa"`, `"gqa"`, `"nlvr2"` or
+            `"multiple_choice"`. Predictions and references are those of the plain function, in lists; of
+            QVHighlights' records only the fields that the metric reads are kept. `compute` takes the plain function's
+            options: `variant` and `tokenizer`, `top_k`, `match_number` and `clip_seconds`.
 
     Raises:
         ValueError: there is no such metric.

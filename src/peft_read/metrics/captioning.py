@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from ..values import shown
 from .summarization import check_texts
 
-__all__ = ["bleu_score", "cider_score", "meteor_score"]
+__all__ = ["bleu_score", "caption_scores", "cider_score", "meteor_score"]
 
 
 def bleu_score(predictions: Sequence[str], references: Sequence[str], *, tokenize: str = "13a") -> float:
@@ -62,14 +63,14 @@ def meteor_score(predictions: Sequence[str], references: Sequence[str]) -> float
     return 100 * sum(single_meteor_score(b.split(), a.split()) for a, b in pairs) / len(references)
 
 
-def cider_score(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """CIDEr by pycocoevalcap, on texts split at white space, one reference a prediction.
+def cider_score(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> float:
+    """CIDEr by pycocoevalcap, on texts split at white space.
 
     Document frequencies come from the references at hand, so the score depends on the whole set.
 
     Args:
         predictions: one text a pair.
-        references: one text a pair.
+        references: one text a prediction, or several.
 
     Returns:
         0 to 10; often published times 100.
@@ -78,11 +79,69 @@ def cider_score(predictions: Sequence[str], references: Sequence[str]) -> float:
         ValueError: the numbers of texts differ or are zero, or something is no text.
         ImportError: pycocoevalcap is not installed.
     """
-    check_texts(predictions, references)
+    true, said = _captions(predictions, references)
     try:
         from pycocoevalcap.cider.cider import Cider
     except ImportError as error:
         raise ImportError("cider_score needs the package pycocoevalcap: pip install pycocoevalcap") from error
-    true = {i: [text] for i, text in enumerate(references)}
-    score, _ = Cider().compute_score(true, {i: [text] for i, text in enumerate(predictions)})
+    score, _ = Cider().compute_score(true, said)
     return float(score)
+
+
+def caption_scores(
+    predictions: Sequence[str],
+    references: Sequence[str | Sequence[str]],
+    *,
+    tokenizer: Callable[[str], Sequence[str]] | None = None,
+) -> dict[str, float]:
+    """BLEU-1 to 4, ROUGE-L and CIDEr by pycocoevalcap, as captions are scored.
+
+    The official numbers are computed on the words of the Stanford tokeniser, a Java program (pycocoevalcap's
+    `PTBTokenizer`: lower case, punctuation left out); pass texts that it has been through, or a `tokenizer`.
+
+    Args:
+        predictions: one text a pair.
+        references: one text a prediction, or several.
+        tokenizer: from a text to its words; None: the texts are split at white space.
+
+    Returns:
+        `Bleu_1` to `Bleu_4` and `ROUGE_L` from 0 to 1, `CIDEr` from 0 to 10.
+
+    Raises:
+        ValueError: the numbers of texts differ or are zero, or something is no text.
+        ImportError: pycocoevalcap is not installed.
+
+    Example:
+        >>> caption_scores(["a dog runs"], [["a dog runs", "the dog is fast"]])["ROUGE_L"]  # doctest: +SKIP
+        1.0
+    """
+    true, said = _captions(predictions, references)
+    try:
+        from pycocoevalcap.bleu.bleu import Bleu
+        from pycocoevalcap.cider.cider import Cider
+        from pycocoevalcap.rouge.rouge import Rouge
+    except ImportError as error:
+        raise ImportError("caption_scores needs the package pycocoevalcap: pip install pycocoevalcap") from error
+    if tokenizer is not None:
+        true, said = (
+            {i: [" ".join(tokenizer(text)) for text in texts] for i, texts in d.items()} for d in (true, said)
+        )
+    bleu, _ = Bleu(4).compute_score(true, said, verbose=0)
+    scores = {f"Bleu_{n}": float(score) for n, score in enumerate(bleu, start=1)}
+    for name, scorer in (("ROUGE_L", Rouge()), ("CIDEr", Cider())):
+        scores[name] = float(scorer.compute_score(true, said)[0])
+    return scores
+
+
+def _captions(
+    predictions: Sequence[str], references: Sequence[str | Sequence[str]]
+) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
+    """References and predictions by number, each a list of texts."""
+    if isinstance(references, str) or not hasattr(references, "__len__"):
+        raise ValueError(f"references must be a list of texts, or of lists of texts, not {shown(references)}")
+    several = [[given] if isinstance(given, str) else given for given in references]
+    check_texts(predictions, ["" for _ in several])
+    for position, texts in enumerate(several):
+        if not isinstance(texts, Sequence) or not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"reference {position} must be a text or several, not {shown(texts)}")
+    return {i: list(texts) for i, texts in enumerate(several)}, {i: [text] for i, text in enumerate(predictions)}

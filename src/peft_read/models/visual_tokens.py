@@ -248,7 +248,7 @@ class VisualTokens:
                 tokens=self.config.pooled_tokens,
                 grid=self.config.visual_pooling == "grid",
             )
-        order = self._object_order(features, images, text) if self.config.use_order_embeddings else None
+        order = self._object_order(features, images, visual_mask, text) if self.config.use_order_embeddings else None
         visual = self.visual_embedding(features.to(text.dtype), boxes, images, order)
         return JointInput(
             self.task_prompts(text) if self.config.prompt_length else None,
@@ -307,23 +307,25 @@ class VisualTokens:
             )
         return features, boxes, images
 
-    def _object_order(self, features: Tensor, images: Tensor | None, text: Tensor) -> Tensor:
+    def _object_order(self, features: Tensor, images: Tensor | None, mask: Tensor | None, text: Tensor) -> Tensor:
         """The embedding of each token's place within its image, from the end of the token table: (B or 1, V, d)."""
-        length, table = features.shape[1], self.embed_tokens
+        length, table, limit = features.shape[1], self.embed_tokens, self.config.max_objects
         if images is None:
             places, most = torch.arange(length, device=features.device).unsqueeze(0), length
         else:
             member = nn.functional.one_hot(images, self.config.num_images)  # (B, V, images)
+            if mask is not None:  # padding has a place in no image
+                member = member * mask.to(member.device).ne(0).unsqueeze(-1)
             places = (member.cumsum(1) - member).gather(-1, images.unsqueeze(-1)).squeeze(-1)
-            small = length <= self.config.max_objects or torch.compiler.is_compiling() or places.is_meta
-            most = 0 if small else int(places.max()) + 1
-        if most > self.config.max_objects:
+            small = length <= limit or torch.compiler.is_compiling() or places.is_meta
+            most = 0 if small else int(member.sum(1).max())
+        if most > limit:
             raise ValueError(
-                f"an image of {most} visual tokens, but the model has order embeddings for max_objects="
-                f"{self.config.max_objects}: give fewer, or pool them (visual_pooling)"
+                f"an image of {most} visual tokens, but the model has order embeddings for max_objects={limit}: give "
+                "fewer, or pool them (visual_pooling)"
             )
         rows = getattr(table, "num_embeddings", None) or table.weight.shape[0]
-        embedded = table(rows - 1 - places)
+        embedded = table(rows - 1 - places.clamp(max=limit - 1))
         return (embedded / getattr(table, "embed_scale", 1.0)).to(text.dtype)
 
 
