@@ -156,32 +156,34 @@ def test_tasks_within_one_step_count_by_their_batches(tmp_path):
     assert log[0]["loss"] == pytest.approx(weighted, rel=1e-4)
 
 
-def test_the_alignment_is_added_to_the_task_loss(tmp_path):
+@pytest.mark.parametrize("task", ["vqa", "caption"])
+def test_the_alignment_is_added_to_the_task_loss(tmp_path, caplog, task):
     config = PVLAConfig(
         video=Stream(r"encoder\.block\.\d+", tokens=slice(0, 4)),
         language=Stream(r"encoder\.block\.\d+", tokens=slice(4, None)),
         weight=0.5,
     )
-    train = data(caption=6)
+    train = data(**{task: 6})
     options = {"pvla_config": config}
     found, log = step_of(
         tmp_path, train, trainer_class=AlignedTrainer, options=options, per_device_train_batch_size=3,
         gradient_accumulation_steps=2,
     )  # fmt: skip
     model = tiny_model().train()
-    set_task(model, "caption")
+    set_task(model, task)
     batch = collate([train[i] for i in range(6)])
     aligner = Aligner(model, config)
     with aligner.record() as recording:
         outputs = model(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")})
     pvla = aligner.distance(recording, batch, outputs).mean()
-    (task_loss(outputs.logits, batch["labels"], "token_mean").mean + 0.5 * pvla).backward()
+    (task_loss(outputs.logits, batch["labels"], TASKS[task], batch["scores"]).mean + 0.5 * pvla).backward()
     expected = torch.cat(
         [(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in model.parameters()]
     )
     assert relative_error(found, expected.double()) < 1e-5
-    assert log[0]["task_loss"] == pytest.approx(log[0]["caption_loss"], rel=1e-4)
+    assert log[0]["task_loss"] == pytest.approx(log[0][f"{task}_loss"], rel=1e-4)
     assert log[0]["pvla_loss"] == pytest.approx(float(pvla.detach()), rel=1e-4)
+    assert not caplog.records  # the loss is not taken for one of the model's that should be divided otherwise
 
 
 # --- evaluation ----------------------------------------------------------------------------------------------------
@@ -300,6 +302,16 @@ def test_the_two_mixins_share_no_private_name():
     assert not private[0] & private[1] - {"_abc_impl"}
 
 
+def test_the_sampler_follows_the_epoch_of_a_resumed_run(tmp_path):
+    """The Trainer sets no epoch on a sampler that accelerate has wrapped for several processes and skipped ahead."""
+    trainer = trainer_of(tmp_path, data())
+    trainer.get_train_dataloader()
+    for done, epoch in ((0.0, 0), (2.0, 2), (2.7, 2)):
+        trainer.state.epoch = done
+        trainer.callback_handler.on_epoch_begin(trainer.args, trainer.state, trainer.control)
+        assert trainer._sampler.epoch == epoch
+
+
 def test_unused_weights_of_other_tasks_are_told_to_ddp(tmp_path):
     assert trainer_of(tmp_path, data()).args.ddp_find_unused_parameters is True
     assert trainer_of(tmp_path, data(), model=tiny_model(())).args.ddp_find_unused_parameters is None
@@ -327,6 +339,8 @@ def test_read_and_alignment_on_vl_bart_from_files_to_predictions(tmp_path):
         weight=0.1,
     )
 
+    collator = VLCollator(word_tokenizer("nlvr: two dogs true false vqa: what is it dog cat"), features)
+
     def trainer(steps, folder):
         torch.manual_seed(0)
         config = VLBartConfig(
@@ -338,11 +352,12 @@ def test_read_and_alignment_on_vl_bart_from_files_to_predictions(tmp_path):
         model = get_peft_model(VLBartForConditionalGeneration(config), READConfig(r=2))
         args = Seq2SeqTrainingArguments(
             output_dir=str(folder), max_steps=steps, per_device_eval_batch_size=4, save_steps=3, logging_steps=1,
-            report_to="none", use_cpu=True, disable_tqdm=True, lr_scheduler_type="constant", predict_with_generate=True, generation_max_length=6,
+            report_to="none", use_cpu=True, disable_tqdm=True,
+            lr_scheduler_type="constant", predict_with_generate=True, generation_max_length=6,
         )  # fmt: skip
         return AlignedTrainer(
             model=model, args=args, train_dataset=MultitaskDataset(parts), eval_dataset=MultitaskDataset(parts),
-            data_collator=VLCollator(word_tokenizer("nlvr: two dogs true false vqa: what is it dog cat"), features), task_batch_sizes={"vqa": 2, "nlvr": 2},
+            data_collator=collator, task_batch_sizes={"vqa": 2, "nlvr": 2},
             pvla_config=alignment, task_metrics={"vqa": lambda p: {"rows": len(p.predictions)}},
         )  # fmt: skip
 
