@@ -4,8 +4,8 @@
         --seeds 0 1 2 --select_seeds 1 --jobs 2 -- --data_dir scenes --num_train_samples 1500
 
 Runs `vl_multitask.py` once for every method, learning rate and seed, skips what has a result, chooses each method's
-learning rate by the mean validation loss of the tasks, and writes `<suite>.json`, a Markdown table and a picture with a
-bar per task and method. What follows `--` goes to every run.
+learning rate by the mean validation loss of the tasks, and writes `<suite>.json`, a Markdown table and a picture with
+a bar per task and method. What follows `--` goes to every run.
 """
 
 from __future__ import annotations
