@@ -63,6 +63,9 @@ def test_vqa_by_hand():
         100 * (2 * 1 / 3 + 8 * 2 / 3) / 10, 2
     )
     assert vqa_accuracy(["Yes"], [["Yes"] * 10])["overall"] == 0.0  # equal answers are not lower-cased, as officially
+    # nor do they lose their punctuation
+    assert vqa_accuracy(["hot-dog"], [["hot-dog"] * 10])["overall"] == 0.0
+    assert vqa_accuracy(["hot-dog"], [["hot-dog"] * 9 + ["dog"]])["overall"] == 100.0
     assert normalize_vqa_answer("it's the y'allll") == "it's y'all'll"
     assert normalize_vqa_answer("a. b. c." * 20).count(".") == 28  # 32 of 60 full stops, as officially
 

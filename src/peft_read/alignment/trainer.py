@@ -269,9 +269,8 @@ class PVLALossMixin(_Base):
         """
         if num_items_in_batch is None or labels is None or self.label_smoother is not None or self.compute_loss_func:
             return loss
-        if (
-            getattr(self, "loss_is_scaled_for_ga", None) is not None
-        ):  # a trainer with a loss of its own, which it scales
+        # A trainer that says so has a loss of its own, which it scales itself.
+        if getattr(self, "loss_is_scaled_for_ga", None) is not None:
             return loss
         logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
         if not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False) or logits is None:
