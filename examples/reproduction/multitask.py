@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from multitask_data import SUITES, load_suite
+from multitask_data import SUITES, Suite, load_suite
 from multitask_models import (
     ModelArguments,
     adapted,
@@ -33,15 +33,16 @@ from run_folder import (
     run_arguments,
     written_whole,
 )
-from scene_batches import SceneCollator
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, Seq2SeqTrainer, Seq2SeqTrainingArguments, set_seed
 
 from peft_read import PVLAConfig, PVLALossMixin, set_task
 from peft_read.alignment import last_whole_checkpoint
-from peft_read.data import MultitaskDataset
+from peft_read.data import MultitaskDataset, VLCollator
 from peft_read.files import write_whole
 from peft_read.vl_adapter import MultitaskMixin
+
+INPUTS = ("input_ids", "attention_mask", "visual_features", "visual_boxes", "visual_mask", "image_ids")
 
 
 @dataclass
@@ -49,9 +50,9 @@ class ScriptArguments(ModelArguments):
     """The tasks and the training, beside the model and the method."""
 
     suite: str | None = field(
-        default=None, metadata={"help": f"{' or '.join(SUITES)}; scenes with --data_dir, vl_mini without"}
+        default=None, metadata={"help": f"one of {', '.join(SUITES)}; default: scenes with --data_dir, else vl_mini"}
     )
-    data_dir: str | None = field(default=None, metadata={"help": "folder with nlvr/, kilogram/ and coco_people/"})
+    data_dir: str | None = field(default=None, metadata={"help": "folder of the data, a folder in it per task or set"})
     tasks: list[str] = field(default_factory=list, metadata={"help": "some of the suite's; default: all"})
     num_train_samples: int | None = field(default=None, metadata={"help": "of each task"})
     num_validation_samples: int | None = field(default=None, metadata={"help": "of each task"})
@@ -101,14 +102,13 @@ def prepare(argv: list[str]) -> Run:
     check_arguments(script, training)
     chosen = script.tasks or list(SUITES[script.suite])
     sizes = {split: getattr(script, f"num_{split}_samples") for split in ("train", "validation", "test")}
-    splits = load_suite(script.suite, script.data_dir, sizes, seed=training.seed)
-    splits = {split: {task: rows[task] for task in chosen} for split, rows in splits.items()}
+    suite = load_suite(script.suite, chosen, script.data_dir, sizes, seed=training.seed)
     load_backbone(script, chosen)  # what does not fit ends here
     folder = None
     with training.main_process_first(desc="preparing the output folder"):
         if training.process_index == 0:
             folder = RunFolder(Path(training.output_dir), run_arguments(script, training))
-    return Run(script, training, splits, folder)
+    return Run(script, training, suite, folder)
 
 
 def check_arguments(script: ScriptArguments, training: TrainingArguments) -> None:
@@ -116,8 +116,8 @@ def check_arguments(script: ScriptArguments, training: TrainingArguments) -> Non
     check_model_arguments(script)
     if script.suite not in SUITES:
         raise ValueError(f"--suite {script.suite!r} is not one of {', '.join(SUITES)}")
-    if script.suite == "scenes" and script.data_dir is None:
-        raise ValueError("--suite scenes needs --data_dir, a folder with nlvr/, kilogram/ and coco_people/")
+    if script.suite != "vl_mini" and script.data_dir is None:
+        raise ValueError(f"--suite {script.suite} needs --data_dir, the folder of the data")
     if script.suite == "vl_mini" and script.data_dir is not None:
         raise ValueError("--suite vl_mini is generated: leave out --data_dir")
     if unknown := set(script.tasks) - set(SUITES[script.suite]):
@@ -140,13 +140,13 @@ class Run:
     """One set of arguments and data."""
 
     def __init__(
-        self, script: ScriptArguments, training: TrainingArguments, splits: Any, folder: RunFolder | None
+        self, script: ScriptArguments, training: TrainingArguments, suite: Suite, folder: RunFolder | None
     ) -> None:
-        self.script, self.training, self.splits, self.folder = script, training, splits, folder
-        self.tasks = list(splits["train"])
-        self.suite = SUITES[str(script.suite)]
+        self.script, self.training, self.splits, self.folder = script, training, suite.splits, folder
+        self.tasks = list(suite.splits["train"])
+        self.kinds = SUITES[str(script.suite)]
         self.tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path)
-        self.collator = SceneCollator(self.tokenizer)
+        self.collator = VLCollator(self.tokenizer, suite.visuals, boxes=suite.boxes)
 
     def execute(self) -> dict[str, Any]:
         """Adapts, measures, reports; the numbers of the report."""
@@ -183,14 +183,14 @@ class Run:
             processing_class=self.tokenizer,
             pvla_config=self.alignment() if script.method == "read_pvla" else None,
             task_sampling=script.sampling,
-            task_losses={task: self.suite[task].loss for task in self.tasks},
+            task_losses={task: self.kinds[task].loss for task in self.tasks},
             callbacks=[KeepCheckpoints(self.folder)],
         )
         show_progress(trainer)
         result: dict[str, Any] = {
             "suite": script.suite,
             "method": self.name(),
-            "metrics": {task: self.suite[task].metric for task in self.tasks},
+            "metrics": {task: self.kinds[task].metric for task in self.tasks},
             "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "parameters": sum(p.numel() for p in model.parameters()),
             "sizes": {
@@ -198,13 +198,12 @@ class Run:
             },
         }
         if script.measure_before and script.method != "none":
-            result["before"], _ = self.measure(self.backbone(), "test")
+            result["before"], _ = self.measure(self.backbone())
         if script.method != "none":
             trainer.train(resume_from_checkpoint=last_whole_checkpoint(training.output_dir))
         result["log"] = log_without_times(trainer.state.log_history)
         trained = trainer.accelerator.unwrap_model(trainer.model)
-        result["validation"], _ = self.measure(trained, "validation")
-        result["after"], answers = self.measure(trained, "test")
+        result["after"], answers = self.measure(trained)
         result["examples"] = {task: self.examples(task, answers[task]) for task in self.tasks}
         if script.method != "none" and self.folder is not None:
             result |= self.save(trained, Path(training.output_dir) / "trained", answers)
@@ -232,11 +231,16 @@ class Run:
     def alignment(self) -> PVLAConfig:
         return PVLAConfig(weight=self.script.pvla_weight, mass=self.script.pvla_mass)
 
-    def measure(self, model: nn.Module, split: str) -> tuple[dict[str, float], dict[str, list[str]]]:
-        """The score and the answers of every task."""
-        answers = {task: self.answers(model, task, self.splits[split][task]) for task in self.tasks}
-        scores = {task: self.suite[task].score(answers[task], self.splits[split][task]) for task in self.tasks}
-        return scores, answers
+    def measure(self, model: nn.Module) -> tuple[dict[str, float], dict[str, list[str]]]:
+        """The score and the answers of every task on the test split."""
+        rows = {task: self.test_rows(task) for task in self.tasks}
+        answers = {task: self.answers(model, task, rows[task]) for task in self.tasks}
+        return {task: self.kinds[task].score(answers[task], rows[task]) for task in self.tasks}, answers
+
+    def test_rows(self, task: str, count: int | None = None) -> list[dict[str, Any]]:
+        """Rows of the test split of one task, the first so many."""
+        rows = self.splits["test"][task]
+        return [{**rows[index], "task": task} for index in range(min(len(rows), count or len(rows)))]
 
     @torch.no_grad()
     def answers(self, model: nn.Module, task: str, rows: list[dict[str, Any]]) -> list[str]:
@@ -247,8 +251,8 @@ class Run:
         with set_task(model, task):
             for start in range(0, len(rows), step):
                 batch = self.collator(rows[start : start + step])
-                inputs = {k: v.to(self.training.device) for k, v in batch.items() if k != "labels"}
-                tokens = model.generate(**inputs, max_new_tokens=self.suite[task].max_length)
+                inputs = {k: batch[k].to(self.training.device) for k in INPUTS}
+                tokens = model.generate(**inputs, max_new_tokens=self.kinds[task].max_length)
                 texts += self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
@@ -257,14 +261,14 @@ class Run:
         with written_whole(folder) as part:
             save_trained(model, part)
         fresh = load_trained(self.backbone(), self.script, self.tasks, folder)
-        rows = {task: self.splits["test"][task][:32] for task in self.tasks}
-        same = all(self.answers(fresh, task, rows[task]) == answers[task][:32] for task in self.tasks)
+        rows = {task: self.test_rows(task, 32) for task in self.tasks}
+        same = all(self.answers(fresh, task, rows[task]) == answers[task][: len(rows[task])] for task in self.tasks)
         size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
         return {"saved": str(folder), "saved_bytes": size, "reloaded_is_identical": same}
 
     def examples(self, task: str, answers: list[str], count: int = 4) -> list[dict[str, str]]:
         """A handful of answers beside their references."""
         return [
-            {"text": row["text"], "reference": row["target"], "prediction": answer}
-            for row, answer in zip(self.splits["test"][task][:count], answers, strict=False)
+            {"text": row["text"], "reference": row["target"] or row["answers"][0], "prediction": answer}
+            for row, answer in zip(self.test_rows(task, count), answers, strict=False)
         ]

@@ -1,21 +1,41 @@
-"""The task suites of `vl_multitask.py`: generated scenes, and real human sentences on scenes given as objects."""
+"""The task suites of `vl_multitask.py`: generated scenes, human sentences on scenes, VL-Adapter's benchmarks."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from peft_read.data import VL_MINI_TASKS, generate_vl_mini, people_tokens, piece_tokens, shape_tokens
-from peft_read.data.jsonl import read_jsonl
-from peft_read.metrics import cider_score, rouge_scores
+from peft_read.data import (
+    FeatureStore,
+    SceneTokens,
+    generate_vl_mini,
+    load_coco_captions,
+    load_coco_people,
+    load_gqa,
+    load_how2qa,
+    load_kilogram_captions,
+    load_kilogram_parts,
+    load_nlvr,
+    load_nlvr2,
+    load_tvc,
+    load_tvqa,
+    load_vqa,
+    load_yc2c,
+    people_tokens,
+    piece_tokens,
+    shape_tokens,
+)
+from peft_read.metrics import cider_score, gqa_accuracy, normalize_vqa_answer, rouge_scores
 
-Rows = list[dict[str, Any]]
-Splits = dict[str, dict[str, Rows]]  # split -> task -> rows
+Row = Mapping[str, Any]
+Rows = Sequence[Row]
+SPLITS = ("train", "validation", "test")
 TOPIC = "comparing"  # the one that the backbone beside the script has never seen
 
 
@@ -25,7 +45,7 @@ class Task:
 
     Args:
         metric: its name in the report.
-        score: of predictions and rows, 0 to 100 (CIDEr: 0 to 1000), higher is better.
+        score: of predictions and rows; 0 to 100 (CIDEr: 0 to 1000), higher is better.
         loss: the kind of its loss, see `peft_read.vl_adapter.losses`.
         max_length: tokens that are generated at most.
     """
@@ -36,26 +56,48 @@ class Task:
     max_length: int = 10
 
 
+@dataclass(frozen=True)
+class Suite:
+    """Rows of every split and task, and where their visual tokens come from.
+
+    Args:
+        splits: split -> task -> rows with the columns of peft_read.data's readers.
+        visuals: as `VLCollator` takes them.
+        boxes: as `VLCollator` takes them; None where `visuals` brings them, or there are none.
+    """
+
+    splits: dict[str, dict[str, Any]]
+    visuals: Any
+    boxes: Any = None
+
+
 def exact_match(predictions: Sequence[str], rows: Rows) -> float:
-    """Percentage of answers that are the target, letter by letter but for case."""
-    hits = [text.strip().lower() == row["target"].strip().lower() for text, row in zip(predictions, rows, strict=True)]
-    return 100 * float(np.mean(hits))
+    """Percentage of answers that are the target, letter by letter."""
+    return 100 * gqa_accuracy(list(predictions), [row["target"] for row in rows])
+
+
+def soft_accuracy(predictions: Sequence[str], rows: Rows) -> float:
+    """VQA's scores of the answers, which `label` rows carry."""
+    scores = [
+        dict(zip(row["answers"], row["scores"], strict=True)).get(text, 0.0)
+        for text, row in zip(predictions, rows, strict=True)
+    ]
+    return 100 * float(np.mean(scores))
 
 
 def consensus(predictions: Sequence[str], rows: Rows) -> float:
-    """VQA's accuracy without its rules of spelling: a third for each person who gave the answer, at most one."""
+    """VQA's rule for any number of people: a third for each who gave the answer, one at most."""
     scores = []
     for text, row in zip(predictions, rows, strict=True):
-        given = sum(answer.strip().lower() == text.strip().lower() for answer in row["references"])
-        scores.append(min(1.0, given / 3))
+        said = normalize_vqa_answer(text)
+        scores.append(min(1.0, sum(normalize_vqa_answer(answer) == said for answer in row["answers"]) / 3))
     return 100 * float(np.mean(scores))
 
 
 def caption_score(predictions: Sequence[str], rows: Rows) -> float:
     """CIDEr times 100, of lower-case words without punctuation."""
-    return 100 * cider_score(
-        [words(text) for text in predictions], [[words(text) for text in row["references"]] for row in rows]
-    )
+    references = [[words(text) for text in row["answers"]] for row in rows]
+    return 100 * cider_score([words(text) for text in predictions], references)
 
 
 def rouge_l(predictions: Sequence[str], rows: Rows) -> float:
@@ -76,158 +118,192 @@ SUITES: dict[str, dict[str, Task]] = {
     },
     "scenes": {
         "nlvr": Task("accuracy", exact_match, max_length=4),
-        "tangram_caption": Task("CIDEr", caption_score, "token_mean", 20),
-        "tangram_part": Task("consensus accuracy", consensus),
-        "people_caption": Task("CIDEr", caption_score, "token_mean", 24),
+        "kilogram_caption": Task("CIDEr", caption_score, "token_mean", 20),
+        "kilogram_part": Task("consensus accuracy", consensus),
+        "coco_people": Task("CIDEr", caption_score, "token_mean", 24),
     },
+    "image": {
+        "vqa": Task("soft accuracy", soft_accuracy, "scored_sample_mean"),
+        "gqa": Task("accuracy", exact_match),
+        "nlvr": Task("accuracy", exact_match, max_length=4),
+        "caption": Task("CIDEr", caption_score, "token_mean", 20),
+    },
+    "video": {
+        "tvqa": Task("accuracy", exact_match, max_length=4),
+        "how2qa": Task("accuracy", exact_match, max_length=4),
+        "tvc": Task("CIDEr", caption_score, max_length=20),
+        "yc2c": Task("CIDEr", caption_score, max_length=20),
+    },
+}
+READERS: dict[str, Callable[..., Any]] = {
+    "vqa": load_vqa,
+    "gqa": load_gqa,
+    "nlvr": load_nlvr2,
+    "tvqa": load_tvqa,
+    "how2qa": load_how2qa,
+    "tvc": load_tvc,
+    "yc2c": load_yc2c,
 }
 
 
-def load_suite(name: str, data_dir: str | None, sizes: dict[str, int | None], *, seed: int) -> Splits:
-    """Rows with `text`, `target`, `tokens`, `references`, by split and task.
+def load_suite(
+    name: str, tasks: Sequence[str], data_dir: str | None, sizes: Mapping[str, int | None], seed: int
+) -> Suite:
+    """Reads or generates one suite.
 
     Args:
         name: of `SUITES`.
-        data_dir: where the files of "scenes" are.
+        tasks: which of its tasks.
+        data_dir: "scenes": nlvr/{dev,hidden,test}.jsonl, kilogram/{annotations,shapes}.jsonl,
+            coco_people/val2017.jsonl, plain or .xz. "image" and "video": per task a folder with {train,validation,
+            test}.json (jsonl for videos; of captions dataset_coco.json), features and boxes (folders or .npz; videos
+            have no boxes), and subtitles.jsonl for videos. Validation rows have a target each, for the loss.
         sizes: rows per task of each split at most; None = all.
         seed: of the choice of training rows. Validation and test rows do not depend on it.
 
     Raises:
         ValueError: a file is broken, or a split is empty.
+        FileNotFoundError: a file is not there.
     """
     if name == "vl_mini":
-        made = {
-            split: {task: _generated(task, sizes[split] or number, seed=start) for task in VL_MINI_TASKS}
-            for split, (number, start) in {"train": (600, 11), "validation": (150, 12), "test": (300, 13)}.items()
+        whole = {
+            split: {task: _generated(task, sizes[split] or number, seed=start) for task in tasks}
+            for split, number, start in zip(SPLITS, (600, 150, 300), (11, 12, 13), strict=True)
         }
-        return made
+        return Suite(whole, lambda row: row["tokens"])
     assert data_dir is not None
-    folder = Path(data_dir)
-    whole = {
-        "nlvr": _nlvr(folder / "nlvr"),
-        **_kilogram(folder / "kilogram"),
-        "people_caption": _people(folder / "coco_people"),
-    }
-    splits: Splits = {}
-    for split in ("train", "validation", "test"):
-        splits[split] = {
-            task: _some(parts[split], sizes[split], seed=seed if split == "train" else 0)
-            for task, parts in whole.items()
-        }
-    if empty := [f"{task} ({split})" for split, tasks in splits.items() for task, rows in tasks.items() if not rows]:
+    if name == "scenes":
+        loaders = {"nlvr": _nlvr, "kilogram_caption": _captions, "kilogram_part": _parts, "coco_people": _people}
+        found = {task: loaders[task](Path(data_dir)) for task in tasks}
+        suite = Suite({}, scene_tokens)
+    else:
+        found = {task: _published(task, Path(data_dir) / task) for task in tasks}
+        stores = {task: FeatureStore(_place(Path(data_dir) / task, "features")) for task in tasks}
+        boxes = [FeatureStore(_place(Path(data_dir) / task, "boxes")) for task in tasks] if name == "image" else []
+        suite = Suite({}, stores, ChainMap(*boxes) if boxes else None)  # type: ignore[arg-type]
+    for split in SPLITS:
+        start = seed if split == "train" else 0
+        suite.splits[split] = {task: _some(parts[split], sizes[split], seed=start) for task, parts in found.items()}
+    if empty := [
+        f"{task} ({split})" for split, parts in suite.splits.items() for task in parts if not len(parts[task])
+    ]:
         raise ValueError(f"no examples of {', '.join(empty)} in {data_dir}")
-    return splits
+    return suite
 
 
-def _generated(task: str, count: int, *, seed: int) -> Rows:
+def scene_tokens(row: Row) -> SceneTokens:
+    """The visual tokens of a row of NLVR, KiloGram or COCO's people.
+
+    NLVR's three boxes are a set: a training row, which has a `draw`, shows them in another order each epoch.
+    """
+    if "people" in row:
+        return people_tokens(row["people"])
+    if "pieces" in row:
+        return piece_tokens(row["pieces"], row["viewbox"])
+    tokens = shape_tokens(row["boxes"])
+    if row.get("draw") is None:
+        return tokens
+    orders = list(permutations(range(3)))
+    order = np.array(orders[int(row["draw"] * len(orders))])
+    return tokens._replace(image_ids=order[tokens.image_ids])
+
+
+def _generated(task: str, number: int, *, seed: int) -> list[dict[str, Any]]:
+    drawn = generate_vl_mini(number, seed=seed, tasks=[task], topics=[TOPIC])
     return [
-        {"text": f"{task}: {drawn.text}", "target": drawn.target, "tokens": drawn.tokens, "references": [drawn.target]}
-        for drawn in generate_vl_mini(count, seed=seed, tasks=[task], topics=[TOPIC])
+        {"task": task, "id": str(index), "text": f"{task}: {e.text}", "target": e.target, "tokens": e.tokens}
+        for index, e in enumerate(drawn)
     ]
 
 
-def _some(rows: Rows, size: int | None, *, seed: int) -> Rows:
+def _some(rows: Any, size: int | None, *, seed: int) -> Any:
     if size is None or size >= len(rows):
         return rows
-    chosen = np.sort(np.random.default_rng(seed).choice(len(rows), size, replace=False))
-    return [rows[index] for index in chosen]
+    return rows.select(np.sort(np.random.default_rng(seed).choice(len(rows), size, replace=False)))
 
 
-def _file(folder: Path, name: str) -> Path:
-    """The file, plain or compressed."""
-    for path in (folder / f"{name}.jsonl", folder / f"{name}.jsonl.xz"):
-        if path.exists():
-            return path
-    raise FileNotFoundError(f"{folder / name}.jsonl (or .xz) does not exist")
+def _place(folder: Path, name: str, *endings: str) -> Path:
+    """The first of these that exists."""
+    for ending in endings or ("", ".npz"):
+        if (folder / f"{name}{ending}").exists():
+            return folder / f"{name}{ending}"
+    raise FileNotFoundError(f"{folder} has no {' or '.join(name + ending for ending in endings or ('', '.npz'))}")
 
 
-def _parts(groups: Iterable[str], shares: dict[str, float]) -> dict[str, str]:
+def _lines(folder: Path, name: str) -> Path:
+    return _place(folder, name, ".jsonl", ".jsonl.xz", ".json")
+
+
+def _shares(groups: Sequence[str], shares: Mapping[str, float]) -> dict[str, str]:
     """Group -> split, in the given shares; the same for every seed."""
     names = sorted(set(groups))
     order = np.random.default_rng(0).permutation(len(names))
-    bounds = np.cumsum([round(share * len(names)) for share in shares.values()])
+    bounds = np.cumsum([round(share * len(names)) for share in shares.values()])[:-1]
+    chosen = np.searchsorted(bounds, np.arange(len(names)), "right")
+    return {names[index]: list(shares)[split] for index, split in zip(order, chosen, strict=True)}
+
+
+def _where(rows: Any, keep: Callable[[Row], bool], columns: Sequence[str]) -> Any:
+    narrow = rows.select_columns(list(columns))
+    return rows.select([index for index, row in enumerate(narrow) if keep(row)])
+
+
+def _nlvr(folder: Path) -> dict[str, Any]:
+    """Trains on dev and three quarters of hidden, selects on the rest of hidden, reports test; split by sentence."""
+    from datasets import concatenate_datasets
+
+    dev, hidden, test = (load_nlvr(_lines(folder / "nlvr", name)) for name in ("dev", "hidden", "test"))
+    split = _shares(hidden["group"], {"train": 0.75, "validation": 0.25})
+    train, validation = (
+        _where(hidden, lambda row, name=name: split[row["group"]] == name, ["group"])
+        for name in ("train", "validation")
+    )
+    return {"train": concatenate_datasets([dev, train]), "validation": validation, "test": test}
+
+
+def _captions(folder: Path) -> dict[str, Any]:
+    """Trains on the densely annotated tangrams and the once annotated ones, reports on those with about ten texts."""
+    files = [_lines(folder / "kilogram", name) for name in ("annotations", "shapes")]
+    each, whole = (load_kilogram_captions(*files, each=kind, prompt="tangram: ") for kind in ("annotation", "shape"))
+    several = _where(whole, lambda row: row["group"] == "dev_texts", ["group"])
+    split = _shares(several["id"], {"validation": 0.3, "test": 0.7})
     return {
-        names[index]: list(shares)[int(np.searchsorted(bounds, place, "right"))] for place, index in enumerate(order)
+        name: _where(rows, lambda row, name=name: split.get(row["visuals"][0], "train") == name, ["visuals"])
+        for name, rows in (("train", each), ("validation", each), ("test", whole))
     }
 
 
-def _nlvr(folder: Path) -> dict[str, Rows]:
-    """Trains on dev and most of hidden, selects on the rest of hidden, reports test; no sentence is in two of them."""
-    parts: dict[str, Rows] = defaultdict(list)
-    fields = ("sentence", "label", "identifier", "structured_rep")
-    for file in ("dev", "hidden", "test"):
-        records = list(read_jsonl(_file(folder, file), required=fields))
-        sentences = [record["identifier"].split("-")[0] for record in records]
-        places = _parts(sentences, {"validation": 0.25, "train": 0.75}) if file == "hidden" else {}
-        for record, sentence in zip(records, sentences, strict=True):
-            row = {
-                "text": f"nlvr: {record['sentence']}",
-                "target": record["label"],
-                "references": [record["label"]],
-                "tokens": shape_tokens(record["structured_rep"]),
-                "shuffle_pictures": True,  # the three boxes are a set
-            }
-            parts[{"dev": "train", "test": "test"}.get(file) or places[sentence]].append(row)
-    return parts
+def _parts(folder: Path) -> dict[str, Any]:
+    """Names of pieces, of the densely annotated tangrams; no tangram is in two splits."""
+    files = [_lines(folder / "kilogram", name) for name in ("annotations", "shapes")]
+    each, whole = (load_kilogram_parts(*files, each=kind) for kind in ("annotation", "shape"))
+    tangrams = [visuals[0] for visuals in whole["visuals"]]
+    split = _shares(tangrams, {"train": 0.7, "validation": 0.1, "test": 0.2})
+    return {
+        name: _where(rows, lambda row, name=name: split[row["visuals"][0]] == name, ["visuals"])
+        for name, rows in (("train", each), ("validation", each), ("test", whole))
+    }
 
 
-def _kilogram(folder: Path) -> dict[str, dict[str, Rows]]:
-    """Whole descriptions and names of parts; no tangram is in two splits."""
-    shapes = {r["tangram"]: r for r in read_jsonl(_file(folder, "shapes"), required=("tangram", "viewbox", "pieces"))}
-    records = list(read_jsonl(_file(folder, "annotations"), required=("tangram", "whole", "set")))
-    tokens = {name: piece_tokens(_corners(shape["pieces"]), shape["viewbox"]) for name, shape in shapes.items()}
-    # Descriptions: the densely annotated tangrams to train; of the others those with several texts.
-    by_tangram: dict[str, list[str]] = defaultdict(list)
-    for record in records:
-        by_tangram[record["tangram"]].append(record["whole"])
-    sparse = {r["tangram"] for r in records if r["set"] == "dev_texts"}
-    places = _parts(sparse, {"validation": 0.3, "test": 0.7})
-    captions: dict[str, Rows] = defaultdict(list)
-    for record in records:
-        if record["set"] != "dev_texts":
-            captions["train"].append(_described(tokens[record["tangram"]], record["whole"], [record["whole"]]))
-    for name in sorted(sparse):
-        captions[places[name]].append(_described(tokens[name], by_tangram[name][0], by_tangram[name]))
-    # Names of parts: only the dense tangrams have numbered pieces.
-    dense = [record for record in records if record["set"] == "dense"]
-    places = _parts((r["tangram"] for r in dense), {"train": 0.7, "validation": 0.1, "test": 0.2})
-    names: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for record in dense:
-        for piece, name in record["part"].items():
-            names[record["tangram"], piece].append(name)
-    parts: dict[str, Rows] = defaultdict(list)
-    for (tangram, piece), answers in sorted(names.items()):
-        split = places[tangram]
-        for answer in answers if split == "train" else [max(answers, key=answers.count)]:
-            parts[split].append(
-                {
-                    "text": f"tangram part: what is piece {piece}?",
-                    "target": answer,
-                    "references": answers,
-                    "tokens": tokens[tangram],
-                }
-            )
-    return {"tangram_caption": captions, "tangram_part": parts}
-
-
-def _described(tokens: Any, target: str, references: list[str]) -> dict[str, Any]:
-    return {"text": "tangram:", "target": target, "references": references, "tokens": tokens}
-
-
-def _corners(pieces: dict[str, list[list[float]]]) -> dict[str, Any]:
-    """The corners of each piece (N, 2); some files list x and y one after the other."""
-    return {name: np.asarray(values, dtype=float).reshape(-1, 2) for name, values in pieces.items()}
-
-
-def _people(folder: Path) -> dict[str, Rows]:
+def _people(folder: Path) -> dict[str, Any]:
     """Captions of the images with people; no image is in two splits."""
-    records = read_jsonl(_file(folder, "val2017"), required=("image_id", "captions", "people"))
-    seen = [record for record in records if record["people"]]
-    places = _parts((str(r["image_id"]) for r in seen), {"train": 0.75, "validation": 0.05, "test": 0.2})
-    parts: dict[str, Rows] = defaultdict(list)
-    for record in seen:
-        split, tokens = places[str(record["image_id"])], people_tokens(record["people"])
-        captions = [caption.strip() for caption in record["captions"]]
-        for caption in captions if split == "train" else captions[:1]:
-            parts[split].append({"text": "people:", "target": caption, "references": captions, "tokens": tokens})
-    return parts
+    file = _lines(folder / "coco_people", "val2017")
+    each, whole = (load_coco_people(file, each=kind, prompt="people: ") for kind in ("caption", "image"))
+    split = _shares(whole["id"], {"train": 0.75, "validation": 0.05, "test": 0.2})
+    return {
+        name: _where(rows, lambda row, name=name: split[row["visuals"][0]] == name, ["visuals"])
+        for name, rows in (("train", each), ("validation", each), ("test", whole))
+    }
+
+
+def _published(task: str, folder: Path) -> dict[str, Any]:
+    if task == "caption":
+        file = folder / "dataset_coco.json"
+        validation = load_coco_captions(file, "val", each="caption")
+        return {"validation": validation, **{name: load_coco_captions(file, name) for name in ("train", "test")}}
+    reader = READERS[task]
+    files = {split: _place(folder, split, ".json", ".jsonl") for split in SPLITS}
+    if SUITES["video"].get(task) is None:
+        return {split: reader(file) for split, file in files.items()}
+    subtitles = folder / "subtitles.jsonl"
+    return {split: reader(file, subtitles if subtitles.exists() else None) for split, file in files.items()}

@@ -23,7 +23,7 @@ import torch
 from pretrain_summariser import SPECIAL_TOKENS, infill, wrap_tokenizer
 from run_folder import ScriptParser, check_at_least, check_numbers, check_training, lock_folder, log_without_times
 from scene_batches import SceneCollator
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast, Seq2SeqTrainer, Seq2SeqTrainingArguments, set_seed
 
@@ -166,6 +166,7 @@ def build_tokenizer(lessons: Lessons, captions: Sequence[str], size: int) -> Pre
         vocab_size=size, special_tokens=SPECIAL_TOKENS["vg_bart"], initial_alphabet=letters, show_progress=False
     )
     tokenizer.train_from_iterator([*texts, *captions], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
     return wrap_tokenizer(tokenizer, SPECIAL_TOKENS["vg_bart"])
 
 

@@ -32,6 +32,7 @@ class Progress(TrainerCallback):
 
     def __init__(self) -> None:
         self.bar: Any = None
+        self.line: tuple[str, dict[str, float], dict[str, float]] | None = None  # of the epoch that has ended
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and sys.stderr.isatty() and not args.disable_tqdm:
@@ -41,27 +42,36 @@ class Progress(TrainerCallback):
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._say()
+
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.eval_strategy != "epoch":
-            self._say(args, state, {})
+        if state.is_world_process_zero:
+            steps = f"step {state.global_step} of {state.max_steps}"
+            self.line = f"epoch {state.epoch:.3g} of {args.num_train_epochs:g} ({steps})", {}, {}
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        if self.line is not None and "loss" in logs:
+            self.line[1].update(logs)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
-        self._say(args, state, metrics)
+        if self.line is not None:  # several datasets are evaluated one after the other
+            self.line[2].update(metrics)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._say()
         if self.bar is not None:
             self.bar.close()
             self.bar = None
 
-    def _say(self, args: Any, state: Any, metrics: dict[str, float]) -> None:
-        if not state.is_world_process_zero:
+    def _say(self) -> None:
+        if self.line is None:
             return
-        training = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
-        parts = _losses(training) + [f"validation {part}" for part in _losses(metrics, "eval_")]
-        steps = f"step {state.global_step} of {state.max_steps}"
-        line = f"epoch {state.epoch or 0:.3g} of {args.num_train_epochs:g} ({steps}): {', '.join(parts)}"
-        tqdm.write(line, file=sys.stdout)
+        head, training, metrics = self.line
+        validation = [f"validation {part}" for part in _losses(metrics, "eval_")]
+        tqdm.write(f"{head}: {', '.join(_losses(training) + validation)}", file=sys.stdout)
         sys.stdout.flush()
+        self.line = None
 
 
 def _losses(entry: dict[str, float], prefix: str = "") -> list[str]:

@@ -1,9 +1,8 @@
-"""Scenes with a text and a target as batches for VL-BART and VL-T5."""
+"""Batches of scenes, and of texts without a scene, for the pretraining of VL-BART."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -18,13 +17,12 @@ NOTHING = SceneTokens(
 
 
 class SceneCollator:
-    """Pads texts, targets and visual tokens of rows with `task`, `text`, `target` and `tokens`.
+    """Pads texts, targets and visual tokens of rows with `text`, `target` and `tokens`, or None where there are none.
 
-    `tokens` is a `SceneTokens`, or None where there is nothing to see. With `draw`, a number from 0 to 1 that the
-    dataset draws anew in each epoch, rows that say `shuffle_pictures` show their pictures in another order.
+    Tasks are mixed, and nothing to see is allowed, which `VLCollator` refuses.
 
     Args:
-        tokenizer: of both sides.
+        tokenizer: of both sides; it ends a text with </s>.
         max_text: tokens of a text at most.
         max_target: tokens of a target at most.
     """
@@ -33,10 +31,10 @@ class SceneCollator:
         self.tokenizer, self.max_text, self.max_target = tokenizer, max_text, max_target
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The model's inputs, `labels` with -100 for padding, and the `task` of every row."""
+        """The model's inputs, and `labels` with -100 for padding."""
         texts = self._encode([row["text"] for row in rows], self.max_text)
         targets = self._encode([row["target"] for row in rows], self.max_target)
-        seen = [_tokens(row) for row in rows]
+        seen: list[SceneTokens] = [row["tokens"] or NOTHING for row in rows]
         length = max(1, max(len(tokens.features) for tokens in seen))
         batch: dict[str, Any] = {
             "input_ids": texts["input_ids"],
@@ -53,20 +51,7 @@ class SceneCollator:
             batch["visual_boxes"][index, :count] = torch.from_numpy(tokens.boxes)
             batch["image_ids"][index, :count] = torch.from_numpy(tokens.image_ids)
             batch["visual_mask"][index, :count] = 1
-        if all("task" in row for row in rows):
-            batch["task"] = [row["task"] for row in rows]
         return batch
 
     def _encode(self, texts: list[str], length: int) -> Any:
-        """Tokens with </s> behind them."""
-        ended = [f"{text}{self.tokenizer.eos_token}" for text in texts]
-        return self.tokenizer(ended, padding=True, truncation=True, max_length=length, return_tensors="pt")
-
-
-def _tokens(row: Mapping[str, Any]) -> SceneTokens:
-    tokens: SceneTokens = row["tokens"] or NOTHING
-    if not row.get("shuffle_pictures") or "draw" not in row:
-        return tokens
-    orders = list(permutations(range(int(tokens.image_ids.max()) + 1)))
-    order = np.array(orders[int(row["draw"] * len(orders))])
-    return tokens._replace(image_ids=order[tokens.image_ids])
+        return self.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")

@@ -260,7 +260,7 @@ def load_data(script: ScriptArguments, seed: int) -> tuple[dict[str, Any], Featu
     }
     width = None
     for data in splits.values():
-        width = store.check(tqdm(data["video_id"], desc="checking features", leave=False), width=width)
+        width = store.check(tqdm(data["video_id"], desc="checking features", leave=False, disable=None), width=width)
     assert width is not None
     return splits, store, width
 
