@@ -1,8 +1,10 @@
 """Pretrains a small VL-BART on generated scenes: the frozen backbone that `vl_multitask.py` adapts.
 
     python examples/reproduction/pretrain_vl.py --hold_out comparing --vocab_size 2000 --num_items 200000 \
-        --captions captions_val.jsonl.xz captions_test.jsonl.xz --caption_share 0.25 \
-        --output_dir examples/vl_mini_backbone
+        --captions captions_val.jsonl.xz captions_test.jsonl.xz --caption_share 0.25 --output_dir outputs/stage_1
+    python examples/reproduction/pretrain_vl.py --hold_out comparing --model_name_or_path outputs/stage_1 \
+        --first_item 200000 --num_items 220000 --captions captions_val.jsonl.xz captions_test.jsonl.xz \
+        --caption_share 0.15 --output_dir examples/vl_mini_backbone
 
 The scenes are those of VL-mini (`peft_read.data.generate_vl_mini`), all topics or all but one. With `--captions` a
 part of the examples is text infilling on captions of videos, without anything to see; one JSON object per line,
@@ -40,6 +42,8 @@ PICTURES = 3
 class Arguments:
     """What to pretrain on, and how large."""
 
+    model_name_or_path: str | None = field(default=None, metadata={"help": "go on from this backbone, with its sizes"})
+    first_item: int = field(default=0, metadata={"help": "the first example; those before it were seen already"})
     num_items: int = field(default=100_000, metadata={"help": "examples, each seen once"})
     hold_out: str | None = field(default=None, metadata={"help": f"a topic to leave out: {', '.join(VL_MINI_TOPICS)}"})
     captions: list[str] = field(default_factory=list, metadata={"help": "jsonl (or .xz) of captions to fill in"})
@@ -89,7 +93,7 @@ class Lessons(Dataset):
         return self.arguments.num_items
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        rng = np.random.default_rng((self.seed, index))
+        rng = np.random.default_rng((self.seed, self.arguments.first_item + index))
         if self.captions and rng.random() < self.arguments.caption_share:
             caption = self.captions[int(rng.integers(len(self.captions)))]
             return {"text": f"fill: {infill(caption.split(), rng)}", "target": caption, "tokens": None}
@@ -116,7 +120,7 @@ def parse(argv: list[str]) -> tuple[Arguments, TrainingArguments]:
     check_numbers(arguments)
     check_training(training)
     sizes = ("num_items", "vocab_size", "d_model", "ffn_dim", "encoder_layers", "decoder_layers", "heads")
-    check_at_least(arguments, {**dict.fromkeys(sizes, 1), "caption_share": 0})
+    check_at_least(arguments, {**dict.fromkeys(sizes, 1), "caption_share": 0, "first_item": 0})
     if arguments.caption_share > 1:
         raise ValueError(f"--caption_share {arguments.caption_share} is above 1")
     if arguments.d_model % arguments.heads:
@@ -134,8 +138,12 @@ def pretrain(arguments: Arguments, training: TrainingArguments, captions: list[s
     """Trains the backbone and saves it."""
     set_seed(training.seed)
     lessons = Lessons(arguments, captions, seed=training.seed)
-    tokenizer = build_tokenizer(lessons, captions, arguments.vocab_size)
-    model = VLBartForConditionalGeneration(configuration(arguments, len(tokenizer)))
+    if arguments.model_name_or_path is None:
+        tokenizer = build_tokenizer(lessons, captions, arguments.vocab_size)
+        model = VLBartForConditionalGeneration(configuration(arguments, len(tokenizer)))
+    else:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(arguments.model_name_or_path)
+        model = VLBartForConditionalGeneration.from_pretrained(arguments.model_name_or_path)
     print(f"{len(lessons)} examples, vocabulary of {len(tokenizer)}, {model.num_parameters():,} parameters")
     trainer = Seq2SeqTrainer(model=model, args=training, train_dataset=lessons, data_collator=SceneCollator(tokenizer))
     trainer.train()
