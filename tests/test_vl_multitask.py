@@ -1,0 +1,151 @@
+"""The multi-task example and its comparison, run as a user runs them, on generated scenes and on tiny real formats."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SMALL = "--use_cpu --disable_tqdm true --num_train_samples 24 --num_validation_samples 8 --num_test_samples 8"
+SMALL += " --num_train_epochs 1 --per_device_train_batch_size 8"
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    paths = [str(EXAMPLES / "reproduction"), str(EXAMPLES / "method_comparison")]
+    sys.path[:0] = paths
+    import multitask
+    import multitask_data
+    import multitask_models
+    import pretrain_vl
+
+    yield {"multitask": multitask, "data": multitask_data, "models": multitask_models, "pretrain": pretrain_vl}
+    for path in paths:
+        sys.path.remove(path)
+
+
+@pytest.fixture(scope="module")
+def backbone(scripts, tmp_path_factory):
+    """A tiny VL-BART, made by the script that makes the real one."""
+    folder = tmp_path_factory.mktemp("backbone")
+    captions = folder / "captions.jsonl"
+    captions.write_text(json.dumps({"vid": "a", "captions": ["a man rides a horse", "two dogs in the snow"]}) + "\n")
+    sizes = "--d_model 16 --ffn_dim 16 --encoder_layers 1 --decoder_layers 1 --heads 2 --vocab_size 200"
+    options = "--hold_out comparing --num_items 32 --per_device_train_batch_size 16 --use_cpu --disable_tqdm true"
+    scripts["pretrain"].main(
+        ["--output_dir", str(folder), "--captions", str(captions), *sizes.split(), *options.split()]
+    )
+    record = json.loads((folder / "pretraining.json").read_text())
+    assert "comparing" not in record["topics"]
+    assert (record["captions"], record["steps"]) == (2, 2)
+    tokens = AutoTokenizer.from_pretrained(folder)("There are 12 blocks.")["input_ids"]
+    assert tokens[-1] == 2  # </s>
+    return folder
+
+
+def run(scripts, backbone, folder, *arguments):
+    given = ["--model_name_or_path", str(backbone), "--output_dir", str(folder), *SMALL.split(), *arguments]
+    return scripts["multitask"].main(given)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--method adapter --share half_up --prompts",
+        "--method hyperformer",
+        "--method compacter --share multiple",
+        "--method lora --share multiple",
+        "--method read_pvla",
+        "--method prompt",
+        "--method bitfit",
+    ],
+)
+def test_every_kind_of_method_trains_saves_and_reloads(scripts, backbone, tmp_path, arguments):
+    result = run(scripts, backbone, tmp_path, *arguments.split())
+    assert set(result["after"]) == {"verify", "ask", "describe"} == set(result["before"])
+    assert result["reloaded_is_identical"]
+    assert result["trainable"] < result["parameters"]
+    assert {"report.md", "tasks.png", "results.json", "trained"} <= {path.name for path in tmp_path.iterdir()}
+    assert not list(tmp_path.glob("checkpoint-*"))
+    losses = {name for entry in result["log"] for name in entry if name.startswith("eval_") and name.endswith("_loss")}
+    assert {"eval_verify_loss", "eval_ask_loss", "eval_describe_loss"} <= losses
+
+
+def test_the_weights_of_every_task_are_trained_and_differ(scripts, backbone, tmp_path):
+    run(scripts, backbone, tmp_path, "--method", "lora", "--share", "multiple", "--num_train_epochs", "2")
+    from safetensors.torch import load_file
+
+    up = {}
+    for task in ("verify", "ask", "describe"):
+        weights = load_file(tmp_path / "trained" / task / "adapter_model.safetensors")
+        up[task] = torch.cat([value.flatten() for name, value in weights.items() if "lora_B" in name])
+        assert up[task].abs().max() > 0, task
+    assert not torch.equal(up["verify"], up["ask"])
+
+
+def test_an_interrupted_run_goes_on(scripts, backbone, tmp_path, monkeypatch):
+    whole = run(scripts, backbone, tmp_path / "whole", "--num_train_epochs", "2")
+    trainer = scripts["multitask"].MultitaskTrainer
+
+    class Cut(trainer):
+        def _save_checkpoint(self, *args, **kwargs):
+            super()._save_checkpoint(*args, **kwargs)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(scripts["multitask"], "MultitaskTrainer", Cut)
+    with pytest.raises(KeyboardInterrupt):
+        run(scripts, backbone, tmp_path / "cut", "--num_train_epochs", "2")
+    monkeypatch.undo()
+    resumed = run(scripts, backbone, tmp_path / "cut", "--num_train_epochs", "2")
+    assert resumed["log"] == whole["log"]
+    assert resumed["after"] == whole["after"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--method magic", "'magic' is not one of full, bitfit, prompt, lora"),
+        ("--share some", "'some' is not one of single, half_down"),
+        ("--method lora --share half_up", "--share half_up shares the down or the up half of adapters"),
+        ("--method full --share multiple", "has one set of weights for all tasks"),
+        ("--method hyperformer --share multiple", "Hyperformer's tasks share its generators"),
+        ("--method prompt --prompts", "they are the method already"),
+        ("--tasks verify guess", r"--tasks \['guess'\]: the tasks of vl_mini are"),
+        ("--suite scenes", "--suite scenes needs --data_dir"),
+        ("--data_dir nowhere", r"nowhere.nlvr has no dev.jsonl or"),
+        ("--require_world_size 2", r"1 process\(es\) run"),
+        ("--reduction_factor 0", "--reduction_factor 0 must be at least 1"),
+    ],
+)
+def test_bad_arguments_end_before_training(scripts, backbone, tmp_path, arguments, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(scripts, backbone, tmp_path, *arguments.split())
+
+
+def test_real_formats_are_split_by_what_they_share(scripts, reference_data):
+    suites = scripts["data"]
+    folder = reference_data("data/vl")
+    suite = suites.load_suite("scenes", ["nlvr", "kilogram_part"], str(folder), dict.fromkeys(suites.SPLITS), seed=0)
+    sizes = {split: {task: len(rows) for task, rows in of.items()} for split, of in suite.splits.items()}
+    assert sizes["test"] == {"nlvr": 990, "kilogram_part": 105}
+    groups = [set(suite.splits[split]["nlvr"]["group"]) for split in suites.SPLITS]
+    assert not groups[0] & groups[1]
+    assert not (groups[0] | groups[1]) & groups[2]
+    shapes = [{v[0] for v in suite.splits[split]["kilogram_part"]["visuals"]} for split in suites.SPLITS]
+    assert not shapes[0] & shapes[1]
+    assert not (shapes[0] | shapes[1]) & shapes[2]
+    row = suite.splits["test"]["nlvr"][0]
+    assert sorted(suites.scene_tokens({**row, "draw": 0.99}).image_ids) != []
+    assert (suites.scene_tokens(row).features == suites.scene_tokens({**row, "draw": 0.0}).features).all()
+
+
+def test_scores_by_hand(scripts):
+    data = scripts["data"]
+    rows = [{"answers": ["wing", "wing", "a wing", "arm"]}, {"answers": ["head"] * 2}]
+    assert data.consensus(["Wing.", "head"], rows) == pytest.approx(100 * (1 + 2 / 3) / 2)
+    assert data.exact_match(["true", "False"], [{"target": "true"}, {"target": "false"}]) == 50
+    assert data.soft_accuracy(["net", "no"], [{"answers": ["net", "mesh"], "scores": [1.0, 0.3]}] * 2) == 50
+    assert data.words("A man's dog, No. 2!") == "a man s dog no 2"
