@@ -2,8 +2,12 @@
 
 import copy
 import json
+import os
 import pickle
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import peft
 import pytest
@@ -440,6 +444,15 @@ def test_a_compiled_model_serves_one_task_after_the_other(name):
         assert set(ours) == set(theirs)
         for key, gradient in theirs.items():
             torch.testing.assert_close(ours[key], gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_two_processes_give_the_gradients_of_one():
+    """DDP with and without a search for unused parameters, accumulation, tasks that differ by process; and FSDP2."""
+    script = Path(__file__).with_name("distributed_tasks.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", script]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("name", ONE_EACH)

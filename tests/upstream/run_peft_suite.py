@@ -104,12 +104,13 @@ METHODS: dict[str, dict[str, Any]] = {
         "custom": [
             ("MLP", "MLP", {"target_modules": "lin0", "r": 4}),
             ("MLP own rules", "MLP", {"target_modules": ["lin0"], "r": 4, "shared_rule": None}),
-            ("MLP both", "MLP", {"target_modules": ["lin0", "lin1"], "r": 2, "phm_dim": 2}),
+            # Without the norm the suite's rate of 0.5 drives products of three trained factors to infinity.
+            ("MLP both", "MLP", {"target_modules": ["lin0", "lin1"], "r": 2, "phm_dim": 2, "norm_before": True}),
             ("MLP full", "MLP", {"target_modules": ["lin0"], "r": 4, "factorized_rank": None}),
             ("MLP tasks", "MLP", {"target_modules": ["lin0"], "r": 4, **TASK, "shared_rule": "tasks"}),
             ("MLP norms", "MLP", {"target_modules": ["lin0"], "r": 4, "norm_before": True, "norm_after": True}),
             ("MLP modules_to_save", "MLP",
-             {"target_modules": ["lin1"], "modules_to_save": ["lin0"], "r": 2, "phm_dim": 2}),
+             {"target_modules": ["lin1"], "modules_to_save": ["lin0"], "r": 2, "phm_dim": 2, "norm_before": True}),
             ("Conv1D", "EmbConv1D", {"target_modules": ["conv1d"], "r": 1, "phm_dim": 1}),
         ],
         "active": [
