@@ -134,7 +134,8 @@ METHODS: dict[str, dict[str, Any]] = {
             ("MLP list", "MLP", {"target_modules": ["lin0"], "r": 4, **TASK, "shared_generator": True}),
             ("MLP both", "MLP", {"target_modules": ["lin0", "lin1"], "r": 2, **TASK, "norm_before": True}),
             ("MLP norms", "MLP", {"target_modules": ["lin0"], **TASK, "norm_before": True, "norm_after": True}),
-            ("MLP modules_to_save", "MLP", {"target_modules": ["lin1"], "modules_to_save": ["lin0"], "r": 2, **TASK, "norm_before": True}),
+            ("MLP modules_to_save", "MLP",
+             {"target_modules": ["lin1"], "modules_to_save": ["lin0"], "r": 2, **TASK, "norm_before": True}),
             ("Conv1D", "EmbConv1D", {"target_modules": ["conv1d"], "r": 1, **TASK}),
         ],
         "active": [
