@@ -4,6 +4,7 @@ torchrun --nproc_per_node 2 tests/distributed_tasks.py
 """
 
 import copy
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -13,16 +14,16 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from peft_read import BottleneckConfig, CompacterConfig, HyperformerConfig, set_task
+from peft_read import BottleneckConfig, HyperformerConfig, set_task
 
 WORLD_SIZE = 2
 TASKS = ["vqa", "gqa", "nlvr"]
 CONFIGS = {
     "half": BottleneckConfig(r=4, tasks=TASKS, share="down", init_weights=False),
-    "compacter": CompacterConfig(r=4, tasks=TASKS, init_weights=False),
     "hyperformer": HyperformerConfig(r=4, tasks=TASKS, init_weights=False),
 }
-# The task of each process in each of two accumulated batches, of two steps; "nlvr" is never served.
+# The task of each process in each of two accumulated batches, of two steps; "nlvr" is never served, and in the second
+# step of SAME "vqa" is not.
 SAME = [[("vqa", "vqa"), ("gqa", "gqa")], [("gqa", "gqa"), ("gqa", "gqa")]]
 MIXED = [[("vqa", "gqa"), ("gqa", "gqa")], [("gqa", "vqa"), ("vqa", "vqa")]]
 
@@ -64,23 +65,18 @@ def compare(found, expected, case) -> None:
 
 def check_ddp(rank: int) -> None:
     for name, config in CONFIGS.items():
-        for schedule in (SAME, MIXED):
-            expected = in_one_process(config, schedule)
-            for search in (True, False):
-                wrapped = DistributedDataParallel(adapted(config), find_unused_parameters=search)
-                assert dist.get_world_size() == WORLD_SIZE
-                for step, micros in enumerate(schedule):
-                    wrapped.zero_grad()
-                    for micro, tasks in enumerate(micros):
-                        set_task(wrapped, tasks[rank])
-                        last = micro == len(micros) - 1
-                        if last:
-                            wrapped(**batch_of(step, micro, rank)).loss.backward()
-                        else:
-                            with wrapped.no_sync():
-                                wrapped(**batch_of(step, micro, rank)).loss.backward()
-                    found = {n: p.grad for n, p in wrapped.module.named_parameters() if p.grad is not None}
-                    compare(found, expected[step], (name, search, step))
+        expected = in_one_process(config, MIXED)
+        for search in (True, False):
+            wrapped = DistributedDataParallel(adapted(config), find_unused_parameters=search)
+            for step, micros in enumerate(MIXED):
+                wrapped.zero_grad()
+                for micro, tasks in enumerate(micros):
+                    set_task(wrapped, tasks[rank])
+                    last = micro == len(micros) - 1
+                    with nullcontext() if last else wrapped.no_sync():
+                        wrapped(**batch_of(step, micro, rank)).loss.backward()
+                found = {n: p.grad for n, p in wrapped.module.named_parameters() if p.grad is not None}
+                compare(found, expected[step], (name, search, step))
 
 
 def check_fsdp2(rank: int) -> None:
