@@ -18,6 +18,7 @@ from .adapter import READConfig
 from .backends import show_backends
 from .demonstration import demonstrate
 from .inspection import aligned_table, inspect_model
+from .peft_methods import AdapterConfig
 from .peft_methods.card import update_model_card
 from .recurrence import CELLS
 
@@ -130,8 +131,8 @@ def _card(options: argparse.Namespace) -> int:
     folder: Path = options.adapter
     if not (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder} holds no adapter: there is no adapter_config.json in it")
-    config = READConfig.from_pretrained(str(folder))
-    if not isinstance(config, READConfig):
+    config = AdapterConfig.from_pretrained(str(folder))
+    if not isinstance(config, AdapterConfig):
         raise ValueError(f"{folder} holds an adapter of another method, {config.peft_type.value}")
     mapping = config.auto_mapping if isinstance(config.auto_mapping, dict) else None
     with tempfile.TemporaryDirectory() as scratch:

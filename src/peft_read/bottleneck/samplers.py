@@ -69,8 +69,9 @@ class PHMLinear(nn.Module):
         """H (d, e)."""
         factor = self.left @ self.right if "left" in self._parameters else self.weight
         rule: Any = self.rule.weight
-        products = torch.einsum("ipq,iac->paqc", rule, factor)
-        return products.reshape(len(rule) * products.shape[1], -1)
+        n, inputs, outputs = factor.shape
+        products = rule.flatten(1).T @ factor.flatten(1)  # Σ_i A_i[p, q] B_i[a, c] at (p, q), (a, c)
+        return products.view(n, n, inputs, outputs).transpose(1, 2).reshape(n * inputs, n * outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         """X H + b."""
