@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from test_data_how2 import word_tokenizer
 from torch import nn
 from transformers import (
@@ -315,6 +315,10 @@ def test_the_sampler_follows_the_epoch_of_a_resumed_run(tmp_path):
 def test_unused_weights_of_other_tasks_are_told_to_ddp(tmp_path):
     assert trainer_of(tmp_path, data()).args.ddp_find_unused_parameters is True
     assert trainer_of(tmp_path, data(), model=tiny_model(())).args.ddp_find_unused_parameters is None
+    lora = {"r": 2, "target_modules": ["wo"]}
+    per_task = get_peft_model(tiny_model(()), LoraConfig(**lora), adapter_name="vqa")
+    per_task.add_adapter("nlvr", LoraConfig(**lora))
+    assert trainer_of(tmp_path, data(), model=per_task).args.ddp_find_unused_parameters is True
 
 
 # --- all of it together --------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
     python examples/reproduction/pretrain_vl.py --hold_out comparing --vocab_size 2000 --num_items 200000 \
         --captions captions_val.jsonl.xz captions_test.jsonl.xz --caption_share 0.25 --output_dir outputs/stage_1
     python examples/reproduction/pretrain_vl.py --hold_out comparing --model_name_or_path outputs/stage_1 \
-        --first_item 200000 --num_items 220000 --captions captions_val.jsonl.xz captions_test.jsonl.xz \
+        --first_item 200000 --num_items 96000 --captions captions_val.jsonl.xz captions_test.jsonl.xz \
         --caption_share 0.15 --output_dir examples/vl_mini_backbone
 
 The scenes are those of VL-mini (`peft_read.data.generate_vl_mini`), all topics or all but one. With `--captions` a

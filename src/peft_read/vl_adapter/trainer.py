@@ -111,14 +111,15 @@ class MultitaskMixin(_Base):
         self.add_callback(_Epochs(self))
 
     def _check_model(self, model: nn.Module) -> None:
-        modules = list(task_modules(model))
+        modules = [module for module in task_modules(model) if module.task_names]
         for module in modules:
             if unknown := [task for task in self._tasks if task not in module.task_names]:
                 raise ValueError(
                     f"the model has weights for the tasks {list(module.task_names)}, and none for {unknown}, which "
                     "the data has: name the same tasks in both"
                 )
-        if modules and self.args.ddp_find_unused_parameters is None:
+        adapters = set(getattr(model, "peft_config", ())) & set(self._tasks)  # one LoRA per task, for example
+        if (modules or adapters) and self.args.ddp_find_unused_parameters is None:
             # The weights of the other tasks get no gradient from a batch.
             self.args.ddp_find_unused_parameters = True
 
