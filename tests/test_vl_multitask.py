@@ -56,18 +56,18 @@ def run(scripts, backbone, folder, *arguments):
     [
         "--method adapter --share half_up --prompts",
         "--method hyperformer",
-        "--method compacter --share multiple",
-        "--method lora --share multiple",
         "--method read_pvla",
         "--method prompt",
-        "--method bitfit",
+        pytest.param("--method compacter --share multiple", marks=pytest.mark.slow),
+        pytest.param("--method bitfit", marks=pytest.mark.slow),
+        pytest.param("--method full", marks=pytest.mark.slow),
     ],
 )
 def test_every_kind_of_method_trains_saves_and_reloads(scripts, backbone, tmp_path, arguments):
     result = run(scripts, backbone, tmp_path, *arguments.split())
     assert set(result["after"]) == {"verify", "ask", "describe"} == set(result["before"])
     assert result["reloaded_is_identical"]
-    assert result["trainable"] < result["parameters"]
+    assert (result["trainable"] < result["parameters"]) == (result["method"] != "full")
     assert {"report.md", "tasks.png", "results.json", "trained"} <= {path.name for path in tmp_path.iterdir()}
     assert not list(tmp_path.glob("checkpoint-*"))
     losses = {name for entry in result["log"] for name in entry if name.startswith("eval_") and name.endswith("_loss")}
@@ -75,7 +75,8 @@ def test_every_kind_of_method_trains_saves_and_reloads(scripts, backbone, tmp_pa
 
 
 def test_the_weights_of_every_task_are_trained_and_differ(scripts, backbone, tmp_path):
-    run(scripts, backbone, tmp_path, "--method", "lora", "--share", "multiple", "--num_train_epochs", "2")
+    result = run(scripts, backbone, tmp_path, "--method", "lora", "--share", "multiple", "--num_train_epochs", "2")
+    assert result["reloaded_is_identical"]
     from safetensors.torch import load_file
 
     up = {}
@@ -140,6 +141,40 @@ def test_real_formats_are_split_by_what_they_share(scripts, reference_data):
     row = suite.splits["test"]["nlvr"][0]
     assert sorted(suites.scene_tokens({**row, "draw": 0.99}).image_ids) != []
     assert (suites.scene_tokens(row).features == suites.scene_tokens({**row, "draw": 0.0}).features).all()
+
+
+@pytest.mark.slow
+def test_moments_become_captions_and_choices(scripts, reference_data, tmp_path):
+    suites, folder = scripts["data"], reference_data("data/qvhighlights").parent
+    tasks = list(suites.SUITES["moments"])
+    suite = suites.load_suite("moments", tasks, str(folder), {"train": 16, "validation": 8, "test": 8}, seed=0)
+    caption, choice = (suite.splits["train"][task][0] for task in tasks)
+    features, boxes, _ = suite.visuals(caption)
+    assert features.shape == (min(64, len(caption["clips"])), 128) and boxes.shape == (len(features), 4)
+    assert len(suite.visuals(choice).features) == 64  # 75 clips, pooled over time
+    place = int(choice["target"][1])
+    query = caption["target"].strip(". ") if caption["id"] == choice["id"] else None
+    assert choice["text"].count(":") >= 6 and (query is None or f"a{place}: {query}." in choice["text"])
+    sources = [
+        {row["visuals"][0].rsplit("_", 2)[0] for row in suite.splits[split][tasks[0]]}
+        for split in ("train", "validation")
+    ]
+    assert not sources[0] & sources[1]
+    sizes = (
+        "--d_model 16 --ffn_dim 16 --encoder_layers 1 --decoder_layers 1 --heads 2 --vocab_size 2000 --num_items 16"
+    )
+    data = folder / "qvhighlights"
+    options = [
+        "--captions",
+        data / "captions_minigptv2_val.jsonl.xz",
+        "--unseen",
+        data / "highlight_test_with_gt.jsonl.xz",
+    ]
+    options += ["--features", folder / "features/qvhighlights_val_captions.npz", "--output_dir", tmp_path / "backbone"]
+    scripts["pretrain"].main([*map(str, options), *sizes.split(), "--use_cpu", "--disable_tqdm", "true"])
+    given = ["--suite", "moments", "--data_dir", str(folder), "--method", "adapter", "--share", "multiple"]
+    result = run(scripts, tmp_path / "backbone", tmp_path / "out", *given, "--tasks", "moment_choice")
+    assert result["reloaded_is_identical"] and list(result["after"]) == ["moment_choice"]
 
 
 def test_scores_by_hand(scripts):

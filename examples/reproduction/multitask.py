@@ -34,7 +34,14 @@ from run_folder import (
     written_whole,
 )
 from torch import nn
-from transformers import AutoTokenizer, GenerationConfig, Seq2SeqTrainer, Seq2SeqTrainingArguments, set_seed
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    set_seed,
+)
 
 from peft_read import PVLAConfig, PVLALossMixin, set_task
 from peft_read.alignment import last_whole_checkpoint
@@ -146,7 +153,10 @@ class Run:
         self.tasks = list(suite.splits["train"])
         self.kinds = SUITES[str(script.suite)]
         self.tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path)
-        self.collator = VLCollator(self.tokenizer, suite.visuals, boxes=suite.boxes)
+        # The published benchmarks have lengths of their own.
+        longest = AutoConfig.from_pretrained(script.model_name_or_path).to_dict().get("max_position_embeddings", 512)
+        lengths = None if script.suite in ("image", "video") else dict.fromkeys(self.tasks, longest)
+        self.collator = VLCollator(self.tokenizer, suite.visuals, boxes=suite.boxes, text_lengths=lengths)
 
     def execute(self) -> dict[str, Any]:
         """Adapts, measures, reports; the numbers of the report."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from moment_tasks import moment_features, moment_rows
 
 from peft_read.data import (
     FeatureStore,
@@ -122,6 +123,10 @@ SUITES: dict[str, dict[str, Task]] = {
         "kilogram_part": Task("consensus accuracy", consensus),
         "coco_people": Task("CIDEr", caption_score, "token_mean", 24),
     },
+    "moments": {
+        "moment_caption": Task("CIDEr", caption_score, "token_mean", 24),
+        "moment_choice": Task("accuracy", exact_match, max_length=4),
+    },
     "image": {
         "vqa": Task("soft accuracy", soft_accuracy, "scored_sample_mean"),
         "gqa": Task("accuracy", exact_match),
@@ -155,9 +160,10 @@ def load_suite(
         name: of `SUITES`.
         tasks: which of its tasks.
         data_dir: "scenes": nlvr/{dev,hidden,test}.jsonl, kilogram/{annotations,shapes}.jsonl,
-            coco_people/val2017.jsonl, plain or .xz. "image" and "video": per task a folder with {train,validation,
-            test}.json (jsonl for videos; of captions dataset_coco.json), features and boxes (folders or .npz; videos
-            have no boxes), and subtitles.jsonl for videos. Validation rows have a target each, for the loss.
+            coco_people/val2017.jsonl, plain or .xz. "moments": see `moment_rows`. "image" and "video": per task a
+            folder with {train,validation,test}.json (jsonl for videos; of captions dataset_coco.json), features and
+            boxes (folders or .npz; videos have no boxes), and subtitles.jsonl for videos. Validation rows have a
+            target each, for the loss.
         sizes: rows per task of each split at most; None = all.
         seed: of the choice of training rows. Validation and test rows do not depend on it.
 
@@ -176,6 +182,9 @@ def load_suite(
         loaders = {"nlvr": _nlvr, "kilogram_caption": _captions, "kilogram_part": _parts, "coco_people": _people}
         found = {task: loaders[task](Path(data_dir)) for task in tasks}
         suite = Suite({}, scene_tokens)
+    elif name == "moments":
+        found = {task: moment_rows(Path(data_dir), task) for task in tasks}
+        suite = Suite({}, moment_features(Path(data_dir)))
     else:
         found = {task: _published(task, Path(data_dir) / task) for task in tasks}
         stores = {task: FeatureStore(_place(Path(data_dir) / task, "features")) for task in tasks}
@@ -219,7 +228,8 @@ def _generated(task: str, number: int, *, seed: int) -> list[dict[str, Any]]:
 def _some(rows: Any, size: int | None, *, seed: int) -> Any:
     if size is None or size >= len(rows):
         return rows
-    return rows.select(np.sort(np.random.default_rng(seed).choice(len(rows), size, replace=False)))
+    chosen = np.sort(np.random.default_rng(seed).choice(len(rows), size, replace=False)).tolist()
+    return [rows[index] for index in chosen] if isinstance(rows, list) else rows.select(chosen)
 
 
 def _place(folder: Path, name: str, *endings: str) -> Path:

@@ -6,15 +6,21 @@
         --first_item 200000 --num_items 96000 --captions captions_val.jsonl.xz captions_test.jsonl.xz \
         --caption_share 0.15 --output_dir examples/vl_mini_backbone
 
+    python examples/reproduction/pretrain_vl.py --captions captions_val.jsonl.xz --features val_captions.npz \
+        --unseen highlight_test_with_gt.jsonl.xz --vocab_size 4000 --d_model 128 --ffn_dim 512 \
+        --output_dir outputs/vl_video_backbone
+
 The scenes are those of VL-mini (`peft_read.data.generate_vl_mini`), all topics or all but one. With `--captions` a
 part of the examples is text infilling on captions of videos, without anything to see; one JSON object per line,
-{"vid": ..., "captions": [...]}.
+{"vid": ..., "captions": [...]}. With `--features` too, it is a backbone for videos: stretches of the captioned videos,
+of which a caption is filled in, written, or chosen among five.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections import ChainMap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from moment_tasks import CHOICES, VIDEO_TOKENS, choice_text, clip_tokens
 from pretrain_summariser import SPECIAL_TOKENS, infill, wrap_tokenizer
 from run_folder import ScriptParser, check_at_least, check_numbers, check_training, lock_folder, log_without_times
 from scene_batches import SceneCollator
@@ -29,8 +36,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast, Seq2SeqTrainer, Seq2SeqTrainingArguments, set_seed
 
-from peft_read.data import SCENE_FEATURE_DIM, VL_MINI_TOPICS, generate_vl_mini
+from peft_read.data import SCENE_FEATURE_DIM, VL_MINI_TOPICS, FeatureStore, generate_vl_mini
 from peft_read.data.jsonl import read_jsonl
+from peft_read.data.qvhighlights import source_of
 from peft_read.files import write_whole
 from peft_read.models import VLBartConfig, VLBartForConditionalGeneration
 
@@ -47,6 +55,12 @@ class Arguments:
     num_items: int = field(default=100_000, metadata={"help": "examples, each seen once"})
     hold_out: str | None = field(default=None, metadata={"help": f"a topic to leave out: {', '.join(VL_MINI_TOPICS)}"})
     captions: list[str] = field(default_factory=list, metadata={"help": "jsonl (or .xz) of captions to fill in"})
+    features: list[str] = field(
+        default_factory=list, metadata={"help": "of the captioned videos: pretrain on these instead of scenes"}
+    )
+    unseen: list[str] = field(
+        default_factory=list, metadata={"help": "annotations of QVHighlights whose sources must not be seen"}
+    )
     caption_share: float = field(default=0.3, metadata={"help": "of the examples, where there are captions"})
     vocab_size: int = field(default=1_000, metadata={"help": "of the tokenizer"})
     d_model: int = 96
@@ -101,13 +115,50 @@ class Lessons(Dataset):
         return {"text": f"{drawn.task}: {drawn.text}", "target": drawn.target, "tokens": drawn.tokens}
 
 
+class VideoLessons(Dataset):
+    """Stretches of captioned videos: a caption to fill in, one to write, one to choose among five.
+
+    Args:
+        arguments: the number of examples.
+        videos: captions by video.
+        stores: features by video, a row per caption.
+        seed: of everything.
+    """
+
+    topics = ("fill", "describe", "choose")
+
+    def __init__(self, arguments: Arguments, videos: dict[str, list[str]], stores: Any, *, seed: int) -> None:
+        self.arguments, self.videos, self.stores, self.seed = arguments, videos, stores, seed
+        self.names = sorted(videos)
+
+    def __len__(self) -> int:
+        return self.arguments.num_items
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rng = np.random.default_rng((self.seed, self.arguments.first_item + index))
+        name, *others = (self.names[i] for i in rng.choice(len(self.names), CHOICES, replace=False))
+        captions, length = self.videos[name], int(rng.integers(2, 24))
+        start = int(rng.integers(0, max(1, len(captions) - length)))
+        clips = range(start, min(len(captions), start + length))
+        caption = captions[clips[len(clips) // 2]]
+        form = self.topics[int(rng.integers(len(self.topics)))]
+        row = {"target": caption, "tokens": clip_tokens(self.stores[name], clips)}
+        if form == "fill":
+            return {**row, "text": f"fill: {infill(caption.split(), rng)}"}
+        if form == "describe":
+            return {**row, "text": "moment: "}
+        offered = [str(rng.choice(self.videos[other])) for other in others]
+        place = int(rng.integers(CHOICES))
+        return {**row, "text": choice_text([*offered[:place], caption, *offered[place:]]), "target": f"a{place}"}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     arguments, training = parse(sys.argv[1:] if argv is None else list(argv))
     folder = Path(training.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(folder)
     try:
-        pretrain(arguments, training, read_captions(arguments.captions), folder)
+        pretrain(arguments, training, folder)
     finally:
         lock.release()
 
@@ -121,6 +172,10 @@ def parse(argv: list[str]) -> tuple[Arguments, TrainingArguments]:
     check_training(training)
     sizes = ("num_items", "vocab_size", "d_model", "ffn_dim", "encoder_layers", "decoder_layers", "heads")
     check_at_least(arguments, {**dict.fromkeys(sizes, 1), "caption_share": 0, "first_item": 0})
+    if arguments.features and not arguments.captions:
+        raise ValueError("--features needs --captions, those of its videos")
+    if arguments.unseen and not arguments.captions:
+        raise ValueError("--unseen has no meaning without --captions")
     if arguments.caption_share > 1:
         raise ValueError(f"--caption_share {arguments.caption_share} is above 1")
     if arguments.d_model % arguments.heads:
@@ -128,30 +183,48 @@ def parse(argv: list[str]) -> tuple[Arguments, TrainingArguments]:
     return arguments, training
 
 
-def read_captions(paths: Sequence[str]) -> list[str]:
-    """Every different caption once, in the order of the files."""
-    records = (record for path in paths for record in read_jsonl(path, required=("vid", "captions")))
-    return list(dict.fromkeys(caption for record in records for caption in record["captions"]))
+def read_captions(arguments: Arguments) -> dict[str, list[str]]:
+    """Captions by video, without the sources that must not be seen."""
+    records = (record for path in arguments.captions for record in read_jsonl(path, required=("vid", "captions")))
+    kept_back = {source_of(row["vid"]) for path in arguments.unseen for row in read_jsonl(path, required=("vid",))}
+    return {r["vid"]: list(r["captions"]) for r in records if source_of(r["vid"]) not in kept_back}
 
 
-def pretrain(arguments: Arguments, training: TrainingArguments, captions: list[str], folder: Path) -> None:
+def lessons_of(arguments: Arguments, videos: dict[str, list[str]], *, seed: int) -> tuple[Dataset, int]:
+    """What is learnt, and the width of the visual features."""
+    if not arguments.features:
+        captions = list(dict.fromkeys(caption for part in videos.values() for caption in part))
+        return Lessons(arguments, captions, seed=seed), SCENE_FEATURE_DIM
+    stores = ChainMap(*(FeatureStore(path) for path in arguments.features))  # type: ignore[arg-type]
+    videos = {vid: captions[: len(stores[vid])] for vid, captions in videos.items() if vid in stores}
+    if len(videos) < CHOICES:
+        raise ValueError(f"{len(videos)} captioned videos have features; the choices need {CHOICES} at least")
+    return VideoLessons(arguments, videos, stores, seed=seed), stores[next(iter(videos))].shape[1]
+
+
+def pretrain(arguments: Arguments, training: TrainingArguments, folder: Path) -> None:
     """Trains the backbone and saves it."""
     set_seed(training.seed)
-    lessons = Lessons(arguments, captions, seed=training.seed)
+    videos = read_captions(arguments)
+    lessons, width = lessons_of(arguments, videos, seed=training.seed)
+    captions = sorted({caption for part in videos.values() for caption in part})
     if arguments.model_name_or_path is None:
         tokenizer = build_tokenizer(lessons, captions, arguments.vocab_size)
-        model = VLBartForConditionalGeneration(configuration(arguments, len(tokenizer)))
+        model = VLBartForConditionalGeneration(configuration(arguments, len(tokenizer), width))
     else:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(arguments.model_name_or_path)
         model = VLBartForConditionalGeneration.from_pretrained(arguments.model_name_or_path)
-    print(f"{len(lessons)} examples, vocabulary of {len(tokenizer)}, {model.num_parameters():,} parameters")
-    trainer = Seq2SeqTrainer(model=model, args=training, train_dataset=lessons, data_collator=SceneCollator(tokenizer))
+    print(f"{arguments.num_items} examples, vocabulary of {len(tokenizer)}, {model.num_parameters():,} parameters")
+    trainer = Seq2SeqTrainer(
+        model=model, args=training, train_dataset=lessons, data_collator=SceneCollator(tokenizer, width=width)
+    )
     trainer.train()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     record = {
         "topics": lessons.topics,
         "captions": len(captions),
+        "videos": sorted(videos),
         "steps": trainer.state.global_step,
         "log": log_without_times(trainer.state.log_history)[-3:],
     }
@@ -159,7 +232,7 @@ def pretrain(arguments: Arguments, training: TrainingArguments, captions: list[s
         file.write(json.dumps(record, indent=2) + "\n")
 
 
-def build_tokenizer(lessons: Lessons, captions: Sequence[str], size: int) -> PreTrainedTokenizerFast:
+def build_tokenizer(lessons: Any, captions: Sequence[str], size: int) -> PreTrainedTokenizerFast:
     """Byte pairs of what the lessons say, in lower case; every letter and digit is known."""
     sample = map(lessons.__getitem__, range(min(len(lessons), 6_000)))
     texts = [text for row in sample for text in (row["text"], row["target"])]
@@ -178,10 +251,10 @@ def build_tokenizer(lessons: Lessons, captions: Sequence[str], size: int) -> Pre
     return wrap_tokenizer(tokenizer, SPECIAL_TOKENS["vg_bart"])
 
 
-def configuration(arguments: Arguments, tokens: int) -> VLBartConfig:
+def configuration(arguments: Arguments, tokens: int, width: int) -> VLBartConfig:
     """A small VL-BART for scenes of up to three pictures; without dropout, as nothing is seen twice."""
     return VLBartConfig(
-        vocab_size=tokens + MAX_OBJECTS,
+        vocab_size=tokens + (MAX_OBJECTS if width == SCENE_FEATURE_DIM else VIDEO_TOKENS),
         d_model=arguments.d_model,
         encoder_layers=arguments.encoder_layers,
         decoder_layers=arguments.decoder_layers,
@@ -189,13 +262,13 @@ def configuration(arguments: Arguments, tokens: int) -> VLBartConfig:
         decoder_attention_heads=arguments.heads,
         encoder_ffn_dim=arguments.ffn_dim,
         decoder_ffn_dim=arguments.ffn_dim,
-        max_position_embeddings=128,
+        max_position_embeddings=192,
         dropout=0.0,
         attention_dropout=0.0,
         activation_dropout=0.0,
-        visual_feature_dim=SCENE_FEATURE_DIM,
+        visual_feature_dim=width,
         num_images=PICTURES,
-        max_objects=MAX_OBJECTS,
+        max_objects=MAX_OBJECTS if width == SCENE_FEATURE_DIM else VIDEO_TOKENS,
     )
 
 

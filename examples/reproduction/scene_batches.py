@@ -11,10 +11,6 @@ from transformers import PreTrainedTokenizerBase
 
 from peft_read.data import SCENE_FEATURE_DIM, SceneTokens
 
-NOTHING = SceneTokens(
-    np.zeros((0, SCENE_FEATURE_DIM), np.float32), np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
-)
-
 
 class SceneCollator:
     """Pads texts, targets and visual tokens of rows with `text`, `target` and `tokens`, or None where there are none.
@@ -25,21 +21,32 @@ class SceneCollator:
         tokenizer: of both sides; it ends a text with </s>.
         max_text: tokens of a text at most.
         max_target: tokens of a target at most.
+        width: of the features.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_text: int = 64, max_target: int = 40) -> None:
-        self.tokenizer, self.max_text, self.max_target = tokenizer, max_text, max_target
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_text: int = 128,
+        max_target: int = 40,
+        width: int = SCENE_FEATURE_DIM,
+    ) -> None:
+        self.tokenizer, self.max_text, self.max_target, self.width = tokenizer, max_text, max_target, width
+        self.nothing = SceneTokens(
+            np.zeros((0, width), np.float32), np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
+        )
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The model's inputs, and `labels` with -100 for padding."""
         texts = self._encode([row["text"] for row in rows], self.max_text)
         targets = self._encode([row["target"] for row in rows], self.max_target)
-        seen: list[SceneTokens] = [row["tokens"] or NOTHING for row in rows]
+        seen: list[SceneTokens] = [row["tokens"] or self.nothing for row in rows]
         length = max(1, max(len(tokens.features) for tokens in seen))
         batch: dict[str, Any] = {
             "input_ids": texts["input_ids"],
             "attention_mask": texts["attention_mask"],
-            "visual_features": torch.zeros(len(seen), length, SCENE_FEATURE_DIM),
+            "visual_features": torch.zeros(len(seen), length, self.width),
             "visual_boxes": torch.zeros(len(seen), length, 4),
             "visual_mask": torch.zeros(len(seen), length, dtype=torch.long),
             "image_ids": torch.zeros(len(seen), length, dtype=torch.long),
