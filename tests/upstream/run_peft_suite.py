@@ -35,10 +35,12 @@ SUITES = {
 # Prepended to every suite; the tables replace those of the same name. Of each method: the class of its configurations,
 # what they cannot do without, settings for models of transformers, and the tables for models of the suite's own.
 PRELUDE = """
+import functools
 import peft_read
 from peft_read import {config}
 
 _plain_init = {config}.__init__
+@functools.wraps(_plain_init)
 def _init(self, *arguments, **settings):  # tests that make a configuration of nothing but targets
     _plain_init(self, *arguments, **{{**{needed}, **settings}})
 {config}.__init__ = _init
