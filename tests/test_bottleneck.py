@@ -442,6 +442,20 @@ def test_a_layer_outside_its_stack_generates_its_own_weights():
     torch.testing.assert_close(layer(x), expected)
 
 
+def test_layers_in_stages_of_several_widths_are_counted_through_and_generated_apart():
+    config = t.SwinConfig(image_size=16, patch_size=2, window_size=4, embed_dim=8, depths=[2, 2], num_heads=[2, 2])
+    model = get_peft_model(t.SwinModel(config), HyperformerConfig(r=2, tasks=["a"]))
+    positions = model.base_model._positions
+    assert {position.stack for position in positions.values()} == {"encoder"}
+    assert sorted((position.kind, position.layer) for position in positions.values()) == [
+        (f"{kind}_{width}", layer)
+        for kind in ("feed_forward", "self_attention")
+        for layers, width in (((2, 3), 16), ((0, 1), 8))
+        for layer in layers
+    ]
+    assert model(torch.randn(1, 3, 16, 16)).last_hidden_state.isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["hyperformer", "efficient"])
 def test_tasks_and_layers_get_different_weights(name):
     model = adapted(name)

@@ -4,6 +4,8 @@ import importlib.util
 import json
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[1] / "examples" / "benchmarks" / "training_step.py"
 
 
@@ -27,3 +29,16 @@ def test_models_are_measured_one_after_the_other_into_one_report(tmp_path):
     report = (tmp_path / "report.md").read_text()
     assert report.count("| READ-PVLA k=4 |") == 2 and report.count("READ-PVLA k=4 : LoRA r=4 = ") == 2
     assert (tmp_path / "report.png").stat().st_size > 5000
+
+
+def test_the_bottleneck_family_is_measured_beside_a_plain_adapter(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    script = pytest.importorskip("bottleneck")
+    methods = script.main(["--quick", "--repeats", "1", "--output", str(tmp_path / "report")])
+    assert list(methods) == [script.PLAIN, *script.CONFIGS]
+    assert methods[script.OURS]["trained"] == methods[script.PLAIN]["trained"]
+    assert methods["Compacter, paper"]["trained"] < methods["Compacter, scripts"]["trained"]
+    report = capsys.readouterr().out
+    assert report.count("wanted: at most 1.3") == 4 and report.count("wanted: at most 1.0") == 1
+    assert json.loads((tmp_path / "report.json").read_text())["methods"] == methods
+    assert (tmp_path / "report.md").read_text() == report

@@ -346,10 +346,7 @@ class HyperformerModel(BottleneckModel):
 
     def _stacks_of(self, paths: list[str], model: nn.Module) -> dict[str, tuple[str, str]]:
         """The path and the key of the stack of each target."""
-        found = {}
-        for path in paths:
-            stack = find_stack(model, path)
-            found[path] = stack[0] if stack is not None else ""
+        found = {path: _stack_of(model, path) for path in paths}
         ends = Counter(name.rpartition(".")[2] for name in set(found.values()))
         keys = {
             name: (end if ends[end := name.rpartition(".")[2]] == 1 else name.replace(".", "_")) or "model"
@@ -388,6 +385,16 @@ class HyperformerModel(BottleneckModel):
                         f"have (d, r) = {', '.join(map(str, sizes))}; choose `target_modules` of one width, or False"
                     )
         return positions
+
+
+def _stack_of(model: nn.Module, path: str) -> str:
+    """The path of the stack that a module's layer belongs to: what embeds the tokens, else the owner of the layers."""
+    found = find_stack(model, path)
+    if found is not None and found[2]:
+        return found[0]
+    parts = path.split(".")
+    first = next((depth for depth, part in enumerate(parts) if part.isdigit()), 1)
+    return ".".join(parts[: first - 1])
 
 
 def _layers_of(stacks: dict[str, str], model: nn.Module) -> dict[str, int]:
