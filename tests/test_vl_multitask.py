@@ -171,7 +171,9 @@ def test_moments_become_captions_and_choices(scripts, reference_data, tmp_path):
         data / "highlight_test_with_gt.jsonl.xz",
     ]
     options += ["--features", folder / "features/qvhighlights_val_captions.npz", "--output_dir", tmp_path / "backbone"]
-    scripts["pretrain"].main([*map(str, options), *sizes.split(), "--use_cpu", "--disable_tqdm", "true"])
+    scripts["pretrain"].main(
+        [*map(str, options), *sizes.split(), "--num_items", "16", "--use_cpu", "--disable_tqdm", "true"]
+    )
     given = ["--suite", "moments", "--data_dir", str(folder), "--method", "adapter", "--share", "multiple"]
     result = run(scripts, tmp_path / "backbone", tmp_path / "out", *given, "--tasks", "moment_choice")
     assert result["reloaded_is_identical"] and list(result["after"]) == ["moment_choice"]
