@@ -262,7 +262,7 @@ def configuration(arguments: Arguments, tokens: int, width: int) -> VLBartConfig
         decoder_attention_heads=arguments.heads,
         encoder_ffn_dim=arguments.ffn_dim,
         decoder_ffn_dim=arguments.ffn_dim,
-        max_position_embeddings=192,
+        max_position_embeddings=128 if width == SCENE_FEATURE_DIM else 192,
         dropout=0.0,
         attention_dropout=0.0,
         activation_dropout=0.0,
