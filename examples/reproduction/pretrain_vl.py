@@ -220,6 +220,8 @@ def pretrain(arguments: Arguments, training: TrainingArguments, folder: Path) ->
     )
     trainer.train()
     model.save_pretrained(folder)
+    tokenizer.backend_tokenizer.no_truncation()  # what the last batch had set would be saved
+    tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(folder)
     record = {
         "topics": lessons.topics,
