@@ -26,8 +26,8 @@ __all__ = ["renew_model_cards", "update_model_card"]
 
 BEGIN, END = "<!-- peft-read: begin -->", "<!-- peft-read: end -->"
 
-# What loads a base model of a task, if it loads the class at hand; and the mapping of each of them, in the order in which
-# they are tried where the task's own does not (a video-language model that is trained as a CAUSAL_LM).
+# What loads the base model of a task; and the mappings of what is tried, in this order, where that does not load the class
+# at hand (a video-language model that is trained with the task CAUSAL_LM).
 AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "FEATURE_EXTRACTION": "AutoModel",
@@ -199,7 +199,8 @@ def _facts(trained: int, config: AdapterConfig) -> dict[str, str]:
         "adapted modules": named,
         **config.card_facts(),
     }
-    for name in ("exclude_modules", "layers_to_transform", "rank_pattern", "cell_pattern", "modules_to_save"):
+    settings = ("exclude_modules", "layers_to_transform", "rank_pattern", "cell_pattern", "modules_to_save")
+    for name in (*settings, "trainable_token_indices"):
         value = getattr(config, name, None)
         if value:
             facts[name.replace("_", " ")] = f"`{sorted(value) if isinstance(value, set) else value}`"
