@@ -31,9 +31,8 @@ class READConfig(AdapterConfig):
         layers_to_transform: the indices of the layers to adapt; needs a list of target modules.
         layers_pattern: the name of the module list that the indices refer to.
         modules_to_save: modules apart from the adapter that are trained and saved as a whole.
-        trainable_token_indices: ids of tokens whose embeddings are trained too, of the input embeddings, or by the name of
-            an embedding module; only these rows are trained and saved. Where the embeddings are tied, the output's
-            follow.
+        trainable_token_indices: ids of tokens whose input embeddings are trained too, or such ids by the name of an
+            embedding module; only these rows are trained and saved. Tied output embeddings follow.
         rank_pattern: another r for the modules whose name ends with a key (a regular expression).
         cell_pattern: another cell for the modules whose name ends with a key (a regular expression). If absent, the
             model type may bring one: the decoder of `moment_detr` has no recurrence, since its queries are a set.
@@ -86,9 +85,7 @@ class READConfig(AdapterConfig):
     )
     trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = field(  # noqa: UP007, UP045
         default=None,
-        metadata={
-            "help": "Ids of the tokens whose embeddings are trained too; or, by the embedding module, such ids."
-        },
+        metadata={"help": "Ids of tokens whose embeddings are trained too; or such ids by embedding module."},
     )
     rank_pattern: Optional[dict[str, int]] = field(  # noqa: UP045
         default=None, metadata={"help": "Module name or regular expression -> a rank other than `r`."}

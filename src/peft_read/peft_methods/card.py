@@ -26,8 +26,8 @@ __all__ = ["renew_model_cards", "update_model_card"]
 
 BEGIN, END = "<!-- peft-read: begin -->", "<!-- peft-read: end -->"
 
-# What loads the base model of a task; and the mappings of what is tried, in this order, where that does not load the class
-# at hand (a video-language model that is trained with the task CAUSAL_LM).
+# What loads the base model of a task; and the mappings of what is tried, in this order, where that does not load the
+# class at hand (a video-language model that is trained with the task CAUSAL_LM).
 AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "FEATURE_EXTRACTION": "AutoModel",
