@@ -175,7 +175,7 @@ class READModel(AdapterModel):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put the adapter's layers into the model, then hooks on the stacks around them."""
-        _check_tokens(model, self.peft_config[adapter_name].trainable_token_indices)
+        _check_tokens(model, getattr(self.peft_config[adapter_name], "trainable_token_indices", None))
         if "_notice" not in self.__dict__:  # the first adapter is injected from within BaseTuner.__init__
             self._notice = Notice()
         super().inject_adapter(model, adapter_name, *args, **kwargs)
