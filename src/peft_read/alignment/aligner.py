@@ -294,5 +294,5 @@ def _nothing_aligned(batch: Mapping[str, Any]) -> AlignmentDistance:
 
 
 def _shape(states: Tensor, mask: Tensor | None) -> str:
-    real = "all real" if mask is None else f"{int((mask != 0).sum())} of {mask.numel()} real"
-    return f"{tuple(states.shape)} ({real})"
+    shown = "all real" if mask is None else f"{int((mask != 0).sum())} of {mask.numel()} real"
+    return f"{tuple(states.shape)} ({shown})"

@@ -139,17 +139,17 @@ class Stream:
             return states, None
         source = self.mask if isinstance(self.mask, str) else "the mask function"
         where = f"module {name!r}, mask {source!r}"
-        real = mask_of(mask, where)
-        if real.shape != states.shape[:2]:
+        valid = mask_of(mask, where)
+        if valid.shape != states.shape[:2]:
             raise ValueError(
-                f"module {name!r}: mask {source!r} has shape {tuple(real.shape)}, the states that it should describe "
+                f"module {name!r}: mask {source!r} has shape {tuple(valid.shape)}, the states that it should describe "
                 f"have {tuple(states.shape)}; set Stream.tokens to the part of the sequence that the mask covers"
             )
-        real, wrong = real_entries(where, real, tuple(states.shape[:2]))
+        valid, wrong = real_entries(where, valid, tuple(states.shape[:2]))
         if wrong is not None:  # on a device, where the distance says it as NaN
             states = torch.where(wrong.to(states.device)[..., None], torch.nan, states)
-        real = real.to(states.device)
-        return states, ~real if self.invert_mask else real
+        valid = valid.to(states.device)
+        return states, ~valid if self.invert_mask else valid
 
     def _selected(self, states: Tensor, batch: Batch, name: str) -> Tensor:
         index = self.tokens(batch, states.shape[1]) if callable(self.tokens) else self.tokens
