@@ -41,7 +41,7 @@ def test_bfloat16_autocast_stays_near_the_plain_gradients():
     inputs = collate(items("bart"))
     plain = gradients(tiny_model("bart"), inputs, torch.enable_grad())
     mixed = gradients(tiny_model("bart"), inputs, torch.autocast("cpu", torch.bfloat16))
-    assert relative_error(mixed, plain) < 2e-2  # bfloat16 has 8 bits: 0.4 % a rounding
+    assert relative_error(mixed, plain) < 2e-2  # bfloat16 has 8 bits: 0.4 % per rounding
 
 
 def test_a_compiled_model_is_recorded_like_a_plain_one():

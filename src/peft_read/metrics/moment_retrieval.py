@@ -269,7 +269,7 @@ def _padded_precisions(candidates: NDArray, number: NDArray, windows: NDArray, v
         candidates: (N, K, 3), padded behind the first `number`.
         number: (N,).
         windows: (N, M, 2).
-        real: (N, M), False where a window does not count.
+        valid: (N, M), False where a window does not count.
 
     Returns:
         (N, thresholds).
