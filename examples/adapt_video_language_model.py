@@ -3,7 +3,7 @@
     python examples/adapt_video_language_model.py    # small random weights, no download
     python examples/adapt_video_language_model.py --model Qwen/Qwen2.5-VL-3B-Instruct
 
-Frames and words stand in one sequence; the token ids say which is which, and that is all the alignment needs to know.
+Frames and words stand in one sequence; the token ids say which is which, and PVLA finds them in the configuration.
 The video is noise and its text the same every time: the example shows how the parts fit, not what can be learnt.
 """
 
@@ -13,7 +13,7 @@ import torch
 from peft import get_peft_model
 from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from peft_read import Aligner, PVLAConfig, READConfig, Stream
+from peft_read import Aligner, PVLAConfig, READConfig
 
 
 def small_config() -> Qwen2_5_VLConfig:
@@ -37,7 +37,7 @@ def one_video(config: Qwen2_5_VLConfig, steps: int = 4, side: int = 4) -> dict[s
     video = [config.vision_start_token_id, *[config.video_token_id] * frame_tokens, config.vision_end_token_id]
     ids = torch.tensor([[*video, 20, 21, 22]])
     labels = ids.clone()
-    labels[:, : len(video)] = -100  # the words alone are predicted, and aligned
+    labels[:, : len(video)] = -100  # the words alone are predicted
     return {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
@@ -65,10 +65,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
     model = get_peft_model(base, READConfig(r=4, task_type="CAUSAL_LM"))
     model.print_trainable_parameters()
 
-    layers, video_token = r"model\.language_model\.layers\.\d+", config.video_token_id
-    frames = Stream(layers, mask=lambda batch: batch["input_ids"] == video_token)
-    words = Stream(layers, mask=lambda batch: batch["labels"] != -100)
-    aligner = Aligner(model, PVLAConfig(video=frames, language=words, weight=0.1))
+    aligner = Aligner(model, PVLAConfig(weight=0.1))
     batch = one_video(config)
     print(aligner.describe(model, batch))
 

@@ -5,13 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalEntryNotFoundError
-from peft import PeftModel, get_peft_model
-from tiny_models import adapted, build
+from peft import PeftConfig, PeftModel, get_peft_model
+from tiny_models import FAMILIES, adapted, build
 from torch import nn
+from zoo.families import build_model, family_named
 
 from peft_read import READConfig
+from peft_read.peft_methods.card import update_model_card
 
 
 def card_of(folder):
@@ -84,6 +87,46 @@ def test_a_model_without_a_task_names_its_class(tmp_path):
     assert f"from {__name__} import Encoder" in text
     trained, total = model.get_nb_trainable_parameters()
     assert f"{trained:,} ({100 * trained / total:.4f} % of {total:,})" in text
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "loader"),
+    [
+        ("qwen3_vl", "CAUSAL_LM", "AutoModelForImageTextToText"),
+        ("llava_onevision", None, "AutoModelForImageTextToText"),
+        ("llama", "CAUSAL_LM", "AutoModelForCausalLM"),
+        ("bart", "SEQ_2_SEQ_LM", "AutoModelForSeq2SeqLM"),
+        ("bart", "FEATURE_EXTRACTION", "AutoModelForSeq2SeqLM"),  # the adapter's names are those of this class
+    ],
+)
+def test_the_card_names_what_loads_the_base_model(tmp_path, family, task, loader):
+    base = build_model(family_named(family)) if family not in FAMILIES else build(family)
+    model = get_peft_model(base, READConfig(task_type=task))
+    model.save_pretrained(tmp_path)
+    assert f"base = {loader}.from_pretrained" in card_of(tmp_path)[1]
+    getattr(transformers, loader).from_config(base.config)  # it does
+    # From the files alone, as the command writes it.
+    (tmp_path / "README.md").unlink()
+    config = PeftConfig.from_pretrained(tmp_path)
+    update_model_card(tmp_path, config, config.auto_mapping)
+    assert f"base = {loader}.from_pretrained" in card_of(tmp_path)[1]
+
+
+def test_the_card_names_the_class_that_no_auto_class_makes(tmp_path):
+    """An older class of its own, and a class of a library that is imported from nowhere but the user's own code."""
+    sizes = {"vocab_size": 40, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    base = transformers.GPT2DoubleHeadsModel(transformers.GPT2Config(**sizes))
+    get_peft_model(base, READConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    assert "from transformers import GPT2DoubleHeadsModel" in card_of(tmp_path)[1]
+    config = PeftConfig.from_pretrained(tmp_path)
+    update_model_card(tmp_path, config, {"parent_library": "no_such_library", "base_model_class": "Model"})
+    assert "from no_such_library import Model" in card_of(tmp_path)[1]
+
+
+def test_the_card_tells_how_to_install_what_is_on_no_index(tmp_path, summariser):
+    summariser.save_pretrained(tmp_path)
+    text = card_of(tmp_path)[1]
+    assert "pip install peft-read" not in text and "pip install ." in text and "checkout" in text and ".whl" in text
 
 
 def card_on_the_hub(load):

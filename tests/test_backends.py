@@ -12,35 +12,10 @@ import torch
 from peft_read import backends, show_backends, use_backend
 
 SOURCES = Path(backends.__file__).parents[1]
-# READ's plain forward pass and PVLA; prints the backends in the end and every warning of ours.
-BOTH = """
-import warnings
-import torch
-from torch import nn
-import peft_read
-from peft import get_peft_model
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(8, 8)])
-    def forward(self, x, attention_mask=None):
-        return self.layers[0](x)
-
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    model = get_peft_model(Net(), peft_read.READConfig(target_modules=["0"]))
-    for _ in range(2):
-        model(torch.rand(2, 5, 8)).sum().backward()
-        peft_read.PVLALoss()(torch.rand(2, 5, 8, requires_grad=True), torch.rand(2, 4, 8)).backward()
-for warning in caught:
-    if warning.category is RuntimeWarning:
-        print("SAID", warning.message)
-print("CPU", peft_read.backends.backend())
-"""
+PROGRAMS = Path(__file__).with_name("programs")
 
 
-def run(code, *command, **changes):
+def run(program, **changes):
     environment = {**os.environ, "PYTHONPATH": str(SOURCES), "OMP_NUM_THREADS": "1"}
     environment.pop(backends.VARIABLE, None)
     for name, value in changes.items():
@@ -48,7 +23,7 @@ def run(code, *command, **changes):
             environment.pop(name, None)
         else:
             environment[name] = str(value)
-    command = [*command, sys.executable, "-c", code]
+    command = [sys.executable, PROGRAMS / program]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
@@ -147,16 +122,16 @@ def test_numba_that_cannot_be_imported_is_said_once_and_torch_goes_on(tmp_path):
     folder = tmp_path / "numba"
     folder.mkdir()
     (folder / "__init__.py").write_text("raise ImportError('Numba needs NumPy 2.3 or less. Got NumPy 2.4.')")
-    found = run(BOTH, PYTHONPATH=f"{tmp_path}{os.pathsep}{SOURCES}")
+    found = run("read_and_pvla.py", PYTHONPATH=f"{tmp_path}{os.pathsep}{SOURCES}")
     assert found.returncode == 0, found.stderr
     assert found.stdout.count("SAID") == 1 and "Numba needs NumPy 2.3" in found.stdout and "CPU torch" in found.stdout
-    forced = run(BOTH, PYTHONPATH=f"{tmp_path}{os.pathsep}{SOURCES}", PEFT_READ_BACKEND="numba")
+    forced = run("read_and_pvla.py", PYTHONPATH=f"{tmp_path}{os.pathsep}{SOURCES}", PEFT_READ_BACKEND="numba")
     assert forced.returncode and "cannot be imported (ImportError: Numba needs NumPy 2.3" in forced.stderr
 
 
 def test_numba_without_its_compiler_is_said_once():
     pytest.importorskip("numba")
-    found = run(BOTH, NUMBA_DISABLE_JIT="1")
+    found = run("read_and_pvla.py", NUMBA_DISABLE_JIT="1")
     assert found.returncode == 0, found.stderr
     assert found.stdout.count("SAID") == 1 and "NUMBA_DISABLE_JIT" in found.stdout and "CPU torch" in found.stdout
 
@@ -164,12 +139,7 @@ def test_numba_without_its_compiler_is_said_once():
 @pytest.mark.slow
 def test_an_exception_of_the_compiler_is_said_and_torch_goes_on():
     pytest.importorskip("numba")
-    broken = (
-        "from numba.core.dispatcher import Dispatcher\n"
-        "def fail(self, sig): raise RuntimeError('LLVM has no idea of this processor')\n"
-        "Dispatcher.compile = fail\n"
-    )
-    found = run(broken + BOTH)
+    found = run("compiler_that_fails.py")
     assert found.returncode == 0, found.stderr
     assert "LLVM has no idea" in found.stdout and found.stdout.count("SAID") == 1  # for every path
 
@@ -177,20 +147,7 @@ def test_an_exception_of_the_compiler_is_said_and_torch_goes_on():
 @pytest.mark.skipif(os.name != "posix", reason="needs a folder that nobody may write to")
 def test_without_a_folder_for_machine_code_it_stays_in_memory():
     pytest.importorskip("numba")
-    nowhere = (
-        "from numba.core import caching\n"
-        "def none(cls, *arguments): return None\n"
-        "for locator in caching.CacheImpl._locator_classes: locator.from_function = classmethod(none)\n"
-        "import torch\nfrom peft_read import backends\n"
-        "import warnings\n"
-        "with warnings.catch_warnings(record=True) as caught:\n"
-        "    warnings.simplefilter('always')\n"
-        "    loop = backends.compiled_loop()(lambda x: x + 1)\n"
-        "    other = backends.compiled_loop()(lambda x: x + 2)\n"
-        "    with backends.compiling('a loop', loop): assert loop(1) == 2 and other(1) == 3\n"
-        "print(len(caught), caught[0].message)\n"
-    )
-    found = run(nowhere)
+    found = run("no_cache_folder.py")
     assert found.returncode == 0, found.stderr
     assert found.stdout.startswith("1 numba has no folder") and "NUMBA_CACHE_DIR" in found.stdout
 
@@ -198,15 +155,10 @@ def test_without_a_folder_for_machine_code_it_stays_in_memory():
 @pytest.mark.slow
 def test_one_process_of_a_machine_compiles(tmp_path):
     pytest.importorskip("numba")
-    code = (
-        "import torch; from peft_read.recurrence import RNN; from peft_read.recurrence.numba_kernels import launch;"
-        "RNN(4)(torch.zeros(1, 2, 4)); loop = launch._loops('rnn').rnn_forward;"
-        "print(sum(loop.stats.cache_misses.values()))"
-    )
     environment = {**os.environ, "PYTHONPATH": str(SOURCES), "NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     environment.pop(backends.VARIABLE, None)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
-    running = [subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(2)]
+    running = [subprocess.Popen([sys.executable, PROGRAMS / "one_compilation.py"], **pipes) for _ in range(2)]
     found = [process.communicate(timeout=600) for process in running]
     assert sorted(out.split()[-1] for out, _ in found) == ["0", "1"], found
     assert sum(error.count("compiling the scan of the RNN, once") for _, error in found) == 1

@@ -47,13 +47,10 @@ def test_an_error_leaves_the_old_content_and_no_other_file(tmp_path, error):
 def test_a_killed_process_leaves_the_old_content(tmp_path):
     target = tmp_path / "run.json"
     target.write_text("old")
-    script = (
-        "import os, sys\nfrom peft_read.files import write_whole\n"
-        "with write_whole(sys.argv[1]) as file:\n    file.write('x' * 100_000)\n    file.flush()\n    os._exit(9)"
-    )
+    program = Path(__file__).with_name("programs") / "killed_while_writing.py"
     # The sub-process imports the same peft_read as this one.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    assert subprocess.run([sys.executable, "-c", script, str(target)], env=environment).returncode == 9
+    assert subprocess.run([sys.executable, program, target], env=environment).returncode == 9
     assert target.read_text() == "old"
     left = [path.name for path in tmp_path.iterdir() if path != target]
     assert len(left) == 1 and left[0].startswith(".run.json.") and left[0].endswith(".part")

@@ -1,4 +1,4 @@
-"""The fused kernel in Triton's CPU interpreter: the optimum, values and gradients, and no word to the host."""
+"""The fused kernel in Triton's CPU interpreter: optimum, values and gradients, without synchronisation."""
 
 import os
 import subprocess

@@ -256,7 +256,7 @@ def markdown(results: Results) -> str:
 
 
 def draw(everything: dict[str, Results], path: Path) -> None:
-    """Time and memory of every method, one row a model."""
+    """Time and memory of every method, one row per model."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -10,7 +10,7 @@ from peft.utils import PeftType
 
 from ..peft_methods import AdapterConfig
 from ..peft_methods.configuration import check_json, check_pattern, checked_positive
-from ..plain import plain_flag
+from ..plain import plain_flag, plain_integers
 from ..recurrence import CELLS
 
 __all__ = ["READConfig"]
@@ -31,6 +31,8 @@ class READConfig(AdapterConfig):
         layers_to_transform: the indices of the layers to adapt; needs a list of target modules.
         layers_pattern: the name of the module list that the indices refer to.
         modules_to_save: modules apart from the adapter that are trained and saved as a whole.
+        trainable_token_indices: ids of tokens whose input embeddings are trained too, or such ids by the name of an
+            embedding module; only these rows are trained and saved. Tied output embeddings follow.
         rank_pattern: another r for the modules whose name ends with a key (a regular expression).
         cell_pattern: another cell for the modules whose name ends with a key (a regular expression). If absent, the
             model type may bring one: the decoder of `moment_detr` has no recurrence, since its queries are a set.
@@ -81,6 +83,10 @@ class READConfig(AdapterConfig):
     modules_to_save: Optional[list[str]] = field(  # noqa: UP045
         default=None, metadata={"help": "Modules apart from READ's layers that are trained and saved as a whole."}
     )
+    trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = field(  # noqa: UP007, UP045
+        default=None,
+        metadata={"help": "Ids of tokens whose embeddings are trained too; or such ids by embedding module."},
+    )
     rank_pattern: Optional[dict[str, int]] = field(  # noqa: UP045
         default=None, metadata={"help": "Module name or regular expression -> a rank other than `r`."}
     )
@@ -115,6 +121,8 @@ class READConfig(AdapterConfig):
         self._check_layers()
         self._check_numbers()
         self._check_ranks_and_cells()
+        if self.trainable_token_indices is not None:
+            self._check_tokens()
         if self.pvla is not None:
             self._check_record()
         if self.init_weights == "paper" and not self.inference_mode:
@@ -156,6 +164,17 @@ class READConfig(AdapterConfig):
             if not isinstance(cell, str) or cell not in CELLS:
                 raise ValueError(f"`{origin}` should be one of {', '.join(map(repr, CELLS))}, got {cell!r}.")
 
+    def _check_tokens(self) -> None:
+        tokens: Any = self.trainable_token_indices
+        if isinstance(tokens, dict):
+            for name in tokens:
+                check_pattern("trainable_token_indices", name)
+            self.trainable_token_indices = {
+                name: _token_ids(f"trainable_token_indices[{name!r}]", ids) for name, ids in tokens.items()
+            }
+        else:
+            self.trainable_token_indices = _token_ids("trainable_token_indices", tokens)
+
     def _check_record(self) -> None:
         if not isinstance(self.pvla, dict):
             raise ValueError(f"`pvla` is the record of the alignment loss, a dict, got {self.pvla!r}.")
@@ -174,3 +193,13 @@ class READConfig(AdapterConfig):
             "cell": self.cell + (", bidirectional" if self.bidirectional else ""),
             "biases": "yes" if self.use_bias else "no",
         }
+
+
+def _token_ids(origin: str, ids: Any) -> list[int]:
+    tokens = plain_integers(origin, ids)
+    if not tokens:
+        raise ValueError(f"`{origin}` is empty; leave it out to train no embedding.")
+    if len(set(tokens)) != len(tokens) or min(tokens) < 0:
+        wrong = next(token for token in tokens if token < 0 or tokens.count(token) > 1)
+        raise ValueError(f"`{origin}` holds ids of tokens, from 0 and each of them once; {wrong} is not.")
+    return tokens

@@ -189,8 +189,8 @@ class Linear(nn.Module, READLayer):
     def _sequences(self, result: torch.Tensor, x: torch.Tensor, active: list[str], mixed: bool) -> Sequences:
         """The sequences in the base layer's output, which only a recurrence or a mixed batch asks for."""
         if not mixed and all(isinstance(self.readapter_cell[adapter], Identity) for adapter in active):
-            real = padding_of(result, self._scope(), batch_first=self.batch_first)
-            return Sequences(result, lambda delta: delta, real)
+            valid = padding_of(result, self._scope(), batch_first=self.batch_first)
+            return Sequences(result, lambda delta: delta, valid)
         return as_sequences(
             result,
             x,

@@ -167,9 +167,9 @@ def block_diagonal_segments(attention_mask: Any, batch: int | None, length: int 
     if attention_mask.shape[-2:] != (length, length) or length < 2 or torch.compiler.is_compiling():
         return None
     allowed = _allowed(attention_mask[:, 0])  # (B, T, T)
-    real = allowed.diagonal(dim1=1, dim2=2)
+    valid = allowed.diagonal(dim1=1, dim2=2)
     neighbours = allowed.diagonal(offset=-1, dim1=1, dim2=2) | allowed.diagonal(offset=1, dim1=1, dim2=2)
-    breaks = real[:, 1:] & real[:, :-1] & ~neighbours
+    breaks = valid[:, 1:] & valid[:, :-1] & ~neighbours
     if not breaks.is_cuda and not bool(breaks.any()):
         return None
     return torch.nn.functional.pad(breaks, (1, 0)).cumsum(-1).expand(batch, length)

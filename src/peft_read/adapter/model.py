@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from peft.utils import TrainableTokensWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -46,6 +47,19 @@ def _matching(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
         if re.match(rf"(.*\.)?({pattern})$", path):
             return value
     return default
+
+
+def _check_tokens(model: nn.Module, tokens: list[int] | dict[str, list[int]] | None) -> None:
+    """Refuse ids of tokens that an embedding does not have, before anything is put into the model."""
+    for key, ids in (tokens if isinstance(tokens, dict) else {"": tokens or []}).items():
+        named = [module for name, module in model.named_modules() if key and f".{name}".endswith(f".{key}")]
+        found = named or ([model.get_input_embeddings()] if not key and isinstance(model, PreTrainedModel) else [])
+        sizes = [size for module in found if isinstance(size := getattr(module, "num_embeddings", None), int)]
+        if sizes and max(ids, default=-1) >= min(sizes):
+            raise ValueError(
+                f"`trainable_token_indices` has the token {max(ids)}, and the embedding has {min(sizes)} of them; "
+                "resize the model's embeddings first (resize_token_embeddings)"
+            )
 
 
 class READModel(AdapterModel):
@@ -161,6 +175,7 @@ class READModel(AdapterModel):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put the adapter's layers into the model, then hooks on the stacks around them."""
+        _check_tokens(model, getattr(self.peft_config[adapter_name], "trainable_token_indices", None))
         if "_notice" not in self.__dict__:  # the first adapter is injected from within BaseTuner.__init__
             self._notice = Notice()
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -173,6 +188,12 @@ class READModel(AdapterModel):
                 keep_slow_path(parent)
 
         watch_gradients(model)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, TrainableTokensWrapper):  # its weight is computed; the embedding inside has its own
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model = super()._unload_and_optionally_merge(*args, **kwargs)

@@ -288,8 +288,8 @@ def sequence_scope(mask: torch.Tensor | None = None, segment_ids: torch.Tensor |
     if len(shapes) > 1 or given[0].dim() != 2:
         raise ValueError(f"mask and segment_ids must have one shape (B, T), got {sorted(shapes)}.")
     batch, length = given[0].shape
-    real = None if mask is None else mask.bool()
+    valid = None if mask is None else mask.bool()
     outer = current_scope()
-    scope = Scope(batch=batch, length=length, mask=real, segment_ids=segment_ids, explicit=True, outer=outer)
+    scope = Scope(batch=batch, length=length, mask=valid, segment_ids=segment_ids, explicit=True, outer=outer)
     with run_in_scope(scope):
         yield

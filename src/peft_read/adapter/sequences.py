@@ -200,9 +200,9 @@ def padding_of(output: torch.Tensor, scope: Scope | None, *, batch_first: bool) 
     for around in () if scope is None else scope.around():
         found = None if around.mask is None else _in_scope(output, around, "", batch_first)
         if found is not None:
-            real = around.mask
-            assert real is not None
-            return found.restore(real[..., None].expand(*real.shape, output.shape[-1]))[..., 0]
+            valid = around.mask
+            assert valid is not None
+            return found.restore(valid[..., None].expand(*valid.shape, output.shape[-1]))[..., 0]
     return None
 
 

@@ -3,8 +3,9 @@
 from .aligner import Aligner, PVLAConfig
 from .checkpoints import last_whole_checkpoint, seal_checkpoint
 from .loss import DISTANCES, AlignmentDistance, PVLALoss, alignment_distance
+from .presets import PRESETS, preset_streams
 from .recorder import AlignedBlock, Recording
-from .streams import PRESETS, Stream, preset_streams
+from .streams import Stream
 from .trainer import PVLALossMixin
 
 __all__ = [

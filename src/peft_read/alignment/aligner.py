@@ -21,8 +21,9 @@ from .loss import (
     checked_method,
     checked_reg,
 )
+from .presets import preset_streams
 from .recorder import AlignedBlock, Recording, StreamPair
-from .streams import Stream, preset_streams, unwrap_model
+from .streams import Stream, unwrap_model
 
 __all__ = ["Aligner", "PVLAConfig"]
 
@@ -34,7 +35,7 @@ class PVLAConfig:
     """What to align with what, and how much it counts (section 3.3 of the paper).
 
     Args:
-        video, language: streams; None = the preset of `model.config.model_type`.
+        video, language: streams; None = the preset of the model, see `preset_streams`.
         weight: of the alignment loss beside the task loss: a number, or `f(progress)` with progress in [0, 1].
         mass: fraction of the mass to transport, in (0, 1]: a number, or `f(progress)`. 1 is the paper's VLA ablation.
         reg: entropic regularisation (the paper's temperature).
@@ -293,5 +294,5 @@ def _nothing_aligned(batch: Mapping[str, Any]) -> AlignmentDistance:
 
 
 def _shape(states: Tensor, mask: Tensor | None) -> str:
-    real = "all real" if mask is None else f"{int((mask != 0).sum())} of {mask.numel()} real"
-    return f"{tuple(states.shape)} ({real})"
+    shown = "all real" if mask is None else f"{int((mask != 0).sum())} of {mask.numel()} real"
+    return f"{tuple(states.shape)} ({shown})"

@@ -242,10 +242,10 @@ def _masked(mask: Any, states: Tensor, side: str, index: int) -> tuple[Tensor, T
         raise ValueError(
             f"block {index}: a mask of shape {tuple(mask.shape)} does not fit states of shape {tuple(states.shape)}"
         )
-    real, wrong = real_entries(where, mask, tuple(states.shape[:2]))
+    valid, wrong = real_entries(where, mask, tuple(states.shape[:2]))
     if wrong is not None:  # nobody may look at values on a device: the distance says it, as NaN
         states = torch.where(wrong.to(states.device)[..., None], torch.nan, states)
-    return states, real.to(states.device)
+    return states, valid.to(states.device)
 
 
 def _check_finite(block: Block, index: int) -> None:

@@ -14,7 +14,7 @@ from ..plain import plain_flag, plain_integer, plain_names
 from ..transport import real_entries
 from .loss import mask_of
 
-__all__ = ["PRESETS", "Stream", "preset_streams", "unwrap_model"]
+__all__ = ["Batch", "Stream", "unwrap_model"]
 
 Batch = Mapping[str, Any]
 Tokens = slice | Callable[[Batch, int], Any]
@@ -139,17 +139,17 @@ class Stream:
             return states, None
         source = self.mask if isinstance(self.mask, str) else "the mask function"
         where = f"module {name!r}, mask {source!r}"
-        real = mask_of(mask, where)
-        if real.shape != states.shape[:2]:
+        valid = mask_of(mask, where)
+        if valid.shape != states.shape[:2]:
             raise ValueError(
-                f"module {name!r}: mask {source!r} has shape {tuple(real.shape)}, the states that it should describe "
+                f"module {name!r}: mask {source!r} has shape {tuple(valid.shape)}, the states that it should describe "
                 f"have {tuple(states.shape)}; set Stream.tokens to the part of the sequence that the mask covers"
             )
-        real, wrong = real_entries(where, real, tuple(states.shape[:2]))
+        valid, wrong = real_entries(where, valid, tuple(states.shape[:2]))
         if wrong is not None:  # on a device, where the distance says it as NaN
             states = torch.where(wrong.to(states.device)[..., None], torch.nan, states)
-        real = real.to(states.device)
-        return states, ~real if self.invert_mask else real
+        valid = valid.to(states.device)
+        return states, ~valid if self.invert_mask else valid
 
     def _selected(self, states: Tensor, batch: Batch, name: str) -> Tensor:
         index = self.tokens(batch, states.shape[1]) if callable(self.tokens) else self.tokens
@@ -187,113 +187,3 @@ def unwrap_model(model: nn.Module) -> nn.Module:
             wrapped = wrapped.module
         else:
             return wrapped
-
-
-def _frames(batch: Batch, length: int) -> slice:
-    return slice(0, batch["video_features"].shape[1])
-
-
-def _words_after_frames(batch: Batch, length: int) -> slice:
-    return slice(batch["video_features"].shape[1], None)
-
-
-def _moment_detr(config: Any) -> tuple[Stream, Stream]:
-    layers = r"(.*\.)?transformer\.encoder\.layers\.\d+"
-    return (
-        Stream(layers, tokens=_frames, mask="video_mask"),
-        Stream(layers, tokens=_words_after_frames, mask="text_mask"),
-    )
-
-
-def _umt(config: Any) -> tuple[Stream, Stream]:
-    """Clip-shaped states against the projected text, which never changes; without a text, video against audio."""
-    if config.text_feature_dim is not None:
-        clips = Stream(r"video_enc|cross_enc|query_dec\.decoder\.\d+", mask=_clip_mask)
-        return clips, Stream(["query_gen.mapping"], mask=_text_mask)
-    if config.audio_feature_dim is None:
-        raise ValueError("this UMT has neither a text nor an audio stream: there is nothing to align its video with")
-    return Stream(["video_enc"], mask=_clip_mask), Stream(["audio_enc"], mask=_clip_mask)
-
-
-def _clip_mask(batch: Batch) -> Tensor | None:
-    """As UMT does: the mask, or the clips that have a label."""
-    mask: Tensor | None = batch.get("video_mask")
-    if mask is not None:
-        return mask
-    labels = batch.get("saliency_labels")
-    return None if labels is None else labels >= 0
-
-
-def _text_mask(batch: Batch) -> Tensor:
-    mask: Tensor | None = batch.get("text_mask")
-    if mask is not None:
-        return mask
-    features: Tensor = batch["text_features"]
-    return features[..., 0].isfinite()
-
-
-def _vision_guided(config: Any, layers: str, prefix: str) -> tuple[Stream, Stream]:
-    """Frames after the projection to the text width, against the text states of every encoder block."""
-    kind = getattr(config, "cross_attn_type", 0)
-    text = Stream(layers, mask="attention_mask")
-    if kind == 3:  # both sides are projected to the common width
-        text = Stream(rf"{prefix}_linear_1", mask="attention_mask")
-        return Stream(rf"{prefix}_linear_2", mask="video_mask"), text
-    if kind in (4, 5):
-        text = Stream(rf"{prefix}_linear_3", mask="attention_mask")
-    return Stream(rf"{prefix}_linear_1", mask="video_mask"), text
-
-
-def _visual_tokens(config: Any, layers: str) -> tuple[Stream, Stream]:
-    """The visual tokens behind the text against the text, in every encoder block; prompts before it are in neither."""
-    pooled = config.pooled_tokens if config.visual_pooling else None
-
-    def images(batch: Batch) -> int:
-        return 1 if batch.get("image_ids") is None else len(batch["image_ids"][0].unique())
-
-    def visual(batch: Batch, length: int) -> slice:
-        tokens = batch["visual_features"].shape[1] if pooled is None else images(batch) * pooled
-        return slice(length - tokens, length)
-
-    def text(batch: Batch, length: int) -> slice:
-        end, words = visual(batch, length).start, batch.get("input_ids")
-        return slice(end - (batch["inputs_embeds"] if words is None else words).shape[1], end)
-
-    def visual_mask(batch: Batch) -> Tensor | None:
-        mask = batch.get("visual_mask")
-        if mask is None or pooled is None:
-            return mask
-        return mask.unflatten(1, (images(batch), -1))[:, :, :pooled].flatten(1)  # as the pooled tokens have it
-
-    def text_mask(batch: Batch) -> Tensor | None:
-        mask, words = batch.get("attention_mask"), batch.get("input_ids")
-        return words != config.pad_token_id if mask is None and words is not None else mask
-
-    return Stream(layers, tokens=visual, mask=visual_mask), Stream(layers, tokens=text, mask=text_mask)
-
-
-PRESETS: dict[str, Callable[[Any], tuple[Stream, Stream]]] = {
-    "moment_detr": _moment_detr,
-    "umt": _umt,
-    "vg_bart": lambda config: _vision_guided(config, r"model\.encoder\.layers\.\d+", r"model\.encoder\."),
-    "vg_t5": lambda config: _vision_guided(config, r"encoder\.block\.\d+", r"encoder\."),
-    "vl_bart": lambda config: _visual_tokens(config, r"model\.encoder\.layers\.\d+"),
-    "vl_t5": lambda config: _visual_tokens(config, r"encoder\.block\.\d+"),
-}
-
-
-def preset_streams(model: nn.Module) -> tuple[Stream, Stream]:
-    """The (video, language) streams of the project's backbones, by `model.config.model_type`.
-
-    Raises:
-        ValueError: another model; the message says how to name its streams.
-    """
-    config = getattr(model, "config", None)
-    named = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
-    model_type = named if isinstance(named, str) else None
-    if model_type not in PRESETS:
-        raise ValueError(
-            f"no preset streams for model_type={model_type!r} (there are presets for {sorted(PRESETS)}): say where "
-            "the states are with PVLAConfig(video=Stream(...), language=Stream(...)) or PVLAConfig(extractor=...)"
-        )
-    return PRESETS[model_type](config)

@@ -20,7 +20,7 @@ class InputPrompts(nn.Module):
 
     Args:
         model_type: `"moment_detr"` or `"umt"`.
-        length: vectors a sequence (P).
+        length: vectors per sequence (P).
         width: d.
         has_text: False for a model without queries.
         video_width: of the vectors before the video, where it is not d.

@@ -28,7 +28,7 @@ class SummariserPrompts(InputPrompts):
 
     Args:
         model_type: `"vg_bart"` or `"vg_t5"`.
-        length: vectors a sequence (P).
+        length: vectors per sequence (P).
         width: of the word embeddings.
         video_width: of a frame.
         std: of the initial values.

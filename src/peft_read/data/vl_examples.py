@@ -166,7 +166,7 @@ def read_array(path: str | Path, field: str | None = None) -> list[Record]:
 
 
 def read_records(path: str | Path, *, key: str | None = None) -> list[Record]:
-    """The objects of a file in whichever form they come: an array, one a line, or {id: object}.
+    """The objects of a file in whichever form they come: an array, one per line, or {id: object}.
 
     Args:
         path: the file.

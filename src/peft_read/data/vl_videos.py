@@ -100,7 +100,7 @@ def load_tvc(annotations: str | Path, subtitles: Subtitles, *, prompt: str = TAS
         prompt: the end of the text.
 
     Returns:
-        A dataset with the columns of `example`, a row a caption, or a row a clip without captions; `answers` all
+        A dataset with the columns of `example`, a row per caption, or per clip without captions; `answers` all
         captions of the clip, `group` the clip.
 
     Raises:

@@ -184,11 +184,11 @@ class _Moments:
 
     def result(self, limits: tuple[float, float] | None) -> dict[str, dict[str, float]]:
         """Mean average precision and recall of the first window, by IoU threshold, for windows of one range."""
-        real = np.arange(self.windows.shape[1]) < self.num_windows[:, None]  # (N, M)
+        valid = np.arange(self.windows.shape[1]) < self.num_windows[:, None]  # (N, M)
         if limits is not None:
             length = self.windows[..., 1] - self.windows[..., 0]
-            real &= (limits[0] < length) & (length <= limits[1])
-        queries = np.flatnonzero(real.any(axis=1))
+            valid &= (limits[0] < length) & (length <= limits[1])
+        queries = np.flatnonzero(valid.any(axis=1))
         if not queries.size:
             unknown = {str(threshold): float("nan") for threshold in THRESHOLDS}
             return {"MR-mAP": {**unknown, "average": float("nan")}, "MR-R1": unknown}
@@ -198,7 +198,7 @@ class _Moments:
         for start in range(0, len(order), CHUNK):
             part = order[start : start + CHUNK]
             most = self.num_windows[part].max()
-            windows, keep = self.windows[part, :most], real[part, :most]
+            windows, keep = self.windows[part, :most], valid[part, :most]
             candidates, number = self.candidates[part], self.num_candidates[part]
             hits[part] = _first_overlaps(candidates[:, 0], windows, keep) * (number > 0)
             precisions[part] = _padded_precisions(candidates[:, :MAX_WINDOWS], number, windows, keep)
@@ -244,10 +244,10 @@ def _ratio(part: NDArray, whole: NDArray) -> NDArray:
     return np.divide(part, whole, out=np.zeros_like(part), where=whole != 0)
 
 
-def _first_overlaps(first: NDArray, windows: NDArray, real: NDArray) -> NDArray:
+def _first_overlaps(first: NDArray, windows: NDArray, valid: NDArray) -> NDArray:
     """Intersection over hull of the first predicted windows (N, 3) and the true window of the largest IoU."""
     intersection, union, hull = _overlap(first[:, None], windows)
-    best = np.where(real, _ratio(intersection, union), -1.0).argmax(axis=1)[:, None]
+    best = np.where(valid, _ratio(intersection, union), -1.0).argmax(axis=1)[:, None]
     return _ratio(*(np.take_along_axis(part, best, axis=1)[:, 0] for part in (intersection, hull)))
 
 
@@ -255,11 +255,11 @@ def _average_precisions(candidates: Sequence[Sequence[float]], windows: Sequence
     """Average precision of one query at every threshold, of all candidates that are given."""
     predicted = np.asarray(candidates, dtype=np.float64).reshape(1, -1, 3)
     true = np.asarray(windows, dtype=np.float64).reshape(1, -1, 2)
-    real = np.ones(true.shape[:2], dtype=bool)
-    return _padded_precisions(predicted, np.array([predicted.shape[1]]), true, real)[0].tolist()
+    valid = np.ones(true.shape[:2], dtype=bool)
+    return _padded_precisions(predicted, np.array([predicted.shape[1]]), true, valid)[0].tolist()
 
 
-def _padded_precisions(candidates: NDArray, number: NDArray, windows: NDArray, real: NDArray) -> NDArray:
+def _padded_precisions(candidates: NDArray, number: NDArray, windows: NDArray, valid: NDArray) -> NDArray:
     """Average precision of every query at every threshold.
 
     In the order of their scores, predictions take the still free true window of the largest IoU (among equal ones the
@@ -269,7 +269,7 @@ def _padded_precisions(candidates: NDArray, number: NDArray, windows: NDArray, r
         candidates: (N, K, 3), padded behind the first `number`.
         number: (N,).
         windows: (N, M, 2).
-        real: (N, M), False where a window does not count.
+        valid: (N, M), False where a window does not count.
 
     Returns:
         (N, thresholds).
@@ -279,7 +279,7 @@ def _padded_precisions(candidates: NDArray, number: NDArray, windows: NDArray, r
     ranked = np.take_along_axis(candidates, ranking[..., None], axis=1)
     given = np.take_along_axis(given, ranking, axis=1)
     intersection, union, _ = _overlap(ranked[:, :, None], windows[:, None])
-    iou = np.where(real[:, None] & given[..., None], _ratio(intersection, union), -1.0)[:, :, ::-1]  # (N, K, M)
+    iou = np.where(valid[:, None] & given[..., None], _ratio(intersection, union), -1.0)[:, :, ::-1]  # (N, K, M)
     limits = np.array(THRESHOLDS)[:, None]
     free = np.ones((len(windows), len(THRESHOLDS), windows.shape[1]), dtype=bool)
     hits = np.zeros((len(windows), candidates.shape[1], len(THRESHOLDS)), dtype=bool)
@@ -288,7 +288,7 @@ def _padded_precisions(candidates: NDArray, number: NDArray, windows: NDArray, r
         best = open_ious.argmax(axis=2)[..., None]
         hits[:, k] = np.take_along_axis(open_ious, best, axis=2)[..., 0] >= 0
         np.put_along_axis(free, best, np.take_along_axis(free, best, axis=2) & ~hits[:, k, :, None], axis=2)
-    return _interpolated_precisions(hits, real.sum(axis=1))
+    return _interpolated_precisions(hits, valid.sum(axis=1))
 
 
 def _interpolated_precisions(hits: NDArray, total: NDArray) -> NDArray:

@@ -73,10 +73,10 @@ def grounding_records(
 
 def _umt_windows(boundaries: np.ndarray, seconds: float, nms_threshold: float | None) -> list[list[float]]:
     """UMT's windows that lie on real clips and begin inside the video, cut to it, to 4 decimals."""
-    real = boundaries[(boundaries[:, 2] > 0) & (boundaries[:, 0] < seconds)]
+    moments = boundaries[(boundaries[:, 2] > 0) & (boundaries[:, 0] < seconds)]
     rounded = [
         [round(min(float(start), seconds), 4), round(min(float(end), seconds), 4), round(float(score), 4)]
-        for start, end, score in real
+        for start, end, score in moments
     ]
     return rounded[:MAX_WINDOWS] if nms_threshold is None else temporal_nms(rounded, nms_threshold)
 

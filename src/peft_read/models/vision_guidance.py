@@ -246,9 +246,9 @@ class VisionGuidance:
         axis = 1 if self.config.softmax_dim == "text" else 2
         if not self.config.mask_fusion:
             return torch.softmax(scores, dim=axis, dtype=torch.float32).to(scores.dtype)
-        real = video_mask.unsqueeze(1)  # (B, 1, F)
+        valid = video_mask.unsqueeze(1)  # (B, 1, F)
         if text_mask is not None:
-            real = real & text_mask.unsqueeze(2)
+            valid = valid & text_mask.unsqueeze(2)
         scores = scores.float()
-        weights = torch.softmax(scores.masked_fill(~real, torch.finfo(scores.dtype).min), dim=axis)
-        return (weights * real).to(video_mask.device, self.dtype)
+        weights = torch.softmax(scores.masked_fill(~valid, torch.finfo(scores.dtype).min), dim=axis)
+        return (weights * valid).to(video_mask.device, self.dtype)

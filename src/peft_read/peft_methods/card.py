@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -24,6 +26,8 @@ __all__ = ["renew_model_cards", "update_model_card"]
 
 BEGIN, END = "<!-- peft-read: begin -->", "<!-- peft-read: end -->"
 
+# What loads the base model of a task; and the mappings of what is tried, in this order, where that does not load the
+# class at hand (a video-language model that is trained with the task CAUSAL_LM).
 AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "FEATURE_EXTRACTION": "AutoModel",
@@ -32,6 +36,24 @@ AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
 }
+MAPPINGS = {
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "AutoModelForMultimodalLM": "MODEL_FOR_MULTIMODAL_LM_MAPPING",
+    "AutoModelForSpeechSeq2Seq": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING",
+    "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING",
+    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+    "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
+    "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+    "AutoModelForVideoClassification": "MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING",
+    "AutoModelForObjectDetection": "MODEL_FOR_OBJECT_DETECTION_MAPPING",
+    "AutoModel": "MODEL_MAPPING",
+}
+
+# A configuration may come from anywhere: only the classes of these packages are imported to look them up.
+LOOKED_UP = ("transformers", "peft_read")
 
 
 def update_model_card(folder: str | os.PathLike, config: AdapterConfig, auto_mapping: dict | None = None) -> None:
@@ -44,7 +66,7 @@ def update_model_card(folder: str | os.PathLike, config: AdapterConfig, auto_map
     Args:
         folder: where `adapter_config.json` lies.
         config: the adapter's configuration.
-        auto_mapping: the class of the base model, which peft records where there is no task type.
+        auto_mapping: the class of the base model and its library, as peft records them.
     """
     folder = Path(folder)
     trained = _saved_parameters(folder)
@@ -108,7 +130,8 @@ def _section(trained: int, config: AdapterConfig, auto_mapping: dict | None) -> 
 {config.card_text}
 
 ```bash
-pip install peft-read
+pip install .                                   # in a checkout of peft-read, which is on no index yet
+pip install peft_read-*.whl                     # or a wheel built from one
 ```
 
 ```python
@@ -124,16 +147,47 @@ The first line registers the method with peft. Without it, loading stops with `K
 
 
 def _loading_code(config: AdapterConfig, auto_mapping: dict | None) -> str:
-    library, cls = "transformers", AUTO_CLASSES.get(str(getattr(config.task_type, "value", config.task_type)))
-    if cls is None and auto_mapping is not None:
-        library, cls = auto_mapping["parent_library"], auto_mapping["base_model_class"]
+    library, cls = _loader(str(getattr(config.task_type, "value", config.task_type)), auto_mapping)
     base = config.base_model_name_or_path or "<the base model>"
     return f"""import peft_read
 from peft import PeftModel
-from {library} import {cls or "AutoModel"}
+from {library} import {cls}
 
-base = {cls or "AutoModel"}.from_pretrained("{base}")
+base = {cls}.from_pretrained("{base}")
 model = PeftModel.from_pretrained(base, "<this repository>")"""
+
+
+def _loader(task: str, auto_mapping: dict | None) -> tuple[str, str]:
+    """What to import to load the base model, and from where.
+
+    The Auto class of the task, or another one, that makes the base model's class; the class itself where none does.
+    """
+    if auto_mapping is None:
+        return "transformers", AUTO_CLASSES.get(task, "AutoModel")
+    library, name = auto_mapping["parent_library"], auto_mapping["base_model_class"]
+    package = library.partition(".")[0]
+    if package == "transformers_modules":  # the code of a repository on the Hub, which is no library
+        return "transformers", AUTO_CLASSES.get(task, "AutoModel")
+    try:
+        model_class = getattr(importlib.import_module(library), name, None) if package in LOOKED_UP else None
+    except ImportError:  # of a version that this one does not have
+        model_class = None
+    if model_class is None:
+        return library, name
+    for auto in (*filter(None, [AUTO_CLASSES.get(task)]), *MAPPINGS):
+        if _makes(auto, model_class):
+            return "transformers", auto
+    return ("transformers" if getattr(transformers, name, None) is model_class else library), name
+
+
+def _makes(auto: str, model_class: type) -> bool:
+    """Whether an Auto class makes models of a class from configurations of theirs."""
+    mapping: Any = getattr(transformers, MAPPINGS[auto], {})  # not every version has all of them
+    config_class = getattr(model_class, "config_class", None)
+    if config_class is None or config_class not in mapping:
+        return False
+    classes = mapping[config_class]
+    return model_class in (classes if isinstance(classes, tuple) else (classes,))
 
 
 def _facts(trained: int, config: AdapterConfig) -> dict[str, str]:
@@ -145,7 +199,8 @@ def _facts(trained: int, config: AdapterConfig) -> dict[str, str]:
         "adapted modules": named,
         **config.card_facts(),
     }
-    for name in ("exclude_modules", "layers_to_transform", "rank_pattern", "cell_pattern", "modules_to_save"):
+    settings = ("exclude_modules", "layers_to_transform", "rank_pattern", "cell_pattern", "modules_to_save")
+    for name in (*settings, "trainable_token_indices"):
         value = getattr(config, name, None)
         if value:
             facts[name.replace("_", " ")] = f"`{sorted(value) if isinstance(value, set) else value}`"

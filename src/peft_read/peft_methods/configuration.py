@@ -82,7 +82,9 @@ class AdapterConfig(PeftConfig):
         """
         for name, value in self.to_dict().items():
             check_json(name, sorted(value) if isinstance(value, set) else value)
-        auto_mapping = kwargs.get("auto_mapping_dict")
+        # peft records the class of the base model without a task type only, and a task does not tell the class.
+        kwargs["auto_mapping_dict"] = kwargs.get("auto_mapping_dict") or getattr(self, "base_mapping", None)
+        auto_mapping = kwargs["auto_mapping_dict"] or self.auto_mapping
         with tempfile.TemporaryDirectory() as scratch:
             super().save_pretrained(scratch, **kwargs)
             saved = json.loads(Path(scratch, CONFIG_NAME).read_text())

@@ -46,8 +46,9 @@ class AdapterModel(BaseTuner):
         self.__dict__["_injected"] = model  # not a submodule; peft hands the next method its configuration alone
         if "_load_check" not in self.__dict__:  # the first adapter is injected from within BaseTuner.__init__
             self._load_check = model.register_load_state_dict_pre_hook(self._weights_check())
-        # No fields: the card tells them, the configuration on disk does not.
+        # No fields: they tell about the base model, and are for the card and the saved configuration.
         config: Any = self.peft_config[adapter_name]
+        config.base_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
         config.base_parameters = self._base_parameters(model)
         config.adapter_name = adapter_name
         super().inject_adapter(model, adapter_name, *args, **kwargs)

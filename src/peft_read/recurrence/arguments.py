@@ -64,7 +64,7 @@ class Scanned(NamedTuple):
     """The result of a scan. A token that is padding repeats the state before it."""
 
     outputs: Tensor  # h_t, (B, T, k)
-    memories: Tensor | None  # c_t of an LSTM, (B, T, k)
+    cell_states: Tensor | None  # c_t of an LSTM, (B, T, k)
     gates: Tensor | None = None  # what the backward pass of a GRU or LSTM needs, (B, T, 4 k)
 
 

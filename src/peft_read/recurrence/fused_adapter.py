@@ -64,7 +64,7 @@ def adapt_in_one(
     ):
         return None
     for module in (down, cell, dropout, up):
-        if _is_watched(module):
+        if _has_hooks(module):
             return None
     arguments = AdapterArguments(
         output, None if state is None else state.float(), mask, down.weight, down.bias, cell.weight_ih,
@@ -79,7 +79,7 @@ def adapt_in_one(
     return out, hidden
 
 
-def _is_watched(module: nn.Module) -> bool:
+def _has_hooks(module: nn.Module) -> bool:
     """Whether calling a module does more than its class says: hooks, or a `forward` put in its place."""
     own = module.__dict__
     if "forward" in own:

@@ -26,11 +26,11 @@ def gru_step(x: torch.Tensor, state: torch.Tensor, weights: dict[str, torch.Tens
 
 def lstm_step(x: torch.Tensor, state: torch.Tensor, weights: dict[str, torch.Tensor | None]) -> torch.Tensor:
     """One step c' = f c + i g and h' = o tanh(c'), the state being [h; c] of width 2k, (B, 2k)."""
-    hidden, memory = state.chunk(2, dim=-1)
+    hidden, cell_state = state.chunk(2, dim=-1)
     inner, outer = _gates(x, hidden, weights)
-    add, keep, new, show = (inner + outer).chunk(4, dim=-1)
-    memory = torch.sigmoid(keep) * memory + torch.sigmoid(add) * torch.tanh(new)
-    return torch.cat((torch.sigmoid(show) * torch.tanh(memory), memory), dim=-1)
+    input_gate, forget_gate, candidate, output_gate = (inner + outer).chunk(4, dim=-1)
+    cell_state = torch.sigmoid(forget_gate) * cell_state + torch.sigmoid(input_gate) * torch.tanh(candidate)
+    return torch.cat((torch.sigmoid(output_gate) * torch.tanh(cell_state), cell_state), dim=-1)
 
 
 STEPS = {"rnn": rnn_step, "gru": gru_step, "lstm": lstm_step}

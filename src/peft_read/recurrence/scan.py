@@ -41,14 +41,14 @@ def recur(kind: str, arguments: ScanArguments, *, keep_states: bool = False) -> 
     if kind != "lstm" or keep_states or (width <= FEW and arguments.x.shape[0] <= FEW):
         implementation = SCANS[kind].choose(arguments)
     if implementation is None:
-        outputs, memories, _ = scan_in_torch(kind, arguments, keep_states)
+        outputs, cell_states, _ = scan_in_torch(kind, arguments, keep_states)
     elif kind == "lstm":
-        outputs, memories = SCANS[kind](implementation, arguments)
+        outputs, cell_states = SCANS[kind](implementation, arguments)
     else:
-        (outputs,), memories = SCANS[kind](implementation, arguments), None
+        (outputs,), cell_states = SCANS[kind](implementation, arguments), None
     if kind != "lstm":
         return outputs, outputs
-    return outputs, None if memories is None or not keep_states else torch.cat((outputs, memories), dim=-1)
+    return outputs, None if cell_states is None or not keep_states else torch.cat((outputs, cell_states), dim=-1)
 
 
 def _operation(kind: str) -> Operation[ScanArguments, Scanned]:

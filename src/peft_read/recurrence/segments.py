@@ -20,9 +20,9 @@ class Segments:
 
     def __init__(self, segment_ids: torch.Tensor, mask: torch.Tensor | None = None) -> None:
         batch, length = segment_ids.shape
-        real = torch.ones_like(segment_ids, dtype=torch.bool) if mask is None else mask
+        valid = torch.ones_like(segment_ids, dtype=torch.bool) if mask is None else mask
         row = torch.arange(batch, device=segment_ids.device)[:, None].expand(batch, length)
-        tokens = real.flatten().nonzero().squeeze(1)  # (N,): the real tokens, row by row
+        tokens = valid.flatten().nonzero().squeeze(1)  # (N,): the real tokens, row by row
         _, group = torch.unique(
             torch.stack((row, segment_ids), dim=-1).flatten(0, 1)[tokens], dim=0, return_inverse=True
         )
@@ -35,7 +35,7 @@ class Segments:
         self.slot = (group[order], rank)  # where each goes in the (G, L) batch
         self.groups = len(sizes)
         self.longest = int(sizes.max()) if len(sizes) else 0
-        self.mask = torch.zeros(self.groups, self.longest, dtype=torch.bool, device=real.device)
+        self.mask = torch.zeros(self.groups, self.longest, dtype=torch.bool, device=valid.device)
         self.mask[self.slot] = True
 
     def split(self, x: torch.Tensor) -> torch.Tensor:

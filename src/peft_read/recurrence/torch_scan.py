@@ -11,24 +11,24 @@ from .arguments import Adapted, AdapterArguments, ScanArguments, Scanned, state_
 __all__ = ["adapter_in_torch", "scan_in_torch"]
 
 
-def scan_in_torch(kind: str, arguments: ScanArguments, keep_memories: bool = True) -> Scanned:
-    """Run a cell of one direction; the memories of an LSTM only on request, because torch keeps them to itself."""
+def scan_in_torch(kind: str, arguments: ScanArguments, keep_cell_states: bool = True) -> Scanned:
+    """Run a cell of one direction; the cell states of an LSTM only on request, because torch does not return them."""
     x, state, mask, *given = arguments
     weights = [weight for weight in given if weight is not None]
     width = weights[1].shape[1]
     if state is None:
         state = x.new_zeros(x.shape[0], state_width(kind, width))
-    keep_memories = keep_memories and kind == "lstm"
+    keep_cell_states = keep_cell_states and kind == "lstm"
     if mask is None:
-        return _scan(kind, x, state, weights, keep_memories)
+        return _scan(kind, x, state, weights, keep_cell_states)
     # The real tokens of every row go to its front, and the results back.
     front = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)  # (B, T)
-    outputs, memories, _ = _scan(kind, _take(x, front), state, weights, keep_memories)
+    outputs, cell_states, _ = _scan(kind, _take(x, front), state, weights, keep_cell_states)
     seen = mask.cumsum(dim=1)  # (B, T): real tokens up to and including this one; 0 = the initial state
     outputs = _take(torch.cat((state[:, None, :width], outputs), dim=1), seen)
-    if memories is not None:
-        memories = _take(torch.cat((state[:, None, width:], memories), dim=1), seen)
-    return Scanned(outputs, memories)
+    if cell_states is not None:
+        cell_states = _take(torch.cat((state[:, None, width:], cell_states), dim=1), seen)
+    return Scanned(outputs, cell_states)
 
 
 def adapter_in_torch(arguments: AdapterArguments) -> Adapted:
@@ -47,16 +47,16 @@ def _take(sequence: Tensor, index: Tensor) -> Tensor:
     return sequence.gather(1, index[..., None].expand(-1, -1, sequence.shape[-1]))
 
 
-def _scan(kind: str, x: Tensor, state: Tensor, weights: list[Tensor], keep_memories: bool) -> Scanned:
+def _scan(kind: str, x: Tensor, state: Tensor, weights: list[Tensor], keep_cell_states: bool) -> Scanned:
     # "Training" matters to cuDNN alone, which otherwise keeps nothing for the backward pass of a model in eval mode.
     settings = (weights, len(weights) == 4, 1, 0.0, torch.is_grad_enabled(), False, True)
     if kind == "rnn":
         return Scanned(torch.rnn_tanh(x, state[None], *settings)[0], None)
     if kind == "gru":
         return Scanned(torch.gru(x, state[None], *settings)[0], None)
-    hidden, memory = state.chunk(2, dim=-1)
-    outputs = torch.lstm(x, (hidden[None].contiguous(), memory[None].contiguous()), *settings)[0]
-    if not keep_memories:
+    hidden, cell_state = state.chunk(2, dim=-1)
+    outputs = torch.lstm(x, (hidden[None].contiguous(), cell_state[None].contiguous()), *settings)[0]
+    if not keep_cell_states:
         return Scanned(outputs, None)
     # All gates follow from the outputs, so only c_t = f_t c_{t-1} + i_t g_t is left to do step by step.
     previous = torch.cat((hidden[:, None], outputs[:, :-1]), dim=1)
@@ -64,8 +64,8 @@ def _scan(kind: str, x: Tensor, state: Tensor, weights: list[Tensor], keep_memor
     gates = F.linear(x, weights[0], biases[0]) + F.linear(previous, weights[1], biases[1])
     opened, kept, new, _ = gates.chunk(4, dim=-1)
     kept, added = kept.sigmoid(), opened.sigmoid() * new.tanh()
-    memories = []
+    cell_states = []
     for t in range(x.shape[1]):
-        memory = kept[:, t] * memory + added[:, t]
-        memories.append(memory)
-    return Scanned(outputs, torch.stack(memories, dim=1))
+        cell_state = kept[:, t] * cell_state + added[:, t]
+        cell_states.append(cell_state)
+    return Scanned(outputs, torch.stack(cell_states, dim=1))

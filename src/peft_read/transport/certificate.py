@@ -42,22 +42,22 @@ def keeps_promises(problem: Problem, plan: Tensor, scaling: Scaling, tol: float)
     mass = row_sums.sum(-1)
     excess = torch.maximum(over_rows.amax(-1), over_cols.amax(-1)).clamp_min(0)
     real_rows, real_cols = problem.rows > 0, problem.cols > 0
-    left, right = (torch.where(real, log, 0) for real, log in
+    left, right = (torch.where(valid, log, 0) for valid, log in
                    ((real_rows, scaling.log_left), (real_cols, scaling.log_right)))  # fmt: skip
     if problem.penalty is None:
         highest = [
-            log.masked_fill(~real, -torch.inf).amax(-1) for log, real in ((left, real_rows), (right, real_cols))
+            log.masked_fill(~valid, -torch.inf).amax(-1) for log, valid in ((left, real_rows), (right, real_cols))
         ]
         left, right = left - highest[0][:, None], right - highest[1][:, None]
-        level = problem.reg * (highest[0] + highest[1]) + problem.low
+        threshold = problem.reg * (highest[0] + highest[1]) + problem.low
         missing = mass - problem.total
         kept_mass = missing.abs() <= LARGEST_MISSING * problem.total
     else:
-        level, missing, kept_mass = torch.zeros_like(mass), torch.zeros_like(mass), mass >= 0
+        threshold, missing, kept_mass = torch.zeros_like(mass), torch.zeros_like(mass), mass >= 0
     gap = problem.reg * (
         torch.where(real_rows, left * over_rows, 0).sum(-1) + torch.where(real_cols, right * over_cols, 0).sum(-1)
     )
-    gap = gap + level * missing
+    gap = gap + threshold * missing
     value = (plan * torch.where(plan > 0, problem.cost.detach(), 0)).sum((-2, -1), dtype=torch.float64)
     spread = (problem.high.double() - problem.low.double()) * mass
     noise = ROUNDING[plan.dtype] * (1 + sum(plan.shape[-2:]) / 128)

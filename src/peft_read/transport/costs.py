@@ -87,11 +87,11 @@ def _prepared(
 def _without_padding(features: Tensor, mask: Tensor | None, name: str) -> Tensor:
     if mask is None:
         return features
-    real, wrong = real_entries(name, mask, tuple(features.shape[:-1]))
+    valid, wrong = real_entries(name, mask, tuple(features.shape[:-1]))
     if wrong is not None:  # nobody may look at values on a device: the cost says it, as NaN
         features = torch.where(wrong.unsqueeze(-1), math.nan, features)
     # `where`, not a product: padding may hold NaN, and NaN * 0 is NaN in both directions.
-    return torch.where(real.unsqueeze(-1), features, features.new_zeros(()))
+    return torch.where(valid.unsqueeze(-1), features, features.new_zeros(()))
 
 
 def _directions(features: Tensor) -> Tensor:

@@ -44,11 +44,11 @@ def solve_dykstra(problem: Problem, kernel: Kernel, *, tol: float, max_iter: int
 
     for sweep in range(1, max_iter + 1):
         before = log_v + log_w
-        level = log_rows - log_w - kernel.log_row_sums(log_v)
-        log_u = torch.where(real_rows, torch.where(rows_free, level.clamp_max(0), level), -torch.inf)
+        log_u_full = log_rows - log_w - kernel.log_row_sums(log_v)
+        log_u = torch.where(real_rows, torch.where(rows_free, log_u_full.clamp_max(0), log_u_full), -torch.inf)
         col_sums = kernel.log_col_sums(log_u)
-        level = log_cols - log_w - col_sums
-        log_v = torch.where(real_cols, torch.where(cols_free, level.clamp_max(0), level), -torch.inf)
+        log_v_full = log_cols - log_w - col_sums
+        log_v = torch.where(real_cols, torch.where(cols_free, log_v_full.clamp_max(0), log_v_full), -torch.inf)
         if log_total is not None:
             log_w = log_total - torch.logsumexp(log_v + col_sums, -1, keepdim=True)
         if tol > 0 and (sweep % CHECK_EVERY == 0 or sweep == max_iter):

@@ -68,8 +68,8 @@ def _projection(plan: Tensor, weight: Tensor, log_left: Tensor, log_right: Tenso
     y = torch.linalg.solve(hessian, torch.where(full_cols, target / root, 0)[..., None])[..., 0] / root
     x = inverse * (weighted.sum(-1) - (groups @ y[..., None])[..., 0])
     if problem.penalty is None:
-        level = mean - (open_cols * y).sum(-1, keepdim=True) / open_mass.clamp_min(tiny)
-        x = torch.where(open_rows, level, x)
+        common = mean - (open_cols * y).sum(-1, keepdim=True) / open_mass.clamp_min(tiny)
+        x = torch.where(open_rows, common, x)
     return x[..., :, None] + y[..., None, :]
 
 
@@ -79,7 +79,7 @@ def _active(log_potential: Tensor, weights: Tensor, problem: Problem) -> Tensor:
     The bound is the largest potential of the side (0, or the scale of the mass). Where all are below it, the largest
     one spans together with the others what the fixed mass spans, so leaving it out changes nothing.
     """
-    real = weights > 0
+    valid = weights > 0
     if problem.penalty is not None:
-        return real & (log_potential < -ACTIVE)
-    return real & (log_potential < log_potential.masked_fill(~real, -torch.inf).amax(-1, keepdim=True) - ACTIVE)
+        return valid & (log_potential < -ACTIVE)
+    return valid & (log_potential < log_potential.masked_fill(~valid, -torch.inf).amax(-1, keepdim=True) - ACTIVE)

@@ -83,23 +83,23 @@ class _Dual:
         """Fills the rows for log v = y, (P, M).
 
         Returns:
-            level (P, N), the log scaling at which each row is full; log w (P, 1); log(K' w u) (P, M).
+            log_u_full (P, N), the log scaling at which each row is full; log w (P, 1); log(K' w u) (P, M).
         """
-        level = self.log_rows - self.kernel.log_row_sums(y)
+        log_u_full = self.log_rows - self.kernel.log_row_sums(y)
         if self.penalised:
-            log_mass = torch.zeros_like(level[:, :1])
+            log_mass = torch.zeros_like(log_u_full[:, :1])
         else:
-            log_mass = fill_rows(self.rows, level, self.total, self.rows_full, start)
-        return level, log_mass, self.kernel.log_col_sums(self.left(level, log_mass))
+            log_mass = fill_rows(self.rows, log_u_full, self.total, self.rows_full, start)
+        return log_u_full, log_mass, self.kernel.log_col_sums(self.left(log_u_full, log_mass))
 
-    def left(self, level: Tensor, log_mass: Tensor) -> Tensor:
+    def left(self, log_u_full: Tensor, log_mass: Tensor) -> Tensor:
         """log(w u), the row scaling that keeps every row within its weight."""
-        left = torch.where(self.rows_full, level, torch.minimum(level, log_mass))
+        left = torch.where(self.rows_full, log_u_full, torch.minimum(log_u_full, log_mass))
         return torch.where(self.rows > 0, left, -math.inf)
 
-    def ascent(self, pull: Tensor) -> Tensor:
+    def ascent(self, log_ktu: Tensor) -> Tensor:
         """The best log v for fixed rows, given log(K' w u): the column half of a sweep."""
-        free = torch.where(self.cols > 0, self.log_cols - pull, 0)
+        free = torch.where(self.cols > 0, self.log_cols - log_ktu, 0)
         return torch.where(self.cols_full, free, free.clamp_max(0))
 
     def feasible(self, y: Tensor) -> Tensor:
@@ -109,15 +109,17 @@ class _Dual:
         return torch.where(self.cols_full, y - top, shifted.clamp_max(0))
 
 
-def fill_rows(rows: Tensor, level: Tensor, total: Tensor, rows_full: Tensor, start: Tensor | None = None) -> Tensor:
-    """The log w such that Σ_i min(a_i, w r_i) = s, where level_i = log a_i - log r_i.
+def fill_rows(
+    rows: Tensor, log_u_full: Tensor, total: Tensor, rows_full: Tensor, start: Tensor | None = None
+) -> Tensor:
+    """The log w such that Σ_i min(a_i, w r_i) = s, where log_u_full_i = log a_i - log r_i.
 
     The sum is concave and piecewise linear in w, so Newton's method climbs to the root without passing it, in as many
     steps as new groups of rows fill up; from the right its first step goes to the left of the root.
 
     Args:
         rows: (P, N) weights a.
-        level: (P, N), the log w at which a row is full; +inf on padding.
+        log_u_full: (P, N), the log w at which a row is full; +inf on padding.
         total: (P, 1) the mass s.
         rows_full: (P, 1), problems in which every row is full: their log w is 0.
         start: (P, 1), a guess.
@@ -125,10 +127,10 @@ def fill_rows(rows: Tensor, level: Tensor, total: Tensor, rows_full: Tensor, sta
     Returns:
         (P, 1).
     """
-    log_mass = _lower_bound(rows, level, total) if start is None else start
+    log_mass = _lower_bound(rows, log_u_full, total) if start is None else start
     last_full = None
     for _ in range(FILL_ITERATIONS):
-        gap = log_mass - level
+        gap = log_mass - log_u_full
         full = gap >= 0
         if last_full is not None and bool((full == last_full).all()):
             break
@@ -138,7 +140,7 @@ def fill_rows(rows: Tensor, level: Tensor, total: Tensor, rows_full: Tensor, sta
         flow = (rows * (below - nearest).exp()).sum(-1, keepdim=True)
         step = ((total - held) / flow).log() - nearest
         if start is not None and last_full is None:
-            bound = _lower_bound(rows, level, total)
+            bound = _lower_bound(rows, log_u_full, total)
             log_mass = torch.where(step.isfinite(), log_mass + step, bound)
         else:
             log_mass = torch.where(step > 0, log_mass + step, log_mass)
@@ -146,10 +148,10 @@ def fill_rows(rows: Tensor, level: Tensor, total: Tensor, rows_full: Tensor, sta
     return torch.where(rows_full, 0, log_mass)
 
 
-def _lower_bound(rows: Tensor, level: Tensor, total: Tensor) -> Tensor:
+def _lower_bound(rows: Tensor, log_u_full: Tensor, total: Tensor) -> Tensor:
     """The log w that would do if no row could be full, (P, 1)."""
-    lowest = level.amin(-1, keepdim=True)
-    return lowest + (total / (rows * (lowest - level).exp()).sum(-1, keepdim=True)).log()
+    lowest = log_u_full.amin(-1, keepdim=True)
+    return lowest + (total / (rows * (lowest - log_u_full).exp()).sum(-1, keepdim=True)).log()
 
 
 def solve_newton(
@@ -175,17 +177,17 @@ def solve_newton(
     floor = ROUNDING[dtype] * (1 + problem.rows.shape[-1] / 128)
     y, log_mass = torch.zeros_like(problem.cols) if start is None else start, None
     for _ in range(WARM_SWEEPS):
-        _, log_mass, pull = dual.rows_at(y, log_mass)
-        y = dual.feasible(dual.ascent(pull))
+        _, log_mass, log_ktu = dual.rows_at(y, log_mass)
+        y = dual.feasible(dual.ascent(log_ktu))
     for step in range(max_iter + 1):
-        level, log_mass, pull = dual.rows_at(y, log_mass)
-        cols = (y + pull).exp()
-        move = dual.ascent(pull) - y
+        log_u_full, log_mass, log_ktu = dual.rows_at(y, log_mass)
+        cols = (y + log_ktu).exp()
+        move = dual.ascent(log_ktu) - y
         moved = (cols * move.expm1().abs()).sum(-1) / cols.sum(-1).clamp_min(torch.finfo(dtype).tiny)
         done = moved <= max(tol, floor)
         if bool(done.any()):
             chosen = done.nonzero()[:, 0]
-            strict = (_price(dual, chosen, level, log_mass, y) * tol).clamp_min(floor)
+            strict = (_price(dual, chosen, log_u_full, log_mass, y) * tol).clamp_min(floor)
             done[chosen] = moved[chosen] <= strict
         last = step == max_iter
         if last or bool(done.any()):
@@ -193,30 +195,30 @@ def solve_newton(
             # that they had too much, at most `tol` of it.
             part = torch.ones_like(done) if last else done
             here = dual.index[part]
-            cap = torch.where(dual.cols > 0, dual.log_cols - pull, 0)
+            cap = torch.where(dual.cols > 0, dual.log_cols - log_ktu, 0)
             y_found[here] = torch.minimum(y, cap)[part]
-            left_found[here] = dual.left(level, log_mass)[part]
+            left_found[here] = dual.left(log_u_full, log_mass)[part]
             converged[here] = done[part]
             n_iter[here] = step
             if bool(part.all()):
                 break
             keep = (~done).nonzero()[:, 0]
             dual = dual.select(keep)
-            y, level, log_mass, cols = y[keep], level[keep], log_mass[keep], cols[keep]
-        direction = _newton_direction(dual, y, level, log_mass, cols)
-        log_mass, pull = _line_search(dual, y, direction, cols, log_mass)
-        y = dual.feasible(dual.ascent(pull))
+            y, log_u_full, log_mass, cols = y[keep], log_u_full[keep], log_mass[keep], cols[keep]
+        direction = _newton_direction(dual, y, log_u_full, log_mass, cols)
+        log_mass, log_ktu = _line_search(dual, y, direction, cols, log_mass)
+        y = dual.feasible(dual.ascent(log_ktu))
     return Scaling(left_found, y_found, n_iter, converged)
 
 
-def _price(dual: _Dual, chosen: Tensor, level: Tensor, log_mass: Tensor, y: Tensor) -> Tensor:
+def _price(dual: _Dual, chosen: Tensor, log_u_full: Tensor, log_mass: Tensor, y: Tensor) -> Tensor:
     """How much tighter the tolerance of some problems must be because misplaced mass costs more than the mean.
 
     A cheap plan in a matrix of dear entries is the hard case: there a little mass in the wrong place is a large share
     of the cost.
     """
     problem, index = dual.problem, dual.index[chosen]
-    plan = dual.kernel.plan(dual.left(level, log_mass)[chosen], y[chosen], chosen)
+    plan = dual.kernel.plan(dual.left(log_u_full, log_mass)[chosen], y[chosen], chosen)
     cost = (plan * problem.cost[index]).sum((-2, -1)) / plan.sum((-2, -1)).clamp_min(torch.finfo(plan.dtype).tiny)
     spread = (problem.high - problem.low)[index]
     return (cost.abs() / spread).nan_to_num(1.0).clamp(CHEAPEST, 1)
@@ -242,8 +244,8 @@ def _line_search(dual: _Dual, y: Tensor, direction: Tensor, cols: Tensor, log_ma
         free = y + length[:, None] * direction
         inside = dual.cols_full | (free <= 0)
         point = torch.where(inside, free, 0)
-        _, log_mass, pull = dual.rows_at(point, log_mass)
-        slope = (dual.cols - (point + pull).exp()) * direction
+        _, log_mass, log_ktu = dual.rows_at(point, log_mass)
+        slope = (dual.cols - (point + log_ktu).exp()) * direction
         # A column that stopped at its bound moves no further; but if the dual falls there, it should not have come.
         slope = torch.where(inside, slope, slope.clamp_max(0)).sum(-1)
         top = slope.abs() <= FLAT * first + noise
@@ -261,20 +263,20 @@ def _line_search(dual: _Dual, y: Tensor, direction: Tensor, cols: Tensor, log_ma
         length = torch.where(settled, found, between)
     if bool((found != length).any()):
         free = y + found[:, None] * direction
-        _, log_mass, pull = dual.rows_at(torch.where(dual.cols_full, free, free.clamp_max(0)), log_mass)
-    return log_mass, pull
+        _, log_mass, log_ktu = dual.rows_at(torch.where(dual.cols_full, free, free.clamp_max(0)), log_mass)
+    return log_mass, log_ktu
 
 
-def _newton_direction(dual: _Dual, y: Tensor, level: Tensor, log_mass: Tensor, cols: Tensor) -> Tensor:
+def _newton_direction(dual: _Dual, y: Tensor, log_u_full: Tensor, log_mass: Tensor, cols: Tensor) -> Tensor:
     """The Newton step for the columns that their bound does not hold, (P, M) float64; 0 for the others."""
-    left = dual.left(level, log_mass)
+    left = dual.left(log_u_full, log_mass)
     # The rows know the mass to the last digit; without it the uniform part of the gradient would be rounding.
-    mass = (dual.rows * (left - level).exp()).sum(-1, keepdim=True)
+    mass = (dual.rows * (left - log_u_full).exp()).sum(-1, keepdim=True)
     cols = cols * (mass / cols.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny))
     gradient = dual.cols - cols
     held = (dual.cols == 0) | (~dual.cols_full & (y >= 0) & (gradient >= 0))
     root = cols.clamp_min(torch.finfo(torch.float64).tiny).sqrt()
-    full = dual.rows_full | (level <= log_mass)
+    full = dual.rows_full | (log_u_full <= log_mass)
     half = dual.kernel.plan(torch.where(full & (dual.rows > 0), left - dual.log_rows / 2, -math.inf), y)
     links = (half.mT @ half).double()
     open_cols = (y + dual.kernel.log_col_sums(torch.where(full, -math.inf, left))).exp()

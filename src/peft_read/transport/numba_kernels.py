@@ -85,15 +85,15 @@ def solve_all(
         k, c, a, b = matrix[p, :n], cost[p, :n], rows[p, :n], cols[p]
         y = np.zeros(m)
         v = np.zeros(m, dtype=matrix.dtype)
-        pull = np.zeros(m, dtype=matrix.dtype)
+        ktu = np.zeros(m, dtype=matrix.dtype)
         scale = np.zeros(n, dtype=matrix.dtype)
         r = np.zeros(n)
         full = (rows_full[p], cols_full[p])
-        sweeps, done, w = _mixed_sweeps(k, c, a, b, total[p], spread[p], full, settings, y, v, r, scale, pull)
+        sweeps, done, w = _mixed_sweeps(k, c, a, b, total[p], spread[p], full, settings, y, v, r, scale, ktu)
         n_iter[p] = sweeps
         if not done and max_newton > 0:
             steps, done, w = _newton(
-                k, c, a, b, total[p], spread[p], full, settings, max_newton, y, v, r, scale, pull, w
+                k, c, a, b, total[p], spread[p], full, settings, max_newton, y, v, r, scale, ktu, w
             )
             n_iter[p] += steps
         converged[p] = done
@@ -101,14 +101,14 @@ def solve_all(
             left[p, i] = np.log(scale[i]) if i < n and scale[i] > 0 else -np.inf
         for j in range(m):
             if b[j] > 0:
-                right[p, j] = min(y[j], np.log(b[j] / pull[j]))  # overfull columns are cut down
+                right[p, j] = min(y[j], np.log(b[j] / ktu[j]))  # overfull columns are cut down
             else:
                 right[p, j] = -np.inf
 
 
 @_compiled
-def _rows_at(k, a, total, rows_full, y, v, r, scale, pull, w):
-    """Fills the rows for log v = y: sets v, r = K v, scale = w u and pull = K' w u; returns w."""
+def _rows_at(k, a, total, rows_full, y, v, r, scale, ktu, w):
+    """Fills the rows for log v = y: sets v, r = K v, scale = w u and ktu = K' w u; returns w."""
     n, m = k.shape
     for j in range(m):
         v[j] = 1.0 if y[j] == 0 else np.exp(y[j])
@@ -122,7 +122,7 @@ def _rows_at(k, a, total, rows_full, y, v, r, scale, pull, w):
     else:
         w = _fill(a, r, total, w)
     for j in range(m):
-        pull[j] = 0
+        ktu[j] = 0
     for i in range(n):
         if a[i] == 0:
             scale[i] = 0
@@ -130,7 +130,7 @@ def _rows_at(k, a, total, rows_full, y, v, r, scale, pull, w):
         scale[i] = a[i] / r[i] if rows_full or a[i] < w * r[i] else w
         factor = scale[i]
         for j in range(m):
-            pull[j] += factor * k[i, j]
+            ktu[j] += factor * k[i, j]
     return w
 
 
@@ -156,23 +156,23 @@ def _fill(a, r, total, w):
 
 
 @_compiled
-def _target(b, pull, j, cols_full):
+def _target(b, ktu, j, cols_full):
     """The best log v_j for fixed rows."""
-    if b[j] == 0 or (pull[j] <= b[j] and not cols_full):
+    if b[j] == 0 or (ktu[j] <= b[j] and not cols_full):
         return 0.0
-    return np.log(b[j] / pull[j])
+    return np.log(b[j] / ktu[j])
 
 
 @_compiled
-def _is_done(k, c, b, spread, cols_full, settings, v, scale, pull):
+def _is_done(k, c, b, spread, cols_full, settings, v, scale, ktu):
     """(whether the problem is done, the mass that the next half sweep would move)."""
     tol, floor = settings[0], settings[1]
     n, m = k.shape
     mass, moved = 1e-300, 0.0
     for j in range(m):
-        col = np.float64(v[j]) * pull[j]
+        col = np.float64(v[j]) * ktu[j]
         mass += col
-        moved += abs((b[j] if cols_full else min(b[j], np.float64(pull[j]))) - col)
+        moved += abs((b[j] if cols_full else min(b[j], np.float64(ktu[j]))) - col)
     moved /= mass
     if moved > max(tol, floor):
         return False, moved
@@ -187,7 +187,7 @@ def _is_done(k, c, b, spread, cols_full, settings, v, scale, pull):
 
 
 @_compiled
-def _mixed_sweeps(k, c, a, b, total, spread, full, settings, y, v, r, scale, pull):
+def _mixed_sweeps(k, c, a, b, total, spread, full, settings, y, v, r, scale, ktu):
     """Ascent sweeps with Anderson's mixing, from and into y; (sweeps, done, w)."""
     m = k.shape[1]
     rows_full, cols_full = full
@@ -196,12 +196,12 @@ def _mixed_sweeps(k, c, a, b, total, spread, full, settings, y, v, r, scale, pul
     products, system, weights = np.zeros((MEMORY, MEMORY)), np.zeros((MEMORY, MEMORY)), np.zeros(MEMORY)
     known, slot, best, w = 0, 0, np.inf, 0.0
     for sweep in range(MIXED_SWEEPS + 1):
-        w = _rows_at(k, a, total, rows_full, y, v, r, scale, pull, w)
-        done, moved = _is_done(k, c, b, spread, cols_full, settings, v, scale, pull)
+        w = _rows_at(k, a, total, rows_full, y, v, r, scale, ktu, w)
+        done, moved = _is_done(k, c, b, spread, cols_full, settings, v, scale, ktu)
         if done or sweep == MIXED_SWEEPS:
             return sweep, done, w
         for j in range(m):
-            residual[j] = _target(b, pull, j, cols_full) - y[j]
+            residual[j] = _target(b, ktu, j, cols_full) - y[j]
         if sweep > 0:
             for j in range(m):
                 changes_y[slot, j] = y[j] - last_y[j]
@@ -274,19 +274,19 @@ def _cholesky_solve(system, target, size):
 
 
 @_compiled
-def _newton(k, c, a, b, total, spread, full, settings, limit, y, v, r, scale, pull, w):
-    """Newton steps from and into y; (steps, done, w). Expects v, r, scale, pull and w to belong to y."""
+def _newton(k, c, a, b, total, spread, full, settings, limit, y, v, r, scale, ktu, w):
+    """Newton steps from and into y; (steps, done, w). Expects v, r, scale, ktu and w to belong to y."""
     m = k.shape[1]
     rows_full, cols_full = full
     penalised = total < 0
     direction, point = np.zeros(m), np.zeros(m)
     for step in range(limit + 1):
         if step > 0:
-            w = _rows_at(k, a, total, rows_full, y, v, r, scale, pull, w)
-        done, _ = _is_done(k, c, b, spread, cols_full, settings, v, scale, pull)
+            w = _rows_at(k, a, total, rows_full, y, v, r, scale, ktu, w)
+        done, _ = _is_done(k, c, b, spread, cols_full, settings, v, scale, ktu)
         if done or step == limit:
             return step, done, w
-        first, noise = _direction(k, a, b, penalised, full, settings, y, v, r, scale, pull, w, direction)
+        first, noise = _direction(k, a, b, penalised, full, settings, y, v, r, scale, ktu, w, direction)
         low, high, low_slope, high_slope, found, length = 0.0, np.inf, first, -first, 0.0, 1.0
         for trial in range(LINE_SEARCH_TRIALS):
             if first <= 0:
@@ -294,10 +294,10 @@ def _newton(k, c, a, b, total, spread, full, settings, limit, y, v, r, scale, pu
             for j in range(m):
                 free = y[j] + length * direction[j]
                 point[j] = free if cols_full or free < 0 else 0.0
-            w = _rows_at(k, a, total, rows_full, point, v, r, scale, pull, w)
+            w = _rows_at(k, a, total, rows_full, point, v, r, scale, ktu, w)
             slope = 0.0
             for j in range(m):
-                part = (b[j] - np.float64(v[j]) * pull[j]) * direction[j]
+                part = (b[j] - np.float64(v[j]) * ktu[j]) * direction[j]
                 if cols_full or y[j] + length * direction[j] <= 0 or part < 0:
                     slope += part
             if slope > 0 or abs(slope) <= FLAT * first + noise:
@@ -315,11 +315,11 @@ def _newton(k, c, a, b, total, spread, full, settings, limit, y, v, r, scale, pu
         for j in range(m):
             free = y[j] + found * direction[j]
             y[j] = free if cols_full or free < 0 else 0.0
-        w = _rows_at(k, a, total, rows_full, y, v, r, scale, pull, w)
+        w = _rows_at(k, a, total, rows_full, y, v, r, scale, ktu, w)
         top = -np.inf
         for j in range(m):
             if b[j] > 0:
-                y[j] = _target(b, pull, j, cols_full)
+                y[j] = _target(b, ktu, j, cols_full)
                 top = max(top, y[j])
         if cols_full or not penalised:
             for j in range(m):
@@ -328,7 +328,7 @@ def _newton(k, c, a, b, total, spread, full, settings, limit, y, v, r, scale, pu
 
 
 @_compiled
-def _direction(k, a, b, penalised, full, settings, y, v, r, scale, pull, w, direction):
+def _direction(k, a, b, penalised, full, settings, y, v, r, scale, ktu, w, direction):
     """Newton's direction for the columns that their bound does not hold; (slope, its rounding)."""
     rounding, ridge, uniform_ridge = settings[2], settings[3], settings[4]
     n, m = k.shape
@@ -358,12 +358,12 @@ def _direction(k, a, b, penalised, full, settings, y, v, r, scale, pull, w, dire
     free = np.zeros(m, dtype=np.int64)
     count, anchored = 0, False
     for j in range(m):
-        col_sum += np.float64(v[j]) * pull[j]
+        col_sum += np.float64(v[j]) * ktu[j]
         open_mass += opened[j]
     cols = np.zeros(m)
     for j in range(m):
         direction[j] = 0.0
-        cols[j] = max(np.float64(v[j]) * pull[j] * (mass / col_sum), 1e-300)
+        cols[j] = max(np.float64(v[j]) * ktu[j] * (mass / col_sum), 1e-300)
         if b[j] > 0 and (cols_full or y[j] < 0 or b[j] < cols[j]):
             free[count] = j
             count += 1

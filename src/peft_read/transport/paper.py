@@ -40,8 +40,8 @@ def printed_algorithm(cost: Tensor, rows: Tensor, cols: Tensor, reg: float, n_it
         (P, N, M) the plan T, of total 1, exactly 0 on padding.
     """
     tiny = torch.finfo(cost.dtype).tiny  # an empty row is padding: 0 / tiny instead of 0 / 0
-    real = (rows > 0)[:, :, None] & (cols > 0)[:, None, :]
-    plan = torch.where(real, torch.exp(-cost / reg), 0)  # 3
+    valid = (rows > 0)[:, :, None] & (cols > 0)[:, None, :]
+    plan = torch.where(valid, torch.exp(-cost / reg), 0)  # 3
     plan = plan / plan.sum((-2, -1), keepdim=True)  # 4
     for _ in range(n_iter):  # 5
         row_scale = (rows / plan.sum(-1).clamp_min(tiny)).clamp_max(1)  # 6

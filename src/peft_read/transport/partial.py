@@ -150,7 +150,7 @@ def _by_kernel(
     matrix: Tensor, rows: Tensor, cols: Tensor, total: Tensor, reg: float, penalty: float | None, padded: bool,
     tol: float, gradient: str,
 ) -> Solved:  # fmt: skip
-    """By the fused kernel, without a word to the host."""
+    """By the fused kernel, without synchronising with the host."""
     from .triton_kernels import solve_fused
 
     turned = matrix.shape[-2] < matrix.shape[-1]
@@ -183,8 +183,11 @@ def _by_method(
     flat = matrix.detach()
     exists = None
     if padded:
-        real = (rows > 0)[:, :, None] & (cols > 0)[:, None, :]
-        low, high = flat.masked_fill(~real, math.inf).amin((-2, -1)), flat.masked_fill(~real, -math.inf).amax((-2, -1))
+        valid = (rows > 0)[:, :, None] & (cols > 0)[:, None, :]
+        low, high = (
+            flat.masked_fill(~valid, math.inf).amin((-2, -1)),
+            flat.masked_fill(~valid, -math.inf).amax((-2, -1)),
+        )
         exists = (rows > 0).any(-1) & (cols > 0).any(-1)
         low, high = torch.where(exists, low, 0), torch.where(exists, high, 0)
     else:
@@ -357,13 +360,13 @@ def _weights(
     if mask is None and weights is None:
         weight = 1.0 if marginals == "count" else 1 / shape[-1]
         return torch.full((count, shape[-1]), weight, dtype=torch.float64, device=device), None
-    real, wrong = torch.ones((), dtype=torch.bool, device=device), None
+    valid, wrong = torch.ones((), dtype=torch.bool, device=device), None
     if mask is not None:
-        real, wrong = real_entries(f"{side}_mask", mask, shape, check=check)
-        real = real.to(device)
+        valid, wrong = real_entries(f"{side}_mask", mask, shape, check=check)
+        valid = valid.to(device)
         wrong = None if wrong is None else wrong.to(device).broadcast_to(shape).reshape(count, -1).any(-1)
     if weights is None:
-        found = real.double()
+        found = valid.double()
         if marginals == "uniform":
             found = found / found.sum(-1, keepdim=True).clamp_min(1)
         return found.broadcast_to(shape).reshape(-1, shape[-1]), wrong
@@ -378,10 +381,10 @@ def _weights(
     good = (found >= 0) & found.isfinite()
     if check and not bool(good.all()):
         raise ValueError(f"{name} must be finite and at least 0, got {float(found.nan_to_num(-math.inf).amin())}.")
-    found, real = found.broadcast_to(shape), real.broadcast_to(shape)
-    found = torch.where(real, found, 0).reshape(-1, shape[-1])
+    found, valid = found.broadcast_to(shape), valid.broadcast_to(shape)
+    found = torch.where(valid, found, 0).reshape(-1, shape[-1])
     sums = found.sum(-1)
-    empty = (sums <= 0) & real.reshape(-1, shape[-1]).any(-1)
+    empty = (sums <= 0) & valid.reshape(-1, shape[-1]).any(-1)
     if not check:
         bad = empty | ~sums.isfinite() | ~good.broadcast_to(shape).reshape(count, -1).all(-1)
         return found, bad if wrong is None else wrong | bad

@@ -128,8 +128,8 @@ class Kernel:
                 left[:, :, None] + (right - (problem.low.double() / problem.reg)[:, None])[:, None, :]
             ).to(dtype)
         if problem.padded:
-            real = (problem.rows > 0)[:, :, None] & (problem.cols > 0)[:, None, :]
-            matrix = torch.where(real, matrix, -math.inf)
+            valid = (problem.rows > 0)[:, :, None] & (problem.cols > 0)[:, None, :]
+            matrix = torch.where(valid, matrix, -math.inf)
         return matrix
 
     @cached_property

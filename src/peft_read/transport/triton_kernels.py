@@ -82,13 +82,13 @@ def _in_halves(number: float) -> tuple[float, float]:
 def exponents(cost, rows, line, col, b, low, inverse, n, m, WIDE: tl.constexpr):
     """(low - C) / reg of some rows, -inf where nothing is real."""
     inside = (line[:, None] < n) & (col[None, :] < m)
-    real = (tl.load(rows + line, line < n, 0.0) > 0)[:, None] & (b > 0)[None, :]
+    valid = (tl.load(rows + line, line < n, 0.0) > 0)[:, None] & (b > 0)[None, :]
     c = tl.load(cost + line[:, None] * m + col[None, :], inside, 0.0)
     if WIDE:
         found = (low - c.to(tl.float64)) * inverse
     else:
         found = (low - c.to(tl.float64)).to(tl.float32) * inverse.to(tl.float32)
-    return tl.where(real, found, -float("inf"))
+    return tl.where(valid, found, -float("inf"))
 
 
 @triton.jit
@@ -129,12 +129,12 @@ def sweeps(
     for start in tl.range(0, n, TILE):
         line = start + tile
         inside = (line[:, None] < n) & (col[None, :] < m)
-        real = (tl.load(rows + line, line < n, 0.0) > 0)[:, None] & (b > 0)[None, :]
+        valid = (tl.load(rows + line, line < n, 0.0) > 0)[:, None] & (b > 0)[None, :]
         c = tl.load(cost + line[:, None] * m + col[None, :], inside, 0.0).to(tl.float64)
         finite = tl.abs(c) <= 1e300
-        wrong += tl.sum(tl.sum((real & (finite == 0)).to(tl.int32), 1), 0)
-        low = tl.minimum(low, tl.min(tl.min(tl.where(real & finite, c, float("inf")), 1), 0))
-        high = tl.maximum(high, tl.max(tl.max(tl.where(real & finite, c, -float("inf")), 1), 0))
+        wrong += tl.sum(tl.sum((valid & (finite == 0)).to(tl.int32), 1), 0)
+        low = tl.minimum(low, tl.min(tl.min(tl.where(valid & finite, c, float("inf")), 1), 0))
+        high = tl.maximum(high, tl.max(tl.max(tl.where(valid & finite, c, -float("inf")), 1), 0))
     exists = high >= low
     low, high = tl.where(exists, low, 0.0), tl.where(exists, high, 0.0)
     spread = high - low
@@ -157,10 +157,10 @@ def sweeps(
         while stretch * LARGEST < span:
             stretch = stretch * 2
     y = tl.zeros([BLOCK_COLS], tl.float64)
-    # One array a name: names that start as the same value are taken for one by Triton, and not carried by the loop.
+    # One array per name: names that start as the same value are taken for one by Triton, and not carried by the loop.
     y1, y2 = tl.zeros([BLOCK_COLS], tl.float64), tl.zeros([BLOCK_COLS], tl.float64)
     f1, f2 = tl.zeros([BLOCK_COLS], tl.float64), tl.zeros([BLOCK_COLS], tl.float64)
-    log_pull = tl.zeros([BLOCK_COLS], tl.float64)
+    log_ktu = tl.zeros([BLOCK_COLS], tl.float64)
     known = tl.full([], 0, tl.int32)
     best = tl.full([], float("inf"), tl.float64)
     sweep = tl.full([], 0, tl.int32)
@@ -184,16 +184,16 @@ def sweeps(
             tl.store(scratch + line, summed, line < n)
         tl.debug_barrier()
         log_r = tl.load(scratch + row, row < n, 0.0) + row_shift
-        level = tl.where(a > 0, log_a - log_r, float("inf"))
+        log_u_full = tl.where(a > 0, log_a - log_r, float("inf"))
         # The w that fills the rows to the mass: Newton's method from the left.
         log_w = tl.full([], 0.0, tl.float64)
         if not PENALISED:
-            lowest = tl.min(level, 0)
-            log_w = lowest + tl.log(total / tl.sum(tl.where(a > 0, a * tl.exp(lowest - level), 0.0), 0))
+            lowest = tl.min(log_u_full, 0)
+            log_w = lowest + tl.log(total / tl.sum(tl.where(a > 0, a * tl.exp(lowest - log_u_full), 0.0), 0))
             fill = tl.full([], 0, tl.int32)
             climbing = tl.full([], 1, tl.int32)
             while (climbing > 0) & (fill < FILLS):
-                gap = log_w - level
+                gap = log_w - log_u_full
                 held = tl.sum(tl.where(gap >= 0, a, 0.0), 0)
                 below = tl.where((gap >= 0) | (a == 0), -float("inf"), gap)
                 nearest = tl.max(below, 0)
@@ -205,13 +205,13 @@ def sweeps(
                 climbing = (step > 1e-12).to(tl.int32)
                 log_w = log_w + tl.maximum(step, 0.0)
                 fill += 1
-        log_scale = tl.where(rows_tight, level, tl.minimum(level, log_w))
+        log_scale = tl.where(rows_tight, log_u_full, tl.minimum(log_u_full, log_w))
         log_scale = tl.where(a > 0, log_scale + row_shift, -float("inf"))
         tl.store(left + row, log_scale, row < n)
         tl.debug_barrier()
-        # log pull = log K' w u
+        # log_ktu = log K' w u
         highest = tl.full([BLOCK_COLS], -float("inf"), tl.float64)
-        pull = tl.zeros([BLOCK_COLS], tl.float64)
+        ktu = tl.zeros([BLOCK_COLS], tl.float64)
         for start in tl.range(0, n, TILE):
             line = start + tile
             e = exponents(cost, rows, line, col, b, low, inverse, n, m, WIDE)
@@ -220,18 +220,18 @@ def sweeps(
                 e += scale[:, None]
                 higher = tl.maximum(highest, tl.max(e, 0))
                 base = tl.where(higher == -float("inf"), 0.0, higher)
-                pull = pull * tl.exp(highest - base) + tl.sum(tl.exp(e - base[None, :]), 0)
+                ktu = ktu * tl.exp(highest - base) + tl.sum(tl.exp(e - base[None, :]), 0)
                 highest = higher
             else:
-                pull += tl.sum(tl.exp(e) * tl.exp(scale.to(tl.float32))[:, None], 0).to(tl.float64)
-        log_pull = log_or_zero(pull) + column_shift
+                ktu += tl.sum(tl.exp(e) * tl.exp(scale.to(tl.float32))[:, None], 0).to(tl.float64)
+        log_ktu = log_or_zero(ktu) + column_shift
         if WIDE:
-            log_pull += tl.where(highest == -float("inf"), 0.0, highest)
-        mass_of_col = tl.where(b > 0, tl.exp(y + log_pull), 0.0)
+            log_ktu += tl.where(highest == -float("inf"), 0.0, highest)
+        mass_of_col = tl.where(b > 0, tl.exp(y + log_ktu), 0.0)
         mass = tl.maximum(tl.sum(mass_of_col, 0), 1e-300)
-        target = tl.where(b > 0, log_b - log_pull, 0.0)
+        target = tl.where(b > 0, log_b - log_ktu, 0.0)
         target = tl.where(cols_tight, target, tl.minimum(target, 0.0))
-        moved = tl.sum(tl.abs(tl.where(b > 0, tl.exp(target + log_pull), 0.0) - mass_of_col), 0) / mass
+        moved = tl.sum(tl.abs(tl.where(b > 0, tl.exp(target + log_ktu), 0.0) - mass_of_col), 0) / mass
         enough = tl.where(stretch > 1, 1e-2, tl.maximum(tol, floor))
         settled = moved <= enough
         if settled & (stretch == 1):
@@ -281,7 +281,7 @@ def sweeps(
         # What K carries under a penalty is no part of the scalings.
         tl.store(left + row, tl.load(left + row, row < n, 0.0) - row_shift, row < n)
         tl.debug_barrier()
-        cap = tl.where(b > 0, log_b - log_pull, 0.0)  # overfull columns are cut down
+        cap = tl.where(b > 0, log_b - log_ktu, 0.0)  # overfull columns are cut down
         found = tl.where(b > 0, tl.minimum(y, cap), -float("inf"))
         tl.store(right + problem * m + col, tl.where(exists, found, -float("inf")), col < m)
         if exists == 0:

@@ -58,13 +58,13 @@ def _match(
     cost = torch.stack([_costs(layer, targets, config) for layer in layers])  # (layers, B, Q, n)
     parts = [cost.flatten(), mask.flatten().float(), labels.flatten().float()]
     packed = torch.cat(parts).cpu().numpy()
-    costs, real, given = np.split(packed, np.cumsum([part.numel() for part in parts])[:-1])
-    costs, real = costs.reshape(cost.shape), real.reshape(mask.shape) > 0
-    _check_values(given.reshape(labels.shape)[real], config)
+    costs, valid, given = np.split(packed, np.cumsum([part.numel() for part in parts])[:-1])
+    costs, valid = costs.reshape(cost.shape), valid.reshape(mask.shape) > 0
+    _check_values(given.reshape(labels.shape)[valid], config)
     matches, sizes = [], []
     for by_example in costs:
         pairs = []
-        for example, (table, keep) in enumerate(zip(by_example, real, strict=True)):
+        for example, (table, keep) in enumerate(zip(by_example, valid, strict=True)):
             columns = np.flatnonzero(keep)
             if not np.isfinite(table[:, columns]).all():
                 raise ValueError(f"the model's outputs for example {example} of the batch are not finite: it diverged")
@@ -267,5 +267,5 @@ def _saliency_loss(
             raise ValueError(f"a saliency label names clip {int(labels.max())} of {scores.shape[1]} clips")
     positive, negative = positive.to(scores.device), negative.to(scores.device)
     margin = config.saliency_margin + scores.gather(1, negative.clamp(min=0)) - scores.gather(1, positive.clamp(min=0))
-    real = (positive >= 0) & (negative >= 0)
-    return (margin.clamp(min=0) * real).sum() / max(margin.numel(), 1) * 2
+    valid = (positive >= 0) & (negative >= 0)
+    return (margin.clamp(min=0) * valid).sum() / max(margin.numel(), 1) * 2

@@ -104,12 +104,12 @@ def highlight_scores(saliency_scores: Tensor, video_mask: Tensor, *, half_precis
     if saliency_scores.shape != video_mask.shape:
         raise ValueError(f"scores {tuple(saliency_scores.shape)} and mask {tuple(video_mask.shape)} differ in shape")
     scores = saliency_scores.half() if half_precision else saliency_scores
-    real = video_mask.gt(0)
-    if bad := (real & ~scores.isfinite()).any(1).nonzero().flatten().tolist():
+    valid = video_mask.gt(0)
+    if bad := (valid & ~scores.isfinite()).any(1).nonzero().flatten().tolist():
         raise ValueError(
             f"the highlight scores of video {bad[0]} of the batch are not finite{' in float16' * half_precision}"
         )
-    return [row[:length].tolist() for row, length in zip(scores.cpu(), real.sum(1).tolist(), strict=True)]
+    return [row[:length].tolist() for row, length in zip(scores.cpu(), valid.sum(1).tolist(), strict=True)]
 
 
 def _four_decimals(value: float) -> float:

@@ -53,12 +53,12 @@ def boundary_targets(
         ValueError: (on the CPU) a window that ends before it starts, or NaN.
     """
     labels = boundary_labels.float()
-    real = labels[..., 0] >= 0 if boundary_mask is None else boundary_mask.to(labels.device).gt(0)
-    if values_can_be_checked(labels) and not (labels[..., 1] > labels[..., 0])[real].all():
+    valid = labels[..., 0] >= 0 if boundary_mask is None else boundary_mask.to(labels.device).gt(0)
+    if values_can_be_checked(labels) and not (labels[..., 1] > labels[..., 0])[valid].all():
         raise ValueError("boundary_labels holds a window that ends before it starts, or NaN; rows are (start, end)")
     unit = config.clip_seconds
     start, end = labels[..., 0] / unit, (labels[..., 1] - unit) / unit
-    real = real & (start < number_of_clips)  # what lies behind the clips is no window of theirs
+    valid = valid & (start < number_of_clips)  # what lies behind the clips is no window of theirs
     center = torch.stack((start, end), dim=-1).mean(-1).clamp(max=number_of_clips - 0.5)  # (B, n)
     window = end - start
     radius = (window * config.radius_factor).int()
@@ -67,16 +67,16 @@ def boundary_targets(
 
     distance = torch.arange(number_of_clips, device=labels.device) - clip.unsqueeze(-1)  # (B, n, L)
     heat = torch.exp(-distance.pow(2) / (2 * sigma.unsqueeze(-1) ** 2))
-    heat = heat * (distance.abs() <= radius.unsqueeze(-1)) * real.unsqueeze(-1)
+    heat = heat * (distance.abs() <= radius.unsqueeze(-1)) * valid.unsqueeze(-1)
     targets = labels.new_zeros(3, len(labels), number_of_clips)
     rows = torch.arange(len(labels), device=labels.device)
     for i in range(labels.shape[1]):  # in order, because later windows overwrite
         where = clip[:, i]
         values = torch.stack((window[:, i], center[:, i] - where, torch.ones_like(center[:, i])))
-        targets[:, rows, where] = torch.where(real[:, i], values, targets[:, rows, where])
+        targets[:, rows, where] = torch.where(valid[:, i], values, targets[:, rows, where])
     heat_map = heat.amax(dim=1) if labels.shape[1] else labels.new_zeros(len(labels), number_of_clips)
     lengths, offsets, weight = targets.unbind(0)
-    return BoundaryTargets(heat_map, lengths, offsets, weight, windows=real.sum())
+    return BoundaryTargets(heat_map, lengths, offsets, weight, windows=valid.sum())
 
 
 def boundary_losses(

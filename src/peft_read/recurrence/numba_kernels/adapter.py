@@ -16,7 +16,7 @@ from .simd import WIDE, at, bytes_at, compiled_loop, filled, floats_at, inlined,
 
 __all__ = ["adapter_backward", "adapter_forward"]
 
-TOKENS = 4  # at a time, and as many ranks: sixteen running sums stay in registers
+TOKENS = 4  # at a time, and as many of the k: sixteen running sums stay in registers
 
 
 @inlined
@@ -51,9 +51,9 @@ def _rows(first, last, d):
 
 
 @inlined
-def _project_at(sums, rows, tokens, weight, ranks, j, width):
+def _project_at(sums, rows, tokens, weight, places, j, width):
     a, b, c, e = _four(rows, tokens, j, width)
-    p, q, u, v = _four(weight, ranks, j, width)
+    p, q, u, v = _four(weight, places, j, width)
     ap, aq, au, av, bp, bq, bu, bv, cp, cq, cu, cv, ep, eq, eu, ev = sums
     return (
         ap + a * p, aq + a * q, au + a * u, av + a * v, bp + b * p, bq + b * q, bu + b * u, bv + b * v,
@@ -67,26 +67,26 @@ def _sixteen(x):
 
 
 @compiled_loop
-def _project(rows, tokens, weight, ranks, d, products, block):
-    """products[s, block + i] = rows[s] · weight[i] for four rows and four ranks."""
+def _project(rows, tokens, weight, places, d, products, block):
+    """products[s, block + i] = rows[s] · weight[i] for four rows of each."""
     whole = d // WIDE * WIDE
     sums = _sixteen(filled(np.float32(0)))
     for j in range(0, whole, WIDE):
-        sums = _project_at(sums, rows, tokens, weight, ranks, j, WIDE)
+        sums = _project_at(sums, rows, tokens, weight, places, j, WIDE)
     ap, aq, au, av, bp, bq, bu, bv, cp, cq, cu, cv, ep, eq, eu, ev = sums
     rest = (
         total_of(ap), total_of(aq), total_of(au), total_of(av), total_of(bp), total_of(bq), total_of(bu), total_of(bv),
         total_of(cp), total_of(cq), total_of(cu), total_of(cv), total_of(ep), total_of(eq), total_of(eu), total_of(ev),
     )  # fmt: skip
     for j in range(whole, d):
-        rest = _project_at(rest, rows, tokens, weight, ranks, j, None)
+        rest = _project_at(rest, rows, tokens, weight, places, j, None)
     for i in range(16):
         products[i // 4, block + i % 4] = rest[i]
 
 
 @inlined
-def _spread_at(out, rows, tokens, factors, block, weight, ranks, bias, j, width):
-    p, q, u, v = _four(weight, ranks, j, width)
+def _spread_at(out, rows, tokens, factors, block, weight, places, bias, j, width):
+    p, q, u, v = _four(weight, places, j, width)
     a, b, c, e = _four(rows, tokens, j, width)
     shift, last = at(bias, j, width), factors.shape[1] - 1
     a = (a + shift * factors[0, last]) + ((p * factors[0, block] + q * factors[0, block + 1])
@@ -104,33 +104,33 @@ def _spread_at(out, rows, tokens, factors, block, weight, ranks, bias, j, width)
 
 
 @compiled_loop
-def _spread(out, rows, tokens, factors, block, weight, ranks, bias, d):
+def _spread(out, rows, tokens, factors, block, weight, places, bias, d):
     """Set out[s] = rows[s] + factors[s, block:block + 4] · weight + factors[s, -1] bias; rows may be out itself."""
     whole = d // WIDE * WIDE
     for j in range(0, whole, WIDE):
-        _spread_at(out, rows, tokens, factors, block, weight, ranks, bias, j, WIDE)
+        _spread_at(out, rows, tokens, factors, block, weight, places, bias, j, WIDE)
     for j in range(whole, d):
-        _spread_at(out, rows, tokens, factors, block, weight, ranks, bias, j, None)
+        _spread_at(out, rows, tokens, factors, block, weight, places, bias, j, None)
 
 
 @inlined
-def _gather_at(totals, ranks, rows, tokens, factors, block, j, width):
+def _gather_at(totals, places, rows, tokens, factors, block, j, width):
     a, b, c, e = _four(rows, tokens, j, width)
     for i in range(4):
         first = a * factors[0, block + i] + b * factors[1, block + i]
         second = c * factors[2, block + i] + e * factors[3, block + i]
-        total = at(totals, ranks[i] + j, width) + (first + second)
-        put_at(totals, ranks[i] + j, total)
+        total = at(totals, places[i] + j, width) + (first + second)
+        put_at(totals, places[i] + j, total)
 
 
 @compiled_loop
-def _gather(totals, ranks, rows, tokens, factors, block, d):
+def _gather(totals, places, rows, tokens, factors, block, d):
     """Add Σ factors[s, block + i] rows[s] over four rows to four totals."""
     whole = d // WIDE * WIDE
     for j in range(0, whole, WIDE):
-        _gather_at(totals, ranks, rows, tokens, factors, block, j, WIDE)
+        _gather_at(totals, places, rows, tokens, factors, block, j, WIDE)
     for j in range(whole, d):
-        _gather_at(totals, ranks, rows, tokens, factors, block, j, None)
+        _gather_at(totals, places, rows, tokens, factors, block, j, None)
 
 
 @inlined
@@ -175,29 +175,29 @@ def _turned(address, rows, columns, height):
 
 @compiled_loop
 def adapter_forward(
-    x, down, down_bias, weight_ih, weight_hh, bias_ih, bias_hh, up, up_bias, state, real, out, narrow, hidden, batch,
+    x, down, down_bias, weight_ih, weight_hh, bias_ih, bias_hh, up, up_bias, state, valid, out, narrow, hidden, batch,
     length, d, width,
 ):  # fmt: skip
     """O + GELU(RNN(O W_down)) W_up, and O at padding; sets out, narrow and hidden, named as in `arguments.py`."""
     k, count = (width + 3) // 4 * 4, batch * length
-    masked, continued = real != 0, state != 0
+    masked, continued = valid != 0, state != 0
     rows, targets = floats_at(x, count * d), floats_at(out, count * d)
-    lines, lines_up = _filled_up(down, width, d, k, d), _turned(up, d, width, k)
+    down_rows, up_rows = _filled_up(down, width, d, k, d), _turned(up, d, width, k)
     shift, no_shift = _filled_up(up_bias, 1, d, 1, d), np.zeros(d, dtype=np.float32)
     by_input, by_state = _filled_up(weight_ih, width, width, k, k), _filled_up(weight_hh, width, width, k, k)
     first_shift = _filled_up(down_bias, 1, width, 1, k)
     bias, bias_more = _filled_up(bias_ih, 1, width, 1, k), _filled_up(bias_hh, 1, width, 1, k)
     for i in range(k):
         bias[i] += bias_more[i]
-    states, marks = floats_at(state, (batch, width)), bytes_at(real, count)
+    states, marks = floats_at(state, (batch, width)), bytes_at(valid, count)
     narrow, hidden = floats_at(narrow, (count, width)), floats_at(hidden, (count, width))
     products, factors = np.empty((TOKENS, k), dtype=np.float32), np.empty((TOKENS, k + 1), dtype=np.float32)
     step, before = np.empty(k), np.zeros(k)
     for start in range(0, count, TOKENS):
         tokens = _rows(start, count - 1, d)
         for block in range(0, k, 4):
-            ranks = block * d, (block + 1) * d, (block + 2) * d, (block + 3) * d
-            _project(rows, tokens, lines, ranks, d, products, block)
+            places = block * d, (block + 1) * d, (block + 2) * d, (block + 3) * d
+            _project(rows, tokens, down_rows, places, d, products, block)
         for s in range(TOKENS):
             n = start + s
             if n >= count:
@@ -226,25 +226,25 @@ def adapter_forward(
             for i in range(width):
                 hidden[n, i] = before[i]
         for block in range(0, k, 4):
-            ranks = block * d, (block + 1) * d, (block + 2) * d, (block + 3) * d
+            places = block * d, (block + 1) * d, (block + 2) * d, (block + 3) * d
             if block == 0:
-                _spread(targets, rows, tokens, factors, block, lines_up, ranks, shift, d)
+                _spread(targets, rows, tokens, factors, block, up_rows, places, shift, d)
             else:
-                _spread(targets, targets, tokens, factors, block, lines_up, ranks, no_shift, d)
+                _spread(targets, targets, tokens, factors, block, up_rows, places, no_shift, d)
 
 
 @compiled_loop
 def adapter_backward(
-    grad, grad_hidden, x, down, weight_ih, weight_hh, up, state, real, narrow, hidden, grad_x, grad_state, grad_down,
+    grad, grad_hidden, x, down, weight_ih, weight_hh, up, state, valid, narrow, hidden, grad_x, grad_state, grad_down,
     grad_down_bias, grad_weight_ih, grad_weight_hh, grad_bias, grad_up, grad_up_bias, batch, length, d, width,
 ):  # fmt: skip
     """Sets the gradients; those of x, W_down, W_up and its bias may be absent, which means not wanted."""
     k, count = (width + 3) // 4 * 4, batch * length
-    masked, continued, seen = real != 0, state != 0, grad_hidden != 0
+    masked, continued, seen = valid != 0, state != 0, grad_hidden != 0
     rows, grads, targets = floats_at(x, count * d), floats_at(grad, count * d), floats_at(grad_x, count * d)
-    lines, lines_up = _filled_up(down, width, d, k, d), _turned(up, d, width, k)
+    down_rows, up_rows = _filled_up(down, width, d, k, d), _turned(up, d, width, k)
     by_input, by_state = _filled_up(weight_ih, width, width, k, k), _filled_up(weight_hh, width, width, k, k)
-    states, marks = floats_at(state, (batch, width)), bytes_at(real, count)
+    states, marks = floats_at(state, (batch, width)), bytes_at(valid, count)
     narrow, hidden = floats_at(narrow, (count, width)), floats_at(hidden, (count, width))
     slopes, state_slopes = floats_at(grad_hidden, (count, width)), floats_at(grad_state, (batch, width))
     no_shift, up_shift = np.zeros(d, dtype=np.float32), np.zeros(d, dtype=np.float32)
@@ -264,10 +264,10 @@ def adapter_backward(
                     h = np.float64(hidden[start + s, i])
                     factors[s, i] = h * _normal_cdf(h)
         for block in range(0, k, 4):
-            ranks = block * d, (block + 1) * d, (block + 2) * d, (block + 3) * d
-            _project(grads, tokens, lines_up, ranks, d, products, block)
+            places = block * d, (block + 1) * d, (block + 2) * d, (block + 3) * d
+            _project(grads, tokens, up_rows, places, d, products, block)
             if grad_up:
-                _gather(up_totals, ranks, grads, tokens, factors, block, d)
+                _gather(up_totals, places, grads, tokens, factors, block, d)
         if grad_up_bias:
             _gather_sum(up_shift, grads, start, real_tokens, marks, masked, d)
         for s in range(real_tokens - 1, -1, -1):
@@ -311,18 +311,18 @@ def adapter_backward(
             for i in range(k):
                 narrowed[s, i] = narrowed[s - 1, i]
         for block in range(0, k, 4):
-            ranks = block * d, (block + 1) * d, (block + 2) * d, (block + 3) * d
+            places = block * d, (block + 1) * d, (block + 2) * d, (block + 3) * d
             if grad_x and block == 0:
-                _spread(targets, grads, tokens, narrowed, block, lines, ranks, no_shift, d)
+                _spread(targets, grads, tokens, narrowed, block, down_rows, places, no_shift, d)
             elif grad_x:
-                _spread(targets, targets, tokens, narrowed, block, lines, ranks, no_shift, d)
+                _spread(targets, targets, tokens, narrowed, block, down_rows, places, no_shift, d)
         for s in range(real_tokens, TOKENS):
             for i in range(k):
                 narrowed[s, i] = 0
         for block in range(0, k, 4):
-            ranks = block * d, (block + 1) * d, (block + 2) * d, (block + 3) * d
+            places = block * d, (block + 1) * d, (block + 2) * d, (block + 3) * d
             if grad_down:
-                _gather(down_totals, ranks, rows, tokens, narrowed, block, d)
+                _gather(down_totals, places, rows, tokens, narrowed, block, d)
     if grad_down:
         for j in range(width * d):
             floats_at(grad_down, width * d)[j] = down_totals[j]

@@ -49,33 +49,33 @@ def add_product(target, b, weight, vector, width, k):
 @inlined
 def turned(address, rows, columns):
     """A matrix the other way round, (columns, rows), in float64."""
-    found, matrix = np.empty((columns, rows)), floats_at(address, (rows, columns))
+    grad_states, matrix = np.empty((columns, rows)), floats_at(address, (rows, columns))
     for i in range(rows):
         for j in range(columns):
-            found[j, i] = matrix[i, j]
-    return found
+            grad_states[j, i] = matrix[i, j]
+    return grad_states
 
 
 @inlined
 def in_float64(address, batch, width):
     """A matrix (batch, width) in float64, zero if absent."""
-    found, given = np.zeros((batch, width)), floats_at(address, (batch, width))
+    grad_states, given = np.zeros((batch, width)), floats_at(address, (batch, width))
     if address:
         for b in range(batch):
             for i in range(width):
-                found[b, i] = given[b, i]
-    return found
+                grad_states[b, i] = given[b, i]
+    return grad_states
 
 
 @compiled_loop
-def gru_forward(inner, weight_hh, bias_hh, state, real, outputs, gates, batch, length, k):
+def gru_forward(inner, weight_hh, bias_hh, state, valid, outputs, gates, batch, length, k):
     """h_t = (1 - z) n + z h_{t-1}, with n = tanh(inner_n + r (W_hn h_{t-1} + b_hn)); gates are r, z, n, W_hn h + b_hn.
 
     `inner` is W_ih x + b_ih, (B, T, 3 k).
     """
     by_input = turned(weight_hh, 3 * k, k)
-    hidden, bias, masked = in_float64(state, batch, k), in_float64(bias_hh, 1, 3 * k), real != 0
-    inner, real = floats_at(inner, (batch, length, 3 * k)), bytes_at(real, (batch, length))
+    hidden, bias, masked = in_float64(state, batch, k), in_float64(bias_hh, 1, 3 * k), valid != 0
+    inner, valid = floats_at(inner, (batch, length, 3 * k)), bytes_at(valid, (batch, length))
     outputs, gates = floats_at(outputs, (batch, length, k)), floats_at(gates, (batch, length, 4 * k))
     outer = np.empty((batch, 3 * k))
     for t in range(length):
@@ -93,7 +93,7 @@ def gru_forward(inner, weight_hh, bias_hh, state, real, outputs, gates, batch, l
                 new = tanh(inner[b, t, 2 * k + i] + reset * new)
                 gates[b, t, 2 * k + i] = new
                 outer[b, i] = np.float32(new + update * (hidden[b, i] - new))
-            if not masked or real[b, t]:
+            if not masked or valid[b, t]:
                 for i in range(k):
                     hidden[b, i] = outer[b, i]
             for i in range(k):
@@ -102,16 +102,16 @@ def gru_forward(inner, weight_hh, bias_hh, state, real, outputs, gates, batch, l
 
 @compiled_loop
 def gru_backward(
-    grad_outputs, weight_hh, state, real, outputs, gates, grad_inner, grad_outer, grad_state, batch, length, k
+    grad_outputs, weight_hh, state, valid, outputs, gates, grad_inner, grad_outer, grad_state, batch, length, k
 ):  # fmt: skip
     """Sets the gradients of `inner`, of W_hh h + b_hh (both zero at padding), and of the first state."""
     weight, states, masked = (
         in_float64(weight_hh, 3 * k, k),
         in_float64(state, batch, k),
-        real != 0,
+        valid != 0,
     )
     grad_outputs, outputs = floats_at(grad_outputs, (batch, length, k)), floats_at(outputs, (batch, length, k))
-    real, gates = bytes_at(real, (batch, length)), floats_at(gates, (batch, length, 4 * k))
+    valid, gates = bytes_at(valid, (batch, length)), floats_at(gates, (batch, length, 4 * k))
     grad_inner = floats_at(grad_inner, (batch, length, 3 * k))
     grad_outer = floats_at(grad_outer, (batch, length, 3 * k))
     carried = np.zeros((batch, k))
@@ -120,7 +120,7 @@ def gru_backward(
         for b in range(batch):
             for i in range(k):
                 carried[b, i] += grad_outputs[b, t, i]
-            if masked and not real[b, t]:
+            if masked and not valid[b, t]:
                 for i in range(3 * k):
                     grad_inner[b, t, i] = 0
                     grad_outer[b, t, i] = 0
@@ -146,30 +146,30 @@ def gru_backward(
                     step[j] += weight[i, j] * d
             for i in range(k):
                 carried[b, i] = step[i]
-    found = floats_at(grad_state, (batch, k))
+    grad_states = floats_at(grad_state, (batch, k))
     for b in range(batch):
         for i in range(k):
-            found[b, i] = carried[b, i]
+            grad_states[b, i] = carried[b, i]
 
 
 @compiled_loop
-def lstm_forward(inner, weight_hh, state, real, outputs, memories, gates, batch, length, k):
+def lstm_forward(inner, weight_hh, state, valid, outputs, cell_states, gates, batch, length, k):
     """c_t = f c_{t-1} + i g and h_t = o tanh(c_t); gates are i, f, g, o; `inner` is W_ih x + both biases."""
-    by_input, states, masked = turned(weight_hh, 4 * k, k), in_float64(state, batch, 2 * k), real != 0
-    hidden, memory = np.empty((batch, k)), np.empty((batch, k))
+    by_input, states, masked = turned(weight_hh, 4 * k, k), in_float64(state, batch, 2 * k), valid != 0
+    hidden, cell_state = np.empty((batch, k)), np.empty((batch, k))
     for b in range(batch):
         for i in range(k):
-            hidden[b, i], memory[b, i] = states[b, i], states[b, k + i]
-    inner, real = floats_at(inner, (batch, length, 4 * k)), bytes_at(real, (batch, length))
-    outputs, memories = floats_at(outputs, (batch, length, k)), floats_at(memories, (batch, length, k))
+            hidden[b, i], cell_state[b, i] = states[b, i], states[b, k + i]
+    inner, valid = floats_at(inner, (batch, length, 4 * k)), bytes_at(valid, (batch, length))
+    outputs, cell_states = floats_at(outputs, (batch, length, k)), floats_at(cell_states, (batch, length, k))
     gates = floats_at(gates, (batch, length, 4 * k))
     sums = np.empty((batch, 4 * k))
     for t in range(length):
         for b in range(batch):
-            if masked and not real[b, t]:
+            if masked and not valid[b, t]:
                 for i in range(k):
                     outputs[b, t, i] = hidden[b, i]
-                    memories[b, t, i] = memory[b, i]
+                    cell_states[b, t, i] = cell_state[b, i]
                 continue
             for i in range(4 * k):
                 sums[b, i] = inner[b, t, i]
@@ -184,54 +184,55 @@ def lstm_forward(inner, weight_hh, state, real, outputs, memories, gates, batch,
             for i in range(4 * k):
                 gates[b, t, i] = step[i]
             for i in range(k):
-                memory[b, i] = np.float32(step[k + i] * memory[b, i] + step[i] * step[2 * k + i])
-                hidden[b, i] = np.float32(step[3 * k + i] * tanh(memory[b, i]))
+                cell_state[b, i] = np.float32(step[k + i] * cell_state[b, i] + step[i] * step[2 * k + i])
+                hidden[b, i] = np.float32(step[3 * k + i] * tanh(cell_state[b, i]))
                 outputs[b, t, i] = hidden[b, i]
-                memories[b, t, i] = memory[b, i]
+                cell_states[b, t, i] = cell_state[b, i]
 
 
 @compiled_loop
 def lstm_backward(
-    grad_outputs, grad_memories, weight_hh, state, real, memories, gates, grad_inner, grad_state, batch, length, k
+    grad_outputs, grad_cell_states, weight_hh, state, valid, cell_states, gates, grad_inner, grad_state, batch,
+    length, k,
 ):  # fmt: skip
-    """Sets the gradients of `inner` (zero at padding) and of the first state; `grad_memories` may be absent."""
+    """Sets the gradients of `inner` (zero at padding) and of the first state; `grad_cell_states` may be absent."""
     weight, states = in_float64(weight_hh, 4 * k, k), in_float64(state, batch, 2 * k)
-    masked, shown_only = real != 0, grad_memories == 0
+    masked, outputs_only = valid != 0, grad_cell_states == 0
     shape = (batch, length, k)
-    grad_outputs, grad_memories = floats_at(grad_outputs, shape), floats_at(grad_memories, shape)
-    real, memories = bytes_at(real, (batch, length)), floats_at(memories, shape)
+    grad_outputs, grad_cell_states = floats_at(grad_outputs, shape), floats_at(grad_cell_states, shape)
+    valid, cell_states = bytes_at(valid, (batch, length)), floats_at(cell_states, shape)
     gates, grad_inner = floats_at(gates, (batch, length, 4 * k)), floats_at(grad_inner, (batch, length, 4 * k))
     carried = np.zeros((batch, k))
-    carried_memory = np.zeros((batch, k))
+    carried_cell = np.zeros((batch, k))
     for t in range(length - 1, -1, -1):
         for b in range(batch):
             for i in range(k):
                 carried[b, i] += grad_outputs[b, t, i]
-            if not shown_only:
+            if not outputs_only:
                 for i in range(k):
-                    carried_memory[b, i] += grad_memories[b, t, i]
-            if masked and not real[b, t]:
+                    carried_cell[b, i] += grad_cell_states[b, t, i]
+            if masked and not valid[b, t]:
                 for i in range(4 * k):
                     grad_inner[b, t, i] = 0
                 continue
             for i in range(k):
-                add, keep = np.float64(gates[b, t, i]), np.float64(gates[b, t, k + i])
-                new, show = np.float64(gates[b, t, 2 * k + i]), np.float64(gates[b, t, 3 * k + i])
-                before = np.float64(memories[b, t - 1, i] if t > 0 else states[b, k + i])
-                shown = tanh(np.float64(memories[b, t, i]))
+                input_gate, forget_gate = np.float64(gates[b, t, i]), np.float64(gates[b, t, k + i])
+                candidate, output_gate = np.float64(gates[b, t, 2 * k + i]), np.float64(gates[b, t, 3 * k + i])
+                before = np.float64(cell_states[b, t - 1, i] if t > 0 else states[b, k + i])
+                tanh_cell = tanh(np.float64(cell_states[b, t, i]))
                 d = carried[b, i]
-                d_memory = carried_memory[b, i] + d * show * (1 - shown * shown)
-                grad_inner[b, t, i] = d_memory * new * add * (1 - add)
-                grad_inner[b, t, k + i] = d_memory * before * keep * (1 - keep)
-                grad_inner[b, t, 2 * k + i] = d_memory * add * (1 - new * new)
-                grad_inner[b, t, 3 * k + i] = d * shown * show * (1 - show)
-                carried_memory[b, i] = d_memory * keep
+                d_cell = carried_cell[b, i] + d * output_gate * (1 - tanh_cell * tanh_cell)
+                grad_inner[b, t, i] = d_cell * candidate * input_gate * (1 - input_gate)
+                grad_inner[b, t, k + i] = d_cell * before * forget_gate * (1 - forget_gate)
+                grad_inner[b, t, 2 * k + i] = d_cell * input_gate * (1 - candidate * candidate)
+                grad_inner[b, t, 3 * k + i] = d * tanh_cell * output_gate * (1 - output_gate)
+                carried_cell[b, i] = d_cell * forget_gate
                 carried[b, i] = 0
             for i in range(4 * k):
                 d = np.float64(grad_inner[b, t, i])
                 for j in range(k):
                     carried[b, j] += weight[i, j] * d
-    found = floats_at(grad_state, (batch, 2 * k))
+    grad_states = floats_at(grad_state, (batch, 2 * k))
     for b in range(batch):
         for i in range(k):
-            found[b, i], found[b, k + i] = carried[b, i], carried_memory[b, i]
+            grad_states[b, i], grad_states[b, k + i] = carried[b, i], carried_cell[b, i]

@@ -46,7 +46,7 @@ def _unfit(tensors: Sequence[Tensor | None], mask: Tensor | None, x: Tensor) -> 
         if not tensor.is_cpu or tensor.layout is not torch.strided:
             return "a tensor is not a dense one on the CPU"
     if mask is not None and (mask.dtype is not torch.bool or mask.shape != x.shape[:2] or not mask.is_cpu):
-        return "the mask is not boolean, one entry a token"
+        return "the mask is not boolean, one entry per token"
     return ""
 
 
@@ -63,7 +63,7 @@ def _addresses(tensors: Sequence[Tensor | None]) -> tuple[list[Tensor | None], l
         RuntimeError: if a tensor has no memory.
     """
     kept: list[Tensor | None] = []
-    found = []
+    addresses = []
     for tensor in tensors:
         address = 0
         if tensor is not None:
@@ -75,8 +75,8 @@ def _addresses(tensors: Sequence[Tensor | None]) -> tuple[list[Tensor | None], l
                     "freed, as FSDP does with weights that are not gathered. Call the module through its wrapper."
                 )
         kept.append(tensor)
-        found.append(address)
-    return kept, found
+        addresses.append(address)
+    return kept, addresses
 
 
 def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
@@ -125,8 +125,8 @@ def _rnn(arguments: ScanArguments) -> Scanned:
     if inputs > NARROW or width > NARROW:
         x, inputs = F.linear(x, weight_ih, _sum(bias_ih, bias_hh)), width
         by_input = bias_ih = bias_hh = None
-    _kept, found = _addresses((x, by_input, weight_hh, bias_ih, bias_hh, state, mask, outputs))
-    _loops("rnn").rnn_forward(*found, batch, length, inputs, width)
+    _kept, addresses = _addresses((x, by_input, weight_hh, bias_ih, bias_hh, state, mask, outputs))
+    _loops("rnn").rnn_forward(*addresses, batch, length, inputs, width)
     return Scanned(outputs, None)
 
 
@@ -140,15 +140,15 @@ def _rnn_backward(
     grad_state = x.new_empty(batch, width)
     if inputs > NARROW or width > NARROW:
         inner = x.new_empty(batch, length, width)
-        _kept, found = _addresses((grad, None, None, weight_hh, state, mask, results.outputs, inner, grad_state))
-        _loops("rnn").rnn_backward(*found, 0, 0, 0, batch, length, width, width)
+        _kept, addresses = _addresses((grad, None, None, weight_hh, state, mask, results.outputs, inner, grad_state))
+        _loops("rnn").rnn_backward(*addresses, 0, 0, 0, batch, length, width, width)
         return _gradients_of_gates(inner, inner, grad_state, arguments, results, needs)
     grad_x = x.new_empty(x.shape) if needs.x else None
     grad_ih, grad_hh, grad_bias = x.new_empty(width, inputs), x.new_empty(width, width), x.new_empty(width)
-    _kept, found = _addresses(
+    _kept, addresses = _addresses(
         (grad, x, weight_ih, weight_hh, state, mask, results.outputs, grad_x, grad_state, grad_ih, grad_hh, grad_bias)
     )
-    _loops("rnn").rnn_backward(*found, batch, length, inputs, width)
+    _loops("rnn").rnn_backward(*addresses, batch, length, inputs, width)
     return (
         grad_x,
         grad_state if needs.state else None,
@@ -165,8 +165,8 @@ def _gru(arguments: ScanArguments) -> Scanned:
     batch, length, width = x.shape[0], x.shape[1], weight_hh.shape[1]
     outputs, gates = x.new_empty(batch, length, width), x.new_empty(batch, length, 4 * width)
     inner = F.linear(x, weight_ih, bias_ih)
-    _kept, found = _addresses((inner, weight_hh, bias_hh, state, mask, outputs, gates))
-    _loops("gated").gru_forward(*found, batch, length, width)
+    _kept, addresses = _addresses((inner, weight_hh, bias_hh, state, mask, outputs, gates))
+    _loops("gated").gru_forward(*addresses, batch, length, width)
     return Scanned(outputs, None, gates)
 
 
@@ -178,21 +178,23 @@ def _gru_backward(
     grad = _dense(grads[0], results.outputs)
     inner, outer = x.new_empty(2, batch, length, 3 * width).unbind()
     grad_state = x.new_empty(batch, width)
-    _kept, found = _addresses((grad, weight_hh, state, mask, results.outputs, results.gates, inner, outer, grad_state))
-    _loops("gated").gru_backward(*found, batch, length, width)
+    _kept, addresses = _addresses(
+        (grad, weight_hh, state, mask, results.outputs, results.gates, inner, outer, grad_state)
+    )
+    _loops("gated").gru_backward(*addresses, batch, length, width)
     return _gradients_of_gates(inner, outer, grad_state, arguments, results, needs)
 
 
 def _lstm(arguments: ScanArguments) -> Scanned:
     x, state, mask, weight_ih, weight_hh, bias_ih, bias_hh = arguments
     batch, length, width = x.shape[0], x.shape[1], weight_hh.shape[1]
-    outputs, memories = x.new_empty(batch, length, width), x.new_empty(batch, length, width)
+    outputs, cell_states = x.new_empty(batch, length, width), x.new_empty(batch, length, width)
     # Nothing is written at padding and nothing read; but an operator has one answer.
     gates = (x.new_empty if mask is None else x.new_zeros)(batch, length, 4 * width)
     inner = F.linear(x, weight_ih, _sum(bias_ih, bias_hh))
-    _kept, found = _addresses((inner, weight_hh, state, mask, outputs, memories, gates))
-    _loops("gated").lstm_forward(*found, batch, length, width)
-    return Scanned(outputs, memories, gates)
+    _kept, addresses = _addresses((inner, weight_hh, state, mask, outputs, cell_states, gates))
+    _loops("gated").lstm_forward(*addresses, batch, length, width)
+    return Scanned(outputs, cell_states, gates)
 
 
 def _lstm_backward(
@@ -200,12 +202,12 @@ def _lstm_backward(
 ) -> tuple[Tensor | None, ...]:
     x, state, mask, _, weight_hh, _, _ = arguments
     batch, length, width = results.outputs.shape
-    grad, grad_memories = _dense(grads[0], results.outputs), grads[1]
+    grad, grad_cell_states = _dense(grads[0], results.outputs), grads[1]
     inner, grad_state = x.new_empty(batch, length, 4 * width), x.new_empty(batch, 2 * width)
-    _kept, found = _addresses(
-        (grad, grad_memories, weight_hh, state, mask, results.memories, results.gates, inner, grad_state)
+    _kept, addresses = _addresses(
+        (grad, grad_cell_states, weight_hh, state, mask, results.cell_states, results.gates, inner, grad_state)
     )
-    _loops("gated").lstm_backward(*found, batch, length, width)
+    _loops("gated").lstm_backward(*addresses, batch, length, width)
     return _gradients_of_gates(inner, inner, grad_state, arguments, results, needs)
 
 
@@ -255,8 +257,8 @@ def _adapter(arguments: AdapterArguments) -> Adapted:
     batch, length, d = x.shape
     width = len(arguments.down)
     out, narrow, hidden = x.new_empty(x.shape), x.new_empty(batch, length, width), x.new_empty(batch, length, width)
-    _kept, found = _addresses((x, *weights, state, mask, out, narrow, hidden))
-    _loops("adapter").adapter_forward(*found, batch, length, d, width)
+    _kept, addresses = _addresses((x, *weights, state, mask, out, narrow, hidden))
+    _loops("adapter").adapter_forward(*addresses, batch, length, d, width)
     return Adapted(out, hidden, narrow)
 
 
@@ -273,11 +275,11 @@ def _adapter_backward(
     grad_ih, grad_hh = x.new_empty(width, width), x.new_empty(width, width)
     grad_up = x.new_empty(d, width) if needs.up else None
     grad_up_bias = x.new_empty(d) if needs.up_bias else None
-    _kept, found = _addresses(
+    _kept, addresses = _addresses(
         (grad, grad_hidden, x, down, weight_ih, weight_hh, up, state, mask, results.narrow, results.hidden, grad_x,
          grad_state, grad_down, grad_down_bias, grad_ih, grad_hh, grad_bias, grad_up, grad_up_bias)
     )  # fmt: skip
-    _loops("adapter").adapter_backward(*found, batch, length, d, width)
+    _loops("adapter").adapter_backward(*addresses, batch, length, d, width)
     return (
         grad_x,
         grad_state if needs.state else None,

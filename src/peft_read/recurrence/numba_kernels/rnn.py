@@ -3,7 +3,7 @@
 Every sixteen tokens, the inputs of the eight sequences are turned round, so that a step works on whole vectors, and
 the outputs are turned back. Sums and activations are float64, states are rounded to float32 after every step, so that
 going on from a state equals going through. Tensors are named as in `arguments.py` and given by the addresses of
-contiguous float32, absent ones by 0; `real` is the mask, one byte a token.
+contiguous float32, absent ones by 0; `valid` is the mask, one byte per token.
 """
 
 # mypy: allow-untyped-defs
@@ -160,10 +160,10 @@ def copied(address, count):
 
 
 @compiled_loop
-def rnn_forward(x, weight_ih, weight_hh, bias_ih, bias_hh, state, real, outputs, batch, length, inputs, k):
+def rnn_forward(x, weight_ih, weight_hh, bias_ih, bias_hh, state, valid, outputs, batch, length, inputs, k):
     """h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh); without `weight_ih`, x is all but W_hh h, (B, T, k)."""
     rows, targets, befores = floats_at(x, 0), floats_at(outputs, 0), floats_at(state, 0)
-    marks, by_state = bytes_at(real, 0), copied(weight_hh, k * k)
+    marks, by_state = bytes_at(valid, 0), copied(weight_hh, k * k)
     by_input = copied(weight_ih, k * inputs if weight_ih else 0)
     bias = np.zeros(k)
     for address in (bias_ih, bias_hh):
@@ -181,7 +181,7 @@ def rnn_forward(x, weight_ih, weight_hh, bias_ih, bias_hh, state, real, outputs,
             turn(befores, hidden, 0, first, count, 0, 1, 1, k)
         for start in range(0, length, STEPS):
             steps = min(STEPS, length - start)
-            if real:
+            if valid:
                 turn_marks(marks, mask, first, count, start, steps, length)
             if weight_ih:
                 turn(rows, vectors, 0, first, count, start, steps, length, inputs)
@@ -243,12 +243,12 @@ def advance_four(gates, by_state, mask, hidden, steps):
 
 @compiled_loop
 def rnn_backward(
-    grad, x, weight_ih, weight_hh, state, real, outputs, grad_x, grad_state, grad_weight_ih, grad_weight_hh,
+    grad, x, weight_ih, weight_hh, state, valid, outputs, grad_x, grad_state, grad_weight_ih, grad_weight_hh,
     grad_bias, batch, length, inputs, k,
 ):  # fmt: skip
     """Sets the gradients; without `weight_ih` only those of `x` and `state`."""
     grads, rows, states, befores = floats_at(grad, 0), floats_at(x, 0), floats_at(outputs, 0), floats_at(state, 0)
-    marks, by_state = bytes_at(real, 0), copied(weight_hh, k * k)
+    marks, by_state = bytes_at(valid, 0), copied(weight_hh, k * k)
     turned_state = np.empty(k * k)
     for i in range(k):
         for j in range(k):
@@ -269,7 +269,7 @@ def rnn_backward(
         fill(mask, count)
         for start in range((length - 1) // STEPS * STEPS, -1, -STEPS):
             steps = min(STEPS, length - start)
-            if real:
+            if valid:
                 turn_marks(marks, mask, first, count, start, steps, length)
             turn(grads, slopes, 0, first, count, start, steps, length, k)
             if start:

@@ -44,7 +44,7 @@ def normal_cdf(h):
 
 @triton.jit
 def up_forward(
-    x, hidden, up, up_bias, real, out, tokens, d, k,
+    x, hidden, up, up_bias, valid, out, tokens, d, k,
     LIFTED: tl.constexpr, MASKED: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Sets out = O + GELU(h) W_up + b_up, and O at padding."""
@@ -57,7 +57,7 @@ def up_forward(
     if LIFTED:
         delta += tl.load(up_bias + column, column < d, 0.0)[None, :]
     if MASKED:
-        delta = tl.where((tl.load(real + token, token < tokens, 0) != 0)[:, None], delta, 0.0)
+        delta = tl.where((tl.load(valid + token, token < tokens, 0) != 0)[:, None], delta, 0.0)
     rows = tl.load(x + token[:, None] * d + column[None, :], within, 0.0)
     # Added in the dtype of O, as O + delta is everywhere else.
     total = rows.to(tl.float32) + delta.to(rows.dtype).to(tl.float32)
@@ -66,7 +66,7 @@ def up_forward(
 
 @triton.jit
 def up_backward(
-    grad, hidden, up, grad_hidden, real, carried, active, tokens, d, k,
+    grad, hidden, up, grad_hidden, valid, carried, active, tokens, d, k,
     SEEN: tl.constexpr, MASKED: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Sets the gradient of h, and GELU(h) with a one behind it, both without what is padding."""
@@ -85,7 +85,7 @@ def up_backward(
     total = total * (cdf + h * 0.3989422804014327 * tl.exp(-0.5 * h * h))
     mark = (token < tokens).to(tl.float32)
     if MASKED:
-        mark = tl.where(tl.load(real + token, token < tokens, 0) != 0, mark, 0.0)
+        mark = tl.where(tl.load(valid + token, token < tokens, 0) != 0, mark, 0.0)
         total = tl.where(mark[:, None] > 0, total, 0.0)
     if SEEN:
         total += tl.load(grad_hidden + token[:, None] * k + i[None, :], inside, 0.0)

@@ -73,7 +73,7 @@ def _unfit(tensors: Sequence[Tensor | None], mask: Tensor | None, x: Tensor) -> 
         if tensor.device != x.device:
             return "its tensors are on several devices"
     if mask is not None and (mask.dtype is not torch.bool or mask.shape != x.shape[:2] or mask.device != x.device):
-        return "the mask is not boolean, one entry a token"
+        return "the mask is not boolean, one entry per token"
     return ""
 
 

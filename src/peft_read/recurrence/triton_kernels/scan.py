@@ -38,7 +38,7 @@ def square(weight, k, K: tl.constexpr):
 
 @triton.jit
 def rnn_forward(
-    inner, weight_hh, state, real, outputs, length, k,
+    inner, weight_hh, state, valid, outputs, length, k,
     CONTINUED: tl.constexpr, MASKED: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """h_t = tanh(inner_t + W_hh h_{t-1}); padding repeats the state before it."""
@@ -53,14 +53,14 @@ def rnn_forward(
         token = b * length + t
         new = tanh(tl.load(inner + token * k + i, inside, 0.0) + tl.sum(weight * hidden[None, :], 1))
         if MASKED:
-            new = tl.where(tl.load(real + token) != 0, new, hidden)
+            new = tl.where(tl.load(valid + token) != 0, new, hidden)
         hidden = new
         tl.store(outputs + token * k + i, hidden, inside)
 
 
 @triton.jit
 def rnn_backward(
-    grad_outputs, weight_hh, real, outputs, grad_inner, grad_state, length, k, MASKED: tl.constexpr, K: tl.constexpr
+    grad_outputs, weight_hh, valid, outputs, grad_inner, grad_state, length, k, MASKED: tl.constexpr, K: tl.constexpr
 ):
     """The gradients of `inner`, zero at padding, and of the state before the first token."""
     b = tl.program_id(0).to(tl.int64)
@@ -75,7 +75,7 @@ def rnn_backward(
         d = carried * (1 - h * h)
         before = tl.sum(weight * d[:, None], 0)
         if MASKED:
-            is_real = tl.load(real + token) != 0
+            is_real = tl.load(valid + token) != 0
             d = tl.where(is_real, d, 0.0)
             before = tl.where(is_real, before, carried)
         carried = before
