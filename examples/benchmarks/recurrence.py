@@ -26,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from free_layer import FreeModel
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -38,24 +39,6 @@ QUICK_SCANS, QUICK_ADAPTERS = [(4, 64, 4)], [(2, 64, 64, 4)]
 SECONDS = 2e-3  # a block of calls takes at least this long
 TORCH = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 Rows = dict[str, dict[str, float]]
-
-
-class Nothing(nn.Linear):
-    """A linear layer's place without its cost."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
-class Place(nn.Module):
-    """What peft adapts."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.fc2 = Nothing(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(x)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -103,7 +86,9 @@ def time_adapters(batch: int, length: int, width: int, size: int, repeats: int) 
     x, gradient = torch.randn(batch, length, width), torch.randn(batch, length, width)
     timed = {}
     for cell in ("rnn", "gru", "lstm", "none"):
-        model = get_peft_model(Place(width), READConfig(r=size, cell=cell, target_modules=["fc2"], init_weights=False))
+        model = get_peft_model(
+            FreeModel(width), READConfig(r=size, cell=cell, target_modules=["fc2"], init_weights=False)
+        )
         run = with_gradient(model, x, gradient)
         if cell == "none":
             timed["Adapter (no recurrence)"] = run
@@ -111,7 +96,7 @@ def time_adapters(batch: int, length: int, width: int, size: int, repeats: int) 
             timed[f"READ {cell}"] = in_backend("auto", run)
             timed[f"READ {cell}, torch"] = in_backend("torch", run)
     for rank in (4, 8, 16):
-        model = get_peft_model(Place(width), LoraConfig(r=rank, target_modules=["fc2"]))
+        model = get_peft_model(FreeModel(width), LoraConfig(r=rank, target_modules=["fc2"]))
         timed[f"LoRA r={rank}"] = with_gradient(model, x, gradient)
     return interleaved(timed, repeats)
 

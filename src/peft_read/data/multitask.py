@@ -38,7 +38,7 @@ class MultitaskDataset(Dataset):
 
     Example:
         >>> data = MultitaskDataset({"vqa": [{"text": "who?"}], "nlvr": [{"text": "a dog"}, {"text": "a cat"}]})
-        >>> len(data), data[2]["task"], data[2]["text"]
+        >>> len(data), *(data[2].get(name) for name in ("task", "text"))
         (3, 'nlvr', 'a cat')
     """
 
@@ -143,8 +143,8 @@ class MultitaskBatchSampler(Sampler[list[int]]):
 
     Example:
         >>> sampler = MultitaskBatchSampler({"vqa": 4, "nlvr": 2}, {"vqa": 2, "nlvr": 1})
-        >>> [(task, len(examples)) for task, examples in sampler.plan(epoch=0)]
-        [('nlvr', 1), ('vqa', 2), ('vqa', 2), ('nlvr', 1)]
+        >>> ", ".join(f"{task} {len(examples)}" for task, examples in sampler.plan(epoch=0))
+        'nlvr 1, vqa 2, vqa 2, nlvr 1'
     """
 
     # What accelerate asks of a batch sampler: batches differ in length, the last ones are kept.

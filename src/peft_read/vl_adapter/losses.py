@@ -68,8 +68,8 @@ def task_loss(logits: Tensor, labels: Tensor, kind: str, scores: Tensor | None =
 
     Example:
         >>> logits, labels = torch.zeros(2, 3, 5), torch.tensor([[1, 2, 3], [4, -100, -100]])
-        >>> [task_loss(logits, labels, kind).divisor.item() for kind in ("sample_mean", "token_mean")]
-        [2.0, 4.0]
+        >>> tuple(task_loss(logits, labels, kind).divisor.item() for kind in ("sample_mean", "token_mean"))
+        (2.0, 4.0)
     """
     if kind not in LOSS_KINDS:
         raise ValueError(f"the kind of a loss must be one of {', '.join(map(repr, LOSS_KINDS))}, not {kind!r}")
