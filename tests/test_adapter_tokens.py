@@ -110,3 +110,13 @@ def test_tokens_that_the_embedding_lacks_leave_the_model_alone(tokens):
 
 def test_numbers_of_torch_become_plain_ones():
     assert READConfig(trainable_token_indices=torch.tensor(TOKENS)).trainable_token_indices == TOKENS
+
+
+def test_a_model_without_an_embedding_of_tokens_is_named():
+    from peft_read.models import UMTConfig, UMTForTemporalGrounding
+
+    sizes = {"video_feature_dim": 6, "audio_feature_dim": None, "text_feature_dim": 5, "d_model": 16}
+    model = UMTForTemporalGrounding(UMTConfig(**sizes))
+    with pytest.raises(ValueError, match="UMTForTemporalGrounding has no input embedding of tokens"):
+        get_peft_model(model, READConfig(r=2, trainable_token_indices=[1]))
+    get_peft_model(UMTForTemporalGrounding(UMTConfig(**sizes)), READConfig(r=2))

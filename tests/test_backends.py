@@ -129,6 +129,7 @@ def test_numba_that_cannot_be_imported_is_said_once_and_torch_goes_on(tmp_path):
     assert forced.returncode and "cannot be imported (ImportError: Numba needs NumPy 2.3" in forced.stderr
 
 
+@pytest.mark.slow
 def test_numba_without_its_compiler_is_said_once():
     pytest.importorskip("numba")
     found = run("read_and_pvla.py", NUMBA_DISABLE_JIT="1")
@@ -144,6 +145,7 @@ def test_an_exception_of_the_compiler_is_said_and_torch_goes_on():
     assert "LLVM has no idea" in found.stdout and found.stdout.count("SAID") == 1  # for every path
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="needs a folder that nobody may write to")
 def test_without_a_folder_for_machine_code_it_stays_in_memory():
     pytest.importorskip("numba")

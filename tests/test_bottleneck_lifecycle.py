@@ -446,6 +446,7 @@ def test_a_compiled_model_serves_one_task_after_the_other(name):
             torch.testing.assert_close(ours[key], gradient, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_gradients_of_one():
     """DDP with and without a search for unused parameters, accumulation, tasks that differ by process; and FSDP2."""
     script = Path(__file__).with_name("distributed_tasks.py")

@@ -357,6 +357,7 @@ def test_the_benchmarks_run(script, row, tmp_path, monkeypatch, capsys):
     path = Path(__file__).parents[1] / "examples" / "benchmarks" / f"{script}.py"
     arguments = ["--quick", "--repeats", "1", "--output", str(tmp_path / "report")]
     monkeypatch.setattr(sys, "argv", [str(path), *arguments])
+    monkeypatch.syspath_prepend(str(path.parent))  # as Python does for a script
     runpy.run_path(str(path), run_name="__main__")
     assert row in capsys.readouterr().out
     assert (tmp_path / "report.json").exists() and row in (tmp_path / "report.md").read_text()

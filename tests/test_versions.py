@@ -81,7 +81,7 @@ def test_a_source_tree_that_is_not_installed_is_not_checked(monkeypatch):
 def test_the_check_comes_before_the_imports():
     """The check stands before the imports that an older library cannot serve."""
     lines = (REPOSITORY / "src/peft_read/__init__.py").read_text().splitlines()
-    assert lines.index("from . import models") > next(
+    assert lines.index("from . import bottleneck, models") > next(
         index for index, line in enumerate(lines) if line.startswith("warn_outside_windows()")
     )
 

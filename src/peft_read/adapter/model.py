@@ -51,10 +51,19 @@ def _matching(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
 
 def _check_tokens(model: nn.Module, tokens: list[int] | dict[str, list[int]] | None) -> None:
     """Refuse ids of tokens that an embedding does not have, before anything is put into the model."""
-    for key, ids in (tokens if isinstance(tokens, dict) else {"": tokens or []}).items():
-        named = [module for name, module in model.named_modules() if key and f".{name}".endswith(f".{key}")]
-        found = named or ([model.get_input_embeddings()] if not key and isinstance(model, PreTrainedModel) else [])
-        sizes = [size for module in found if isinstance(size := getattr(module, "num_embeddings", None), int)]
+    if tokens is None:
+        return
+    for key, ids in (tokens if isinstance(tokens, dict) else {"": tokens}).items():
+        embeddings = [module for name, module in model.named_modules() if key and f".{name}".endswith(f".{key}")]
+        if not key and isinstance(model, PreTrainedModel):
+            try:
+                embeddings = [model.get_input_embeddings()]
+            except NotImplementedError as error:
+                raise ValueError(
+                    f"`trainable_token_indices` is a list, and {type(model).__name__} has no input embedding of "
+                    "tokens; name the embedding, as in {'embed_tokens': [1, 2]}"
+                ) from error
+        sizes = [size for module in embeddings if isinstance(size := getattr(module, "num_embeddings", None), int)]
         if sizes and max(ids, default=-1) >= min(sizes):
             raise ValueError(
                 f"`trainable_token_indices` has the token {max(ids)}, and the embedding has {min(sizes)} of them; "
