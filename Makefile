@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+CORES = $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 # What pip takes for torch may be a build of several GB; TORCH=torch==2.13.0, or a wheel's path, chooses another.
 TORCH_OLDEST := torch==2.6.0
 TORCH_NEWEST := torch
@@ -11,7 +12,8 @@ FAST_TESTS := $(addprefix tests/test_,adapter.py adapter_lifecycle.py adapter_ge
 .PHONY: demo test test-slow test-oldest test-newest lint format docs clean
 
 demo: $(VENV)/.demo
-	$(BIN)/accelerate launch --config_file examples/accelerate/one_cpu.yaml examples/how2_summarize.py --output_dir outputs/how2_mini
+	$(BIN)/accelerate launch --config_file examples/accelerate/one_cpu.yaml --num_cpu_threads_per_process $(CORES) \
+		examples/how2_summarize.py --output_dir outputs/how2_mini
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 -m "not slow" tests

@@ -78,7 +78,7 @@ def exact_match(predictions: Sequence[str], rows: Rows) -> float:
 
 
 def soft_accuracy(predictions: Sequence[str], rows: Rows) -> float:
-    """VQA's scores of the answers, which `label` rows carry."""
+    """The mean score of the answers in VQA, as `scores` gives it for each of a row's `answers`; 0 for any other."""
     scores = [
         dict(zip(row["answers"], row["scores"], strict=True)).get(text, 0.0)
         for text, row in zip(predictions, rows, strict=True)

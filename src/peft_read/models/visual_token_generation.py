@@ -10,8 +10,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.utils import can_return_tuple
 
 from .generation_cache import cache_argument
-from .sequence_loss import sequence_cross_entropy
-from .vision_guided_generation import VisionGuidedGeneration
+from .visual_generation import VisualGeneration
 from .visual_tokens import joint_mask
 
 __all__ = ["VISUAL_TOKEN_MODULES", "VisualTokenGeneration"]
@@ -21,7 +20,7 @@ VISUAL_TOKEN_MODULES = frozenset({"visual_embedding", "task_prompts", "decoder_p
 _ADDED = re.compile(r"adapter|hyper_?net|task_embed|prompt_modules|lora_|phm_rule|obj_order_embedding")
 
 
-class VisualTokenGeneration(VisionGuidedGeneration):
+class VisualTokenGeneration(VisualGeneration):
     """A mixin for the two conditional-generation classes."""
 
     visual_modules = VISUAL_TOKEN_MODULES
@@ -76,10 +75,7 @@ class VisualTokenGeneration(VisionGuidedGeneration):
                 neither their states nor the text before the visual tokens.
         """
         model = cast(Any, self)
-        if labels is not None:
-            use_cache = False
-            if decoder_input_ids is None and decoder_inputs_embeds is None:
-                decoder_input_ids = model.prepare_decoder_input_ids_from_labels(labels)
+        decoder_input_ids = self._decoder_inputs(labels, decoder_input_ids, decoder_inputs_embeds)
         if encoder_outputs is None:
             encoder_outputs = model.get_encoder()(
                 input_ids=input_ids,
@@ -101,14 +97,12 @@ class VisualTokenGeneration(VisionGuidedGeneration):
             decoder_attention_mask=decoder_attention_mask,
             encoder_outputs=encoder_outputs,
             decoder_inputs_embeds=decoder_inputs_embeds,
-            use_cache=use_cache,
+            use_cache=use_cache if labels is None else False,
             return_dict=True,
             **cache_argument(cache, past_key_values),
             **kwargs,
         )
-        if labels is None:
-            return outputs
-        return Seq2SeqLMOutput(loss=sequence_cross_entropy(outputs.logits, labels, num_items_in_batch), **outputs)
+        return self._with_loss(outputs, labels, num_items_in_batch)
 
     def _mask_of(
         self, encoder_outputs: BaseModelOutput, attention_mask: Tensor | None, visual_mask: Tensor | None
@@ -131,4 +125,4 @@ class VisualTokenGeneration(VisionGuidedGeneration):
 
     @staticmethod
     def _is_left_out(key: str) -> bool:
-        return VisionGuidedGeneration._is_left_out(key) or _ADDED.search(key) is not None
+        return VisualGeneration._is_left_out(key) or _ADDED.search(key) is not None

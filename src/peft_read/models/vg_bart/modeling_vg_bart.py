@@ -14,9 +14,8 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..generation_cache import cache_argument
-from ..sequence_loss import sequence_cross_entropy
 from ..vision_guidance import ReportedState, VisionGuidance
-from ..vision_guided_generation import VisionGuidedGeneration
+from ..visual_generation import VisualGeneration
 from .configuration_vg_bart import VGBartConfig
 
 __all__ = ["VGBartEncoder", "VGBartForConditionalGeneration", "VGBartModel"]
@@ -165,7 +164,7 @@ class VGBartModel(BartModel):
         )
 
 
-class VGBartForConditionalGeneration(VisionGuidedGeneration, BartForConditionalGeneration):
+class VGBartForConditionalGeneration(VisualGeneration, BartForConditionalGeneration):
     """VG-BART with its language-modelling head (Yu et al., EMNLP 2021).
 
     A plain BART checkpoint is a valid start: `from_plain_checkpoint`, or `from_pretrained(folder, config=...)` with a
@@ -233,10 +232,7 @@ class VGBartForConditionalGeneration(VisionGuidedGeneration, BartForConditionalG
         Returns:
             `Seq2SeqLMOutput`; `encoder_hidden_states` holds the fused state at `fusion_layer + 1`.
         """
-        if labels is not None:
-            use_cache = False
-            if decoder_input_ids is None and decoder_inputs_embeds is None:
-                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        decoder_input_ids = self._decoder_inputs(labels, decoder_input_ids, decoder_inputs_embeds)
         outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -245,13 +241,11 @@ class VGBartForConditionalGeneration(VisionGuidedGeneration, BartForConditionalG
             encoder_outputs=encoder_outputs,
             inputs_embeds=inputs_embeds,
             decoder_inputs_embeds=decoder_inputs_embeds,
-            use_cache=use_cache,
+            use_cache=use_cache if labels is None else False,
             video_features=video_features,
             video_mask=video_mask,
             return_dict=True,
             **cache_argument(cache, past_key_values),
             **kwargs,
         )
-        if labels is None:
-            return outputs
-        return Seq2SeqLMOutput(loss=sequence_cross_entropy(outputs.logits, labels, num_items_in_batch), **outputs)
+        return self._with_loss(outputs, labels, num_items_in_batch)

@@ -16,9 +16,8 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from ..generation_cache import cache_argument
-from ..sequence_loss import sequence_cross_entropy
 from ..vision_guidance import VISUAL_MODULES, VisionGuidance
-from ..vision_guided_generation import VisionGuidedGeneration
+from ..visual_generation import VisualGeneration
 from .configuration_vg_t5 import VGT5Config
 
 __all__ = ["VGT5Encoder", "VGT5ForConditionalGeneration"]
@@ -143,7 +142,7 @@ class VGT5Encoder(VisionGuidance, T5Stack):
         return self.custom_layer_norm(states + self.dropout(update))
 
 
-class VGT5ForConditionalGeneration(VisionGuidedGeneration, T5ForConditionalGeneration):
+class VGT5ForConditionalGeneration(VisualGeneration, T5ForConditionalGeneration):
     """VG-T5 with its language-modelling head (Yu et al., EMNLP 2021).
 
     A plain T5 or flan-T5 checkpoint is a valid start: `from_plain_checkpoint`, or `from_pretrained(folder,
@@ -212,10 +211,7 @@ class VGT5ForConditionalGeneration(VisionGuidedGeneration, T5ForConditionalGener
             `Seq2SeqLMOutput`; `encoder_hidden_states[-1]` is the fused state, those before it are the blocks' outputs.
             With `fusion_place="layer"` the fused state stands at `fusion_layer + 1`.
         """
-        if labels is not None:
-            use_cache = False
-            if decoder_input_ids is None and decoder_inputs_embeds is None:
-                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        decoder_input_ids = self._decoder_inputs(labels, decoder_input_ids, decoder_inputs_embeds)
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
                 input_ids=input_ids,
@@ -232,11 +228,9 @@ class VGT5ForConditionalGeneration(VisionGuidedGeneration, T5ForConditionalGener
             decoder_attention_mask=decoder_attention_mask,
             encoder_outputs=encoder_outputs,
             decoder_inputs_embeds=decoder_inputs_embeds,
-            use_cache=use_cache,
+            use_cache=use_cache if labels is None else False,
             return_dict=True,
             **cache_argument(cache, past_key_values),
             **kwargs,
         )
-        if labels is None:
-            return outputs
-        return Seq2SeqLMOutput(loss=sequence_cross_entropy(outputs.logits, labels, num_items_in_batch), **outputs)
+        return self._with_loss(outputs, labels, num_items_in_batch)

@@ -1,24 +1,46 @@
-"""Where the weights of a video-language model come from: plain text checkpoints, or the original's."""
+"""What VG-BART, VG-T5, VL-BART and VL-T5 share around their encoders: labels, the loss, where weights come from."""
 
 from __future__ import annotations
 
 import os
 from typing import Any, cast
 
+from torch import Tensor
+from transformers.modeling_outputs import Seq2SeqLMOutput
+
 from .original_checkpoints import Checkpoint, load_original_weights
+from .sequence_loss import sequence_cross_entropy
 from .vision_guidance import VISUAL_MODULES
 
-__all__ = ["VisionGuidedGeneration"]
+__all__ = ["VisualGeneration"]
 
 
-class VisionGuidedGeneration:
-    """Class methods of VG-BART, VG-T5, VL-BART and VL-T5; a mixin for their conditional-generation classes."""
+class VisualGeneration:
+    """A mixin for the four conditional-generation classes."""
 
     plain_config_class: Any
     config_class: Any
     visual_modules: frozenset[str] = VISUAL_MODULES  # what a plain checkpoint lacks, by its names below the encoder
     # The losses divide by `num_items_in_batch` themselves, so the Trainer need not rescale them.
     accepts_loss_kwargs = True
+
+    def _decoder_inputs(
+        self, labels: Tensor | None, decoder_input_ids: Tensor | None, decoder_inputs_embeds: Tensor | None
+    ) -> Tensor | None:
+        """The decoder's input (B, T): what is given, or the labels, shifted."""
+        if labels is None or decoder_input_ids is not None or decoder_inputs_embeds is not None:
+            return decoder_input_ids
+        return cast(Any, self).prepare_decoder_input_ids_from_labels(labels)
+
+    @staticmethod
+    def _with_loss(
+        outputs: Seq2SeqLMOutput, labels: Tensor | None, num_items_in_batch: Tensor | int | None
+    ) -> Seq2SeqLMOutput:
+        """The outputs with the loss of the labels, where there are any."""
+        if labels is None:
+            return outputs
+        loss = sequence_cross_entropy(cast(Tensor, outputs.logits), labels, num_items_in_batch)
+        return Seq2SeqLMOutput(loss=loss, **outputs)
 
     @classmethod
     def from_plain_checkpoint(cls, checkpoint: str | os.PathLike, *, config: Any = None, **options: Any) -> Any:
