@@ -32,7 +32,9 @@ class Progress(TrainerCallback):
 
     def __init__(self) -> None:
         self.bar: Any = None
-        self.line: tuple[str, dict[str, float], dict[str, float]] | None = None  # of the epoch that has ended
+        self.ended = ""  # the epoch that has ended
+        self.training: dict[str, float] = {}  # the last of every training loss since the last line
+        self.validation: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and sys.stderr.isatty() and not args.disable_tqdm:
@@ -48,15 +50,14 @@ class Progress(TrainerCallback):
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             steps = f"step {state.global_step} of {state.max_steps}"
-            self.line = f"epoch {state.epoch:.3g} of {args.num_train_epochs:g} ({steps})", {}, {}
+            self.ended = f"epoch {state.epoch:.3g} of {args.num_train_epochs:g} ({steps})"
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        if self.line is not None and "loss" in logs:
-            self.line[1].update(logs)
+        if "loss" in logs:
+            self.training.update(logs)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
-        if self.line is not None:  # several datasets are evaluated one after the other
-            self.line[2].update(metrics)
+        self.validation.update(metrics)  # several datasets are evaluated one after the other
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._say()
@@ -65,13 +66,11 @@ class Progress(TrainerCallback):
             self.bar = None
 
     def _say(self) -> None:
-        if self.line is None:
-            return
-        head, training, metrics = self.line
-        validation = [f"validation {part}" for part in _losses(metrics, "eval_")]
-        tqdm.write(f"{head}: {', '.join(_losses(training) + validation)}", file=sys.stdout)
-        sys.stdout.flush()
-        self.line = None
+        if self.ended:
+            losses = _losses(self.training) + [f"validation {part}" for part in _losses(self.validation, "eval_")]
+            tqdm.write(f"{self.ended}: {', '.join(losses)}", file=sys.stdout)
+            sys.stdout.flush()
+        self.ended, self.training, self.validation = "", {}, {}
 
 
 def _losses(entry: dict[str, float], prefix: str = "") -> list[str]:
