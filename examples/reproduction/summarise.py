@@ -353,6 +353,8 @@ class Run:
                 "examples": self.examples(before, before),
                 "log": [],
             }
+        if self.folder is not None:
+            print("adapting" if compare else "adapting once more, without the video, for comparison", flush=True)
         trainer.train(resume_from_checkpoint=last_whole_checkpoint(training.output_dir))
         result["log"] = log_without_times(trainer.state.log_history)
         result["rouge_after"], after = self.measure(trainer, "after")
