@@ -41,9 +41,11 @@ from peft_read.data.jsonl import read_jsonl
 from peft_read.data.qvhighlights import source_of
 from peft_read.files import write_whole
 from peft_read.models import VLBartConfig, VLBartForConditionalGeneration
+from peft_read.vl_adapter import task_loss
 
 MAX_OBJECTS = 32  # per picture; rows at the end of the token table
 PICTURES = 3
+STRETCH = 64  # examples in a row are all captions or all scenes: a scene need not be padded to a caption's length
 
 
 @dataclass
@@ -62,6 +64,10 @@ class Arguments:
         default_factory=list, metadata={"help": "annotations of QVHighlights whose sources must not be seen"}
     )
     caption_share: float = field(default=0.3, metadata={"help": "of the examples, where there are captions"})
+    loss: str = field(
+        default="token_mean",
+        metadata={"help": "token_mean; or sample_mean, in which a short answer counts as much as a long sentence"},
+    )
     vocab_size: int = field(default=1_000, metadata={"help": "of the tokenizer"})
     d_model: int = 96
     ffn_dim: int = 256
@@ -107,8 +113,10 @@ class Lessons(Dataset):
         return self.arguments.num_items
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        rng = np.random.default_rng((self.seed, self.arguments.first_item + index))
-        if self.captions and rng.random() < self.arguments.caption_share:
+        index += self.arguments.first_item
+        rng = np.random.default_rng((self.seed, index))
+        stretch = np.random.default_rng((self.seed, index // STRETCH, STRETCH))
+        if self.captions and stretch.random() < self.arguments.caption_share:
             caption = self.captions[int(rng.integers(len(self.captions)))]
             return {"text": f"fill: {infill(caption.split(), rng)}", "target": caption, "tokens": None}
         [drawn] = generate_vl_mini(1, seed=int(rng.integers(2**62)), topics=self.topics)
@@ -152,6 +160,20 @@ class VideoLessons(Dataset):
         return {**row, "text": choice_text([*offered[:place], caption, *offered[place:]]), "target": f"a{place}"}
 
 
+class LessonTrainer(Seq2SeqTrainer):
+    """Trains with one kind of `task_loss`; a whole batch is one step."""
+
+    kind_of_loss = "token_mean"
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of the batch; a `compute_loss_func` would keep the labels from the decoder."""
+        outputs = model(**inputs)
+        loss = task_loss(outputs.logits, inputs["labels"], self.kind_of_loss).mean
+        return (loss, outputs) if return_outputs else loss
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     arguments, training = parse(sys.argv[1:] if argv is None else list(argv))
     folder = Path(training.output_dir)
@@ -172,6 +194,8 @@ def parse(argv: list[str]) -> tuple[Arguments, TrainingArguments]:
     check_training(training)
     sizes = ("num_items", "vocab_size", "d_model", "ffn_dim", "encoder_layers", "decoder_layers", "heads")
     check_at_least(arguments, {**dict.fromkeys(sizes, 1), "caption_share": 0, "first_item": 0})
+    if arguments.loss not in (known := ("token_mean", "sample_mean")):
+        raise ValueError(f"--loss {arguments.loss!r} is not one of {', '.join(known)}")
     if arguments.features and not arguments.captions:
         raise ValueError("--features needs --captions, those of its videos")
     if arguments.unseen and not arguments.captions:
@@ -215,9 +239,10 @@ def pretrain(arguments: Arguments, training: TrainingArguments, folder: Path) ->
         tokenizer = PreTrainedTokenizerFast.from_pretrained(arguments.model_name_or_path)
         model = VLBartForConditionalGeneration.from_pretrained(arguments.model_name_or_path)
     print(f"{arguments.num_items} examples, vocabulary of {len(tokenizer)}, {model.num_parameters():,} parameters")
-    trainer = Seq2SeqTrainer(
+    trainer = LessonTrainer(
         model=model, args=training, train_dataset=lessons, data_collator=SceneCollator(tokenizer, width=width)
     )
+    trainer.kind_of_loss = arguments.loss
     trainer.train()
     model.save_pretrained(folder)
     tokenizer.backend_tokenizer.no_truncation()  # what the last batch had set would be saved

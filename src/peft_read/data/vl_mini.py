@@ -309,7 +309,6 @@ def _edges(scene: Scene, rng: Random) -> Facts:
     chosen = [item for box in scene for item in kind.among(box)]
     part = _pick(rng, ("edge", "wall", "side", "corner"))
     touching = [item for item in chosen if _touches(item)[part == "corner"]]
-    number = _about(rng, min(len(touching), 6))
     negated = rng.random() < 0.25
     true = len(chosen) - len(touching) if negated else len(touching)
     if rng.random() < 0.3:
