@@ -9,6 +9,7 @@ import torch
 from peft_read.metrics import (
     caption_scores,
     cider_score,
+    cider_scores,
     evaluate_metric,
     gqa_accuracy,
     label_score,
@@ -86,6 +87,8 @@ def test_captions_with_several_references():
     assert scores["ROUGE_L"] == pytest.approx(1.0)
     assert scores["Bleu_4"] == pytest.approx(1.0)
     assert scores["CIDEr"] == pytest.approx(cider_score(said, true))
+    assert scores["CIDEr"] == pytest.approx(sum(cider_scores(said, true)) / 2)
+    assert cider_scores(["a dog runs home", "no"], true)[1] == 0
     assert (
         caption_scores(
             ["A dog runs home.", "two red cars wait"], true, tokenizer=lambda t: t.lower().strip(".").split()

@@ -67,6 +67,8 @@ def test_every_kind_of_method_trains_saves_and_reloads(scripts, backbone, tmp_pa
     result = run(scripts, backbone, tmp_path, *arguments.split())
     assert set(result["after"]) == {"verify", "ask", "describe"} == set(result["before"])
     assert result["reloaded_is_identical"]
+    for task, scores in result["scores"].items():  # of each test example
+        assert len(scores) == 8 and sum(scores) / 8 == pytest.approx(result["after"][task], abs=1e-3)
     assert (result["trainable"] < result["parameters"]) == (result["method"] != "full")
     assert {"report.md", "tasks.png", "results.json", "trained"} <= {path.name for path in tmp_path.iterdir()}
     assert not list(tmp_path.glob("checkpoint-*"))
@@ -182,7 +184,7 @@ def test_moments_become_captions_and_choices(scripts, reference_data, tmp_path):
 def test_scores_by_hand(scripts):
     data = scripts["data"]
     rows = [{"answers": ["wing", "wing", "a wing", "arm"]}, {"answers": ["head"] * 2}]
-    assert data.consensus(["Wing.", "head"], rows) == pytest.approx(100 * (1 + 2 / 3) / 2)
-    assert data.exact_match(["true", "False"], [{"target": "true"}, {"target": "false"}]) == 50
-    assert data.soft_accuracy(["net", "no"], [{"answers": ["net", "mesh"], "scores": [1.0, 0.3]}] * 2) == 50
+    assert data.consensus(["Wing.", "head"], rows) == pytest.approx([100, 100 * 2 / 3])
+    assert data.exact_match(["true", "False"], [{"target": "true"}, {"target": "false"}]) == [100, 0]
+    assert data.soft_accuracy(["net", "no"], [{"answers": ["net", "mesh"], "scores": [1.0, 0.3]}] * 2) == [100, 0]
     assert data.words("A man's dog, No. 2!") == "a man s dog no 2"

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -143,6 +144,11 @@ def check_arguments(script: ScriptArguments, training: TrainingArguments) -> Non
         )
 
 
+def averages(scores: dict[str, list[float]]) -> dict[str, float]:
+    """The figure of every task."""
+    return {task: fmean(each) for task, each in scores.items()}
+
+
 class Run:
     """One set of arguments and data."""
 
@@ -208,12 +214,16 @@ class Run:
             },
         }
         if script.measure_before and script.method != "none":
-            result["before"], _ = self.measure(self.backbone())
+            before, _ = self.measure(self.backbone())
+            result["before"] = averages(before)
         if script.method != "none":
             trainer.train(resume_from_checkpoint=last_whole_checkpoint(training.output_dir))
         result["log"] = log_without_times(trainer.state.log_history)
         trained = trainer.accelerator.unwrap_model(trainer.model)
-        result["after"], answers = self.measure(trained)
+        scores, answers = self.measure(trained)
+        result["after"] = averages(scores)
+        # Of each example, so that comparisons can be paired.
+        result["scores"] = {task: [round(score, 4) for score in each] for task, each in scores.items()}
         result["examples"] = {task: self.examples(task, answers[task]) for task in self.tasks}
         if script.method != "none" and self.folder is not None:
             result |= self.save(trained, Path(training.output_dir) / "trained", answers)
@@ -241,11 +251,11 @@ class Run:
     def alignment(self) -> PVLAConfig:
         return PVLAConfig(weight=self.script.pvla_weight, mass=self.script.pvla_mass)
 
-    def measure(self, model: nn.Module) -> tuple[dict[str, float], dict[str, list[str]]]:
-        """The score and the answers of every task on the test split."""
+    def measure(self, model: nn.Module) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
+        """The scores and the answers of every task on the test split."""
         rows = {task: self.test_rows(task) for task in self.tasks}
         answers = {task: self.answers(model, task, rows[task]) for task in self.tasks}
-        return {task: self.kinds[task].score(answers[task], rows[task]) for task in self.tasks}, answers
+        return {task: self.kinds[task].scores(answers[task], rows[task]) for task in self.tasks}, answers
 
     def test_rows(self, task: str, count: int | None = None) -> list[dict[str, Any]]:
         """Rows of the test split of one task, the first so many."""

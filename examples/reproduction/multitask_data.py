@@ -32,7 +32,7 @@ from peft_read.data import (
     piece_tokens,
     shape_tokens,
 )
-from peft_read.metrics import cider_score, gqa_accuracy, normalize_vqa_answer, rouge_scores
+from peft_read.metrics import cider_scores, normalize_vqa_answer, rouge_scores
 
 Row = Mapping[str, Any]
 Rows = Sequence[Row]
@@ -46,13 +46,14 @@ class Task:
 
     Args:
         metric: its name in the report.
-        score: of predictions and rows; 0 to 100 (CIDEr: 0 to 1000), higher is better.
+        scores: of each prediction, given all of them and their rows; 0 to 100 (CIDEr: 0 to 1000), higher is better.
+            The figure of a task is their mean.
         loss: the kind of its loss, see `peft_read.vl_adapter.losses`.
         max_length: tokens that are generated at most.
     """
 
     metric: str
-    score: Callable[[Sequence[str], Rows], float]
+    scores: Callable[[Sequence[str], Rows], list[float]]
     loss: str = "sample_mean"
     max_length: int = 10
 
@@ -72,38 +73,40 @@ class Suite:
     boxes: Any = None
 
 
-def exact_match(predictions: Sequence[str], rows: Rows) -> float:
-    """Percentage of answers that are the target, letter by letter."""
-    return 100 * gqa_accuracy(list(predictions), [row["target"] for row in rows])
+def exact_match(predictions: Sequence[str], rows: Rows) -> list[float]:
+    """100 for an answer that is the target, letter by letter."""
+    return [100.0 * (text == row["target"]) for text, row in zip(predictions, rows, strict=True)]
 
 
-def soft_accuracy(predictions: Sequence[str], rows: Rows) -> float:
-    """The mean score of the answers in VQA, as `scores` gives it for each of a row's `answers`; 0 for any other."""
-    scores = [
-        dict(zip(row["answers"], row["scores"], strict=True)).get(text, 0.0)
+def soft_accuracy(predictions: Sequence[str], rows: Rows) -> list[float]:
+    """The score of each answer in VQA, as `scores` gives it for each of a row's `answers`; 0 for any other."""
+    return [
+        100 * dict(zip(row["answers"], row["scores"], strict=True)).get(text, 0.0)
         for text, row in zip(predictions, rows, strict=True)
     ]
-    return 100 * float(np.mean(scores))
 
 
-def consensus(predictions: Sequence[str], rows: Rows) -> float:
+def consensus(predictions: Sequence[str], rows: Rows) -> list[float]:
     """VQA's rule for any number of people: a third for each who gave the answer, one at most."""
     scores = []
     for text, row in zip(predictions, rows, strict=True):
         said = normalize_vqa_answer(text)
-        scores.append(min(1.0, sum(normalize_vqa_answer(answer) == said for answer in row["answers"]) / 3))
-    return 100 * float(np.mean(scores))
+        scores.append(100 * min(1.0, sum(normalize_vqa_answer(answer) == said for answer in row["answers"]) / 3))
+    return scores
 
 
-def caption_score(predictions: Sequence[str], rows: Rows) -> float:
+def caption_score(predictions: Sequence[str], rows: Rows) -> list[float]:
     """CIDEr times 100, of lower-case words without punctuation."""
     references = [[words(text) for text in row["answers"]] for row in rows]
-    return 100 * cider_score([words(text) for text in predictions], references)
+    return [100 * score for score in cider_scores([words(text) for text in predictions], references)]
 
 
-def rouge_l(predictions: Sequence[str], rows: Rows) -> float:
+def rouge_l(predictions: Sequence[str], rows: Rows) -> list[float]:
     """ROUGE-L against the one reference."""
-    return rouge_scores(list(predictions), [row["target"] for row in rows], variant="rouge_score")["rougeL"]
+    return [
+        rouge_scores([text], [row["target"]], variant="rouge_score")["rougeL"]
+        for text, row in zip(predictions, rows, strict=True)
+    ]
 
 
 def words(text: str) -> str:

@@ -1,7 +1,7 @@
 """Evaluation metrics as plain functions."""
 
 from .as_evaluate import evaluate_metric
-from .captioning import bleu_score, caption_scores, cider_score, meteor_score
+from .captioning import bleu_score, caption_scores, cider_score, cider_scores, meteor_score
 from .highlight_detection import tvsum_map, youtube_highlights_map
 from .moment_retrieval import evaluate_qvhighlights
 from .question_answering import (
@@ -18,6 +18,7 @@ __all__ = [
     "bleu_score",
     "caption_scores",
     "cider_score",
+    "cider_scores",
     "content_f1",
     "evaluate_metric",
     "evaluate_qvhighlights",

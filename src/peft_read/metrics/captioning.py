@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from ..values import shown
 from .summarization import check_texts
 
-__all__ = ["bleu_score", "caption_scores", "cider_score", "meteor_score"]
+__all__ = ["bleu_score", "caption_scores", "cider_score", "cider_scores", "meteor_score"]
 
 
 def bleu_score(predictions: Sequence[str], references: Sequence[str], *, tokenize: str = "13a") -> float:
@@ -64,16 +64,22 @@ def meteor_score(predictions: Sequence[str], references: Sequence[str]) -> float
 
 
 def cider_score(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> float:
-    """CIDEr by pycocoevalcap, on texts split at white space.
+    """The mean of `cider_scores`: CIDEr of the whole set, from 0 to 10; often published times 100."""
+    scores = cider_scores(predictions, references)
+    return sum(scores) / len(scores)
 
-    Document frequencies come from the references at hand, so the score depends on the whole set.
+
+def cider_scores(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> list[float]:
+    """CIDEr of each prediction by pycocoevalcap, on texts split at white space.
+
+    Document frequencies come from the references at hand, so each score depends on the whole set.
 
     Args:
         predictions: one text a pair.
         references: one text a prediction, or several.
 
     Returns:
-        0 to 10; often published times 100.
+        0 to 10 for each.
 
     Raises:
         ValueError: the numbers of texts differ or are zero, or something is no text.
@@ -83,9 +89,9 @@ def cider_score(predictions: Sequence[str], references: Sequence[str | Sequence[
     try:
         from pycocoevalcap.cider.cider import Cider
     except ImportError as error:
-        raise ImportError("cider_score needs the package pycocoevalcap: pip install pycocoevalcap") from error
-    score, _ = Cider().compute_score(true, said)
-    return float(score)
+        raise ImportError("CIDEr needs the package pycocoevalcap: pip install pycocoevalcap") from error
+    _, scores = Cider().compute_score(true, said)
+    return [float(score) for score in scores]
 
 
 def caption_scores(
