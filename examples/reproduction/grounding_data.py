@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from run_folder import check_at_least, check_numbers
+from script_arguments import check_at_least, check_numbers
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
