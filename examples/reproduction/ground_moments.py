@@ -352,9 +352,9 @@ class Run:
         batch = self._collator(rows)
         device = next(model.parameters()).device
         inputs = {name: batch[name].to(device) for name in batch if name.endswith(("_features", "_mask"))}
-        found = model.eval()(**{name: value for name, value in inputs.items() if name != "boundary_mask"})
+        outputs = model.eval()(**{name: value for name, value in inputs.items() if name != "boundary_mask"})
         names = ("pred_logits", "pred_spans", "saliency_scores", "boundaries")
-        return [found[name].float().cpu().numpy() for name in names if found.get(name) is not None]
+        return [outputs[name].float().cpu().numpy() for name in names if outputs.get(name) is not None]
 
 
 def load_backbone(script: ScriptArguments, data: GroundingData) -> nn.Module:
@@ -408,9 +408,9 @@ class Answer:
         batch = self.data.collator(config)([self.row])
         seconds = self.data.clips.clip_seconds
         row = {**self.row, "duration": seconds * int(batch["video_mask"].sum())}
-        found = self.model(**batch)
+        prediction = self.model(**batch)
         names = ("pred_logits", "pred_spans", "saliency_scores", "boundaries", "video_mask")
-        outputs = [found[name].numpy() for name in names if found.get(name) is not None]
+        outputs = [prediction[name].numpy() for name in names if prediction.get(name) is not None]
         threshold = self.then.nms_threshold
         [record] = grounding_records(outputs, [row], config, clip_seconds=seconds, nms_threshold=threshold)
         print(describe(record, seconds))
