@@ -12,6 +12,7 @@ import pytest
 import torch
 
 REPOSITORY = Path(__file__).parents[1]
+GOLDEN = Path(__file__).parent / "golden"  # the small part of the reference data that is in the repository
 REFERENCE_DATA = Path(os.environ.get("PEFT_READ_REFERENCE_DATA", REPOSITORY.parent / "shared"))
 
 torch.set_num_threads(1)
@@ -26,10 +27,14 @@ def seeded():
 
 @pytest.fixture(scope="session")
 def reference_data():
-    """A function from a relative path to a reference file; skips the test where the data is absent."""
+    """A function from a relative path to a reference file; skips the test where the data is absent.
+
+    What `tests/golden` holds is taken from there, so that every checkout compares with it.
+    """
 
     def path_of(relative: str) -> Path:
-        path = REFERENCE_DATA / relative
+        committed = GOLDEN.parent / relative
+        path = committed if committed.exists() else REFERENCE_DATA / relative
         if not path.exists():
             pytest.skip(f"reference data {relative!r} is not beside this checkout (set PEFT_READ_REFERENCE_DATA)")
         return path

@@ -26,9 +26,9 @@ MAY_IMPORT = {
     "models": FLOOR_0,
     "baselines": FLOOR_0 | {"adapter", "alignment", "models"},
     "vl_adapter": FLOOR_0 | {"adapter", "alignment", "bottleneck", "models"},
-    "inspection": {"adapter", "models"},
+    "inspection": {"models"},
     "demonstration": {"adapter"},
-    "command_line": {"adapter", "peft_methods", "backends", "demonstration", "inspection", "recurrence"},
+    "command_line": {"bottleneck", "peft_methods", "backends", "demonstration", "inspection", "recurrence"},
 }
 
 

@@ -226,13 +226,8 @@ def test_weights_read_without_a_call_are_no_positions():
 
 
 @pytest.fixture(scope="module")
-def counts(request):
-    from conftest import REFERENCE_DATA
-
-    path = REFERENCE_DATA / "golden/vl_adapter/data/parameter_counts.json"
-    if not path.exists():
-        pytest.skip("the original's counts are not beside this checkout")
-    found = json.loads(path.read_text())
+def counts(reference_data):
+    found = json.loads(reference_data("golden/vl_adapter/data/parameter_counts.json").read_text())
     return {**found["from_scripts"], **found["variants"]}
 
 

@@ -1,15 +1,16 @@
 """The command `peft-read`, on configurations in folders: no weights, no network."""
 
+import copy
 import os
 import subprocess
 import sys
 
 import pytest
-from peft import get_peft_model
+from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from tiny_models import build
-from transformers import AutoConfig, BartConfig, BertConfig
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, BartConfig, BertConfig
 
-from peft_read import READConfig
+from peft_read import BottleneckConfig, CompacterConfig, HyperformerConfig, READConfig
 from peft_read.command_line import main
 from peft_read.inspection import inspect_model
 
@@ -56,7 +57,88 @@ def test_an_inspection_says_what_peft_counts(family, tmp_path):
     model = build(family)
     inspection = inspect_model(build(family), READConfig(r=3, cell="gru"))
     trained, parameters = get_peft_model(model, READConfig(r=3, cell="gru")).get_nb_trainable_parameters()
-    assert (inspection.trained, inspection.base_parameters + inspection.trained) == (trained, parameters)
+    assert (inspection.trained, inspection.parameters) == (trained, parameters)
+
+
+CONFIGS = {
+    "bottleneck": BottleneckConfig(r=4),
+    "tasks with a half of their own": BottleneckConfig(r=4, tasks=["vqa", "gqa"], share="down"),
+    "compacter": CompacterConfig(r=4),
+    "hyperformer": HyperformerConfig(r=4, tasks=["vqa", "gqa"], task_embedding_dim=8),
+    "lora": LoraConfig(r=2, modules_to_save=["lm_head"], ensure_weight_tying=False, bias="all"),
+    "ia3": IA3Config(),
+    "prompt tuning": PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_2_SEQ_LM"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_inspection_of_any_method_says_what_peft_counts(name):
+    model = get_peft_model(build("bart"), CONFIGS[name])
+    inspection = inspect_model(build("bart"), copy.deepcopy(CONFIGS[name]))
+    assert (inspection.trained, inspection.parameters) == model.get_nb_trainable_parameters()
+
+
+def test_the_counts_of_other_methods_on_bart_base_are_those_of_their_formulas(bart_base, capsys):
+    assert main(["inspect", bart_base, "--method", "bottleneck", "--set", "reduction_factor=8"]) == 0
+    out = capsys.readouterr().out
+    # 30 positions of 2 d r + d + r with d = 768, r = 96
+    assert "BOTTLENECK on 30 modules trains 4,449,600 of" in out
+    assert "| model.decoder.layers.0-5.encoder_attn.out_proj | Linear | 768 | 96 | 6     | 148,320" in out
+    assert main(["inspect", bart_base, "--method", "bottleneck", "--target-modules", "feed_forward"]) == 0
+    assert "BOTTLENECK on 12 modules trains 1,779,840 of" in capsys.readouterr().out
+    # the rules, 4 of 4 x 4, are the whole model's
+    assert main(["inspect", bart_base, "--method", "compacter"]) == 0
+    out = capsys.readouterr().out
+    assert "| shared_over_layers                             | CompacterShared |     |    | 1     | 64 " in out
+    assert "└── shared_over_layers  64 parameters" in out
+    assert main(["inspect", bart_base, "--method", "LoRA", "--r", "4", "--target-modules", "q_proj"]) == 0
+    out = capsys.readouterr().out
+    assert "LORA on 18 modules trains 110,592 of" in out  # 18 (768 + 768) 4
+    assert "q_proj  d=768  r=4  6,144 parameters, 6 times" in out
+
+
+def test_methods_are_counted_side_by_side(bart_base, capsys):
+    assert main(["count", bart_base, "--method", "read", "lora", "ia3", "--r", "4", "--cell", "none"]) == 0
+    rows = [line.split("|")[1:6] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["method", "cell", "r", "modules", "trained parameters"],
+        ["-" * 6, "-" * 4, "-", "-" * 7, "-" * 18],
+        ["READ", "none", "4", "12", "82,992"],
+        ["LORA", "", "4", "36", "221,184"],
+        ["IA3", "", "", "48", "64,512"],
+    ]
+
+
+def test_a_saved_adapter_is_inspected_on_its_own_base_model(tmp_path, capsys):
+    build("bart").save_pretrained(tmp_path / "base")
+    base = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, BottleneckConfig(tasks=["vqa", "gqa"], share="up"))
+    model.save_pretrained(tmp_path / "adapter")
+    for arguments in ([], [str(tmp_path / "base")]):
+        assert main(["inspect", *arguments, "--adapter", str(tmp_path / "adapter")]) == 0
+        trained = model.get_nb_trainable_parameters()[0]
+        assert f"trains {trained:,} of" in capsys.readouterr().out
+
+
+def test_settings_that_mean_nothing_are_one_line(bart_base, adapter, tmp_path, capsys):
+    inspect = ("inspect", bart_base, "--method")
+    assert "peft has no method 'magic'; it has adalora" in failure(capsys, *inspect, "magic")
+    assert "BOTTLENECK has no setting 'ratio'" in failure(capsys, *inspect, "bottleneck", "--set", "ratio=2")
+    assert "'share' is no setting; write" in failure(capsys, *inspect, "bottleneck", "--set", "share")
+    assert "is given twice" in failure(capsys, *inspect, "bottleneck", "--set", "r=2", "r=3")
+    assert "cannot be read" in failure(capsys, *inspect, "hyperformer", "--set", "tasks=[vqa")
+    assert "sets what another option sets" in failure(capsys, *inspect, "lora", "--r", "2", "--set", "r=3")
+    assert "name them in `tasks`" in failure(capsys, *inspect, "hyperformer")
+    assert "--cell, --no-bias and --bidirectional are READ's" in failure(capsys, *inspect, "lora", "--cell", "gru")
+    assert "LORA does not fit" in failure(capsys, *inspect, "lora", "--set", "r=four")
+    assert "needs a task_type" in failure(capsys, *inspect, "prompt_tuning", "--set", "num_virtual_tokens=3")
+    assert "--r means nothing to IA3" in failure(capsys, "count", bart_base, "--method", "ia3", "--r", "4")
+    assert "which model?" in failure(capsys, "inspect")
+    given = failure(capsys, "inspect", "--adapter", str(adapter), "--method", "lora")
+    assert "--adapter brings the method" in given
+    (adapter / "adapter_config.json").write_text('{"peft_type": "MAGIC"}')
+    assert "of no method that is known here" in failure(capsys, "inspect", bart_base, "--adapter", str(adapter))
 
 
 def test_a_configuration_without_a_class_is_a_bare_model(tmp_path, capsys):

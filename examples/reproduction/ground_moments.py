@@ -32,26 +32,18 @@ from grounding_report import describe, draw
 from methods import PEFT_METHODS, MethodArguments, apply_method, check_method
 from peft import PeftModel
 from progress import show_progress
-from run_folder import (
-    KeepCheckpoints,
-    RunFolder,
-    ScriptParser,
-    check_at_least,
-    check_numbers,
-    check_training,
-    run_arguments,
-    run_script,
-)
+from run_folder import KeepCheckpoints, RunFolder, run_arguments, run_script, write_json
 from safetensors.torch import load_file
+from script_arguments import ScriptParser, check_at_least, check_numbers, check_training
 from torch import nn
+from training_defaults import GroundingArguments
 from transformers import AutoModel, Trainer, set_seed
-from transformers import TrainingArguments as TransformersArguments
 
 from peft_read import PVLAConfig, PVLALossMixin
 from peft_read.alignment import last_whole_checkpoint
 from peft_read.baselines import HEADS, add_prompts
 from peft_read.data import ground_truth_records
-from peft_read.files import safe_name, write_whole
+from peft_read.files import safe_name
 from peft_read.metrics import evaluate_qvhighlights, tvsum_map, youtube_highlights_map
 from peft_read.models import grounding_records, write_submission
 
@@ -84,24 +76,15 @@ class ScriptArguments(MethodArguments, DataArguments):
 
 
 @dataclass
-class TrainingArguments(TransformersArguments):
+class TrainingArguments(GroundingArguments):
     """Trainer's arguments, with defaults for a small frozen grounding model."""
 
     output_dir: str = "outputs/ground_moments"
     learning_rate: float = 2e-3
-    lr_scheduler_type: str = "constant"
-    weight_decay: float = 1e-4
-    max_grad_norm: float = 0.1
     num_train_epochs: float = 20
-    per_device_train_batch_size: int = 32
     per_device_eval_batch_size: int = 32
     eval_strategy: str = "epoch"
-    save_strategy: str = "epoch"
-    save_total_limit: int = 1
     logging_steps: float = 10
-    remove_unused_columns: bool = False
-    dataloader_pin_memory: bool = torch.cuda.is_available()  # torch warns where there is nothing to pin for
-    report_to: str = "none"
 
 
 class GroundingTrainer(PVLALossMixin, Trainer):
@@ -179,11 +162,6 @@ class Grounding:
         if part and self.run is not None:
             write_json(done, {"arguments": self.arguments, "result": result})
         return result
-
-
-def write_json(path: Path, content: Any) -> None:
-    with write_whole(path) as file:
-        file.write(json.dumps(content, indent=2) + "\n")
 
 
 def check_arguments(script: ScriptArguments) -> None:
@@ -374,9 +352,9 @@ class Run:
         batch = self._collator(rows)
         device = next(model.parameters()).device
         inputs = {name: batch[name].to(device) for name in batch if name.endswith(("_features", "_mask"))}
-        found = model.eval()(**{name: value for name, value in inputs.items() if name != "boundary_mask"})
+        outputs = model.eval()(**{name: value for name, value in inputs.items() if name != "boundary_mask"})
         names = ("pred_logits", "pred_spans", "saliency_scores", "boundaries")
-        return [found[name].float().cpu().numpy() for name in names if found.get(name) is not None]
+        return [outputs[name].float().cpu().numpy() for name in names if outputs.get(name) is not None]
 
 
 def load_backbone(script: ScriptArguments, data: GroundingData) -> nn.Module:
@@ -430,9 +408,9 @@ class Answer:
         batch = self.data.collator(config)([self.row])
         seconds = self.data.clips.clip_seconds
         row = {**self.row, "duration": seconds * int(batch["video_mask"].sum())}
-        found = self.model(**batch)
+        prediction = self.model(**batch)
         names = ("pred_logits", "pred_spans", "saliency_scores", "boundaries", "video_mask")
-        outputs = [found[name].numpy() for name in names if found.get(name) is not None]
+        outputs = [prediction[name].numpy() for name in names if prediction.get(name) is not None]
         threshold = self.then.nms_threshold
         [record] = grounding_records(outputs, [row], config, clip_seconds=seconds, nms_threshold=threshold)
         print(describe(record, seconds))

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from run_folder import check_at_least, check_numbers
+from script_arguments import check_at_least, check_numbers
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
@@ -400,8 +400,8 @@ def encode(texts: list[str], arguments: DataArguments) -> dict[str, np.ndarray]:
     if cache is not None and new:
         cache.parent.mkdir(parents=True, exist_ok=True)
         write_feature_archive(cache, known | new, extra={"made_by": np.array(encoder.fingerprint)})
-    found = known | new
-    return {text: found[text] for text in texts}
+    encoded = known | new
+    return {text: encoded[text] for text in texts}
 
 
 def read_text_cache(cache: Path, fingerprint: str) -> dict[str, np.ndarray]:

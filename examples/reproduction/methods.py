@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from peft import LoraConfig, get_peft_model
-from run_folder import check_at_least
+from script_arguments import check_at_least
 from torch import nn
 
 from peft_read import READConfig

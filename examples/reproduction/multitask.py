@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,31 +21,16 @@ from multitask_models import (
 )
 from multitask_report import write_report
 from progress import show_progress
-from run_folder import (
-    KeepCheckpoints,
-    RunFolder,
-    ScriptParser,
-    check_at_least,
-    check_numbers,
-    check_training,
-    log_without_times,
-    run_arguments,
-    written_whole,
-)
+from reported_run import claim_folder, execute_and_report
+from run_folder import KeepCheckpoints, RunFolder, log_without_times, written_whole
+from script_arguments import ScriptParser, check_at_least, check_numbers, check_training, check_world_size
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    GenerationConfig,
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
-    set_seed,
-)
+from training_defaults import AdaptationArguments
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Seq2SeqTrainer, set_seed
 
 from peft_read import PVLAConfig, PVLALossMixin, set_task
 from peft_read.alignment import last_whole_checkpoint
 from peft_read.data import MultitaskDataset, VLCollator
-from peft_read.files import write_whole
 from peft_read.vl_adapter import MultitaskMixin
 
 INPUTS = ("input_ids", "attention_mask", "visual_features", "visual_boxes", "visual_mask", "image_ids")
@@ -73,26 +56,17 @@ class ScriptArguments(ModelArguments):
 
 
 @dataclass
-class TrainingArguments(Seq2SeqTrainingArguments):
-    """Trainer's arguments, with defaults for a small frozen backbone."""
+class TrainingArguments(AdaptationArguments):
+    """Trainer's arguments, with defaults for VL-mini."""
 
     output_dir: str = "outputs/vl_multitask"
     learning_rate: float = 3e-3
-    lr_scheduler_type: str = "cosine"
-    warmup_steps: float = 0.1
     num_train_epochs: float = 6
     per_device_train_batch_size: int = 32
     per_device_eval_batch_size: int = 64
     weight_decay: float = 0.01
     max_grad_norm: float = 5.0
-    eval_strategy: str = "epoch"
-    save_strategy: str = "epoch"
-    save_total_limit: int = 2  # the last one, and the one before it should the last be damaged
-    logging_steps: float = 10
-    remove_unused_columns: bool = False
-    dataloader_pin_memory: bool = torch.cuda.is_available()  # torch warns where there is nothing to pin for
     generation_num_beams: int = 1
-    report_to: str = "none"
 
 
 class MultitaskTrainer(PVLALossMixin, MultitaskMixin, Seq2SeqTrainer):
@@ -112,11 +86,7 @@ def prepare(argv: list[str]) -> Run:
     sizes = {split: getattr(script, f"num_{split}_samples") for split in ("train", "validation", "test")}
     suite = load_suite(script.suite, chosen, script.data_dir, sizes, seed=training.seed)
     load_backbone(script, chosen)  # what does not fit ends here
-    folder = None
-    with training.main_process_first(desc="preparing the output folder"):
-        if training.process_index == 0:
-            folder = RunFolder(Path(training.output_dir), run_arguments(script, training))
-    return Run(script, training, suite, folder)
+    return Run(script, training, suite, claim_folder(script, training))
 
 
 def check_arguments(script: ScriptArguments, training: TrainingArguments) -> None:
@@ -137,11 +107,7 @@ def check_arguments(script: ScriptArguments, training: TrainingArguments) -> Non
     check_at_least(script, dict.fromkeys((*samples, *sizes), 1))
     check_at_least(training, {"generation_num_beams": 1})
     PVLAConfig(weight=script.pvla_weight, mass=script.pvla_mass)
-    if script.require_world_size not in (None, training.world_size):
-        raise ValueError(
-            f"--require_world_size {script.require_world_size}, but {training.world_size} process(es) run; "
-            f"on a CPU use torchrun --nproc_per_node {script.require_world_size}"
-        )
+    check_world_size(script.require_world_size, training)
 
 
 def averages(scores: dict[str, list[float]]) -> dict[str, float]:
@@ -166,24 +132,7 @@ class Run:
 
     def execute(self) -> dict[str, Any]:
         """Adapts, measures, reports; the numbers of the report."""
-        try:
-            return self._execute()
-        finally:
-            if self.folder is not None:
-                self.folder.release()
-
-    def _execute(self) -> dict[str, Any]:
-        started, script, training = time.time(), self.script, self.training
-        result = self.adapt()
-        seconds = time.time() - started if self.folder is None else self.folder.seconds
-        result |= {"seconds": seconds, "world_size": training.world_size, "arguments": asdict(script)}
-        if self.folder is not None:
-            folder = Path(training.output_dir)
-            print(write_report(folder, result))
-            with write_whole(folder / "results.json") as file:  # the last file: with it, the run is finished
-                file.write(json.dumps(result, indent=2) + "\n")
-            self.folder.remove_checkpoints()
-        return result
+        return execute_and_report(self.folder, self.script, self.training, train=self.adapt, write_report=write_report)
 
     def adapt(self) -> dict[str, Any]:
         """Trains and measures; the numbers of the report."""

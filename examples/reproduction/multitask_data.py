@@ -188,19 +188,19 @@ def load_suite(
     assert data_dir is not None
     if name == "scenes":
         loaders = {"nlvr": _nlvr, "kilogram_caption": _captions, "kilogram_part": _parts, "coco_people": _people}
-        found = {task: loaders[task](Path(data_dir)) for task in tasks}
+        parts_of = {task: loaders[task](Path(data_dir)) for task in tasks}
         suite = Suite({}, scene_tokens)
     elif name == "moments":
-        found = {task: moment_rows(Path(data_dir), task) for task in tasks}
+        parts_of = {task: moment_rows(Path(data_dir), task) for task in tasks}
         suite = Suite({}, moment_features(Path(data_dir)))
     else:
-        found = {task: _published(task, Path(data_dir) / task) for task in tasks}
+        parts_of = {task: _published(task, Path(data_dir) / task) for task in tasks}
         stores = {task: FeatureStore(_place(Path(data_dir) / task, "features")) for task in tasks}
         boxes = [FeatureStore(_place(Path(data_dir) / task, "boxes")) for task in tasks] if name == "image" else []
         suite = Suite({}, stores, ChainMap(*boxes) if boxes else None)  # type: ignore[arg-type]
     for split in SPLITS:
         start = seed if split == "train" else 0
-        suite.splits[split] = {task: _some(parts[split], sizes[split], seed=start) for task, parts in found.items()}
+        suite.splits[split] = {task: _some(parts[split], sizes[split], seed=start) for task, parts in parts_of.items()}
     if empty := [
         f"{task} ({split})" for split, parts in suite.splits.items() for task in parts if not len(parts[task])
     ]:

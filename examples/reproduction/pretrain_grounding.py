@@ -22,16 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from grounding_data import DataArguments, GroundingData, check_data_arguments, open_store, read_folds
-from run_folder import KeepCheckpoints, RunFolder, ScriptParser, check_training, run_arguments, run_script
+from run_folder import KeepCheckpoints, RunFolder, run_arguments, run_script, write_json
+from script_arguments import ScriptParser, check_training
+from training_defaults import GroundingArguments
 from transformers import Trainer, set_seed
-from transformers import TrainingArguments as TransformersArguments
 
 from peft_read.alignment import last_whole_checkpoint
 from peft_read.data import pseudo_queries, window_pairs
 from peft_read.data.jsonl import iterate_jsonl
-from peft_read.files import write_whole
 from peft_read.values import count, number, shown
 
 
@@ -47,22 +46,13 @@ class ScriptArguments(DataArguments):
 
 
 @dataclass
-class TrainingArguments(TransformersArguments):
-    """Trainer's arguments, with the settings of Moment-DETR's own training but for the learning rate."""
+class TrainingArguments(GroundingArguments):
+    """Trainer's arguments, with defaults for weak labels."""
 
     output_dir: str = "outputs/grounding_backbone"
     learning_rate: float = 4e-4
-    lr_scheduler_type: str = "constant"
-    weight_decay: float = 1e-4
-    max_grad_norm: float = 0.1
     num_train_epochs: float = 5
-    per_device_train_batch_size: int = 32
-    save_strategy: str = "epoch"
-    save_total_limit: int = 1
     logging_steps: float = 50
-    remove_unused_columns: bool = False
-    dataloader_pin_memory: bool = torch.cuda.is_available()  # torch warns where there is nothing to pin for
-    report_to: str = "none"
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -125,8 +115,7 @@ class Pretraining:
                 "log": trainer.state.log_history,
             }
             if self.run is not None:
-                with write_whole(folder / "pretraining.json") as file:
-                    file.write(json.dumps(record, indent=2) + "\n")
+                write_json(folder / "pretraining.json", record)
                 shown_part = {k: v for k, v in record.items() if k not in ("videos", "arguments", "log")}
                 print(json.dumps(shown_part, indent=2))
                 self.run.remove_checkpoints()

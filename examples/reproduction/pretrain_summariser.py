@@ -12,7 +12,6 @@ JSON object a line, {"vid": ..., "captions": [...]}, an archive of features with
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -21,19 +20,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from run_folder import ScriptParser, check_at_least, check_numbers, check_training, lock_folder, log_without_times
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    PreTrainedTokenizerFast,
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
-    set_seed,
+from pretrained_backbone import save_backbone
+from run_folder import only_run_in
+from script_arguments import (
+    ScriptParser,
+    check_at_least,
+    check_heads,
+    check_numbers,
+    check_training,
+    one_line_errors,
 )
+from small_tokenizers import BART_TOKENS, T5_TOKENS, byte_pair_tokenizer, word_tokenizer
+from text_infilling import infill
+from training_defaults import PretrainingArguments
+from transformers import PreTrainedTokenizerFast, Seq2SeqTrainer, set_seed
 
 from peft_read.data import HOW2_MINI_DOMAINS, FeatureStore, How2Collator, generate_how2_mini, how2_mini_talk
 from peft_read.data.jsonl import read_jsonl
-from peft_read.files import write_whole
 from peft_read.models import (
     VGBartConfig,
     VGBartForConditionalGeneration,
@@ -42,12 +45,7 @@ from peft_read.models import (
 )
 
 UNSEEN_DOMAIN = "gardening"
-# As in BART and in T5, but for <mask>; T5's decoder starts from padding.
-SPECIAL_TOKENS = {
-    "vg_bart": ["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
-    "vg_t5": ["<pad>", "</s>", "<unk>", "<mask>"],
-}
-MASK_RATIO, MEAN_SPAN = 0.3, 3.0  # BART's text infilling, for both
+SPECIAL_TOKENS = {"vg_bart": BART_TOKENS, "vg_t5": T5_TOKENS}
 
 
 @dataclass
@@ -74,22 +72,12 @@ class Arguments:
 
 
 @dataclass
-class TrainingArguments(Seq2SeqTrainingArguments):
-    """Defaults for two CPU cores."""
+class TrainingArguments(PretrainingArguments):
+    """Trainer's arguments, with defaults for How2-mini."""
 
     output_dir: str = "outputs/pretrained_backbone"
-    learning_rate: float = 1e-3
-    lr_scheduler_type: str = "cosine"
     warmup_steps: float = 200
-    num_train_epochs: float = 1
     per_device_train_batch_size: int = 32
-    train_sampling_strategy: str = "sequential"
-    max_grad_norm: float = 1.0
-    weight_decay: float = 0.01
-    logging_steps: float = 100
-    save_strategy: str = "no"
-    remove_unused_columns: bool = False
-    dataloader_pin_memory: bool = torch.cuda.is_available()  # torch warns where there is nothing to pin for
 
 
 class MemoryFeatures(dict):
@@ -98,12 +86,8 @@ class MemoryFeatures(dict):
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments, training = parse(sys.argv[1:] if argv is None else list(argv))
-    Path(training.output_dir).mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(Path(training.output_dir))
-    try:
+    with only_run_in(Path(training.output_dir)):
         pretrain(arguments, training, *read_corpus(arguments, training.seed))
-    finally:
-        lock.release()
 
 
 def parse(argv: list[str]) -> tuple[Arguments, TrainingArguments]:
@@ -119,8 +103,7 @@ def parse(argv: list[str]) -> tuple[Arguments, TrainingArguments]:
     check_training(training)
     sizes = ("num_items", "vocab_size", "d_model", "ffn_dim", "layers", "heads", "img_trans_layers")
     check_at_least(arguments, {**dict.fromkeys(sizes, 1), "fusion_layer": -1, "dropout": 0})
-    if arguments.d_model % arguments.heads:
-        raise ValueError(f"--d_model {arguments.d_model} is no multiple of --heads {arguments.heads}")
+    check_heads(arguments)
     if arguments.fusion_layer >= arguments.layers:
         raise ValueError(f"--fusion_layer {arguments.fusion_layer}: there are {arguments.layers} --layers")
     if arguments.dropout >= 1:
@@ -158,11 +141,7 @@ def pretrain(
     collator = How2Collator(tokenizer, features, decoder_start_token_id=model.config.decoder_start_token_id)
     trainer = Seq2SeqTrainer(model=model, args=training, train_dataset=items, data_collator=collator)
     trainer.train()
-    model.save_pretrained(training.output_dir)
-    tokenizer.save_pretrained(training.output_dir)
-    record = {"log": log_without_times(trainer.state.log_history)[-2:], "steps": trainer.state.global_step}
-    with write_whole(Path(training.output_dir) / "pretraining.json") as file:
-        file.write(json.dumps(record, indent=2) + "\n")
+    save_backbone(trainer, tokenizer, Path(training.output_dir))
 
 
 def bart_configuration(arguments: Arguments, vocab_size: int, width: int) -> VGBartConfig:
@@ -224,7 +203,7 @@ def vision_guidance(arguments: Arguments, width: int) -> dict[str, Any]:
 
 def how2_mini_corpus(arguments: Arguments, *, seed: int) -> tuple[list[dict], MemoryFeatures, PreTrainedTokenizerFast]:
     """Summaries of seven domains, in a curriculum, and talk to denoise, in the order of training."""
-    num_items, special_tokens = arguments.num_items, SPECIAL_TOKENS[arguments.backbone]
+    num_items = arguments.num_items
     seen = [name for name in HOW2_MINI_DOMAINS if name != UNSEEN_DOMAIN]
     # A curriculum: clips of one step are where a model finds out what frames mean, longer ones add the order.
     lessons = [((1, 1), 0.12), ((2, 3), 0.23), ((3, 6), 0.50)]
@@ -237,10 +216,7 @@ def how2_mini_corpus(arguments: Arguments, *, seed: int) -> tuple[list[dict], Me
     talk = how2_mini_talk(num_items - len(clips), seed=seed)
     words = Counter(word for line in talk for word in line.split())
     words.update(word for clip in clips for word in f"{clip.transcript} {clip.summary}".split())
-    vocabulary = {word: index for index, word in enumerate([*special_tokens, *sorted(words)])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    wrapped = wrap_tokenizer(tokenizer, special_tokens)
+    tokenizer = word_tokenizer(words, SPECIAL_TOKENS[arguments.backbone])
 
     features = MemoryFeatures({clip.video_id: clip.features for clip in clips})
     features["no_video"] = np.zeros((1, clips[0].features.shape[1]), dtype=np.float32)
@@ -251,7 +227,7 @@ def how2_mini_corpus(arguments: Arguments, *, seed: int) -> tuple[list[dict], Me
     places = np.sort(rng.choice(num_items, size=len(denoising), replace=False))
     strewn, rest = dict(zip(places.tolist(), denoising, strict=True)), iter(lessons_in_order)
     items = [strewn[index] if index in strewn else next(rest) for index in range(num_items)]
-    return items, features, wrapped
+    return items, features, tokenizer
 
 
 def caption_corpus(arguments: Arguments, *, seed: int) -> tuple[list[dict], MemoryFeatures, PreTrainedTokenizerFast]:
@@ -266,14 +242,8 @@ def caption_corpus(arguments: Arguments, *, seed: int) -> tuple[list[dict], Memo
     if not videos:
         raise ValueError(f"no video of {arguments.captions} has features in {arguments.features}")
 
-    special_tokens = SPECIAL_TOKENS[arguments.backbone]
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    tokenizer.train_from_iterator(
-        (caption for captions in videos.values() for caption in captions),
-        trainers.BpeTrainer(vocab_size=arguments.vocab_size, special_tokens=special_tokens, show_progress=False),
-    )
+    texts = (caption for captions in videos.values() for caption in captions)
+    tokenizer = byte_pair_tokenizer(texts, arguments.vocab_size, SPECIAL_TOKENS[arguments.backbone])
     rng = np.random.default_rng(seed)
     names = sorted(videos)
     features, items = MemoryFeatures(), []
@@ -286,7 +256,7 @@ def caption_corpus(arguments: Arguments, *, seed: int) -> tuple[list[dict], Memo
         words = " ".join(chosen).split()
         features[f"{vid}_{index}"] = store[vid][start : start + 9]
         items.append({"video_id": f"{vid}_{index}", "transcript": infill(words, rng), "summary": " ".join(words[:62])})
-    return items, features, wrap_tokenizer(tokenizer, special_tokens)
+    return items, features, tokenizer
 
 
 def tokenize(caption: str) -> str:
@@ -294,31 +264,6 @@ def tokenize(caption: str) -> str:
     return " ".join(caption.lower().replace(".", " . ").replace(",", " , ").split())
 
 
-def wrap_tokenizer(tokenizer: Tokenizer, special_tokens: list[str]) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>" if "<s>" in special_tokens else None,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        mask_token="<mask>",
-    )
-
-
-def infill(words: Sequence[str], rng: np.random.Generator) -> str:
-    """BART's text infilling: spans of Poisson length become one <mask> each, about 30 % of the words in all."""
-    words = list(words)
-    to_mask = round(MASK_RATIO * len(words))
-    while to_mask > 0:
-        length = min(int(rng.poisson(MEAN_SPAN)), to_mask, len(words))
-        start = int(rng.integers(0, len(words) - length + 1))
-        words[start : start + length] = ["<mask>"]
-        to_mask -= max(1, length)
-    return " ".join(words)
-
-
 if __name__ == "__main__":
-    try:
+    with one_line_errors("pretrain_summariser.py"):
         main()
-    except (ValueError, OSError) as error:  # bad input: one line
-        sys.exit(f"pretrain_summariser.py: {' '.join(str(error).split())}")

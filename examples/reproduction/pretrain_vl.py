@@ -18,7 +18,6 @@ of which a caption is filled in, written, or chosen among five.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import ChainMap
 from collections.abc import Sequence
@@ -27,19 +26,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from moment_tasks import CHOICES, VIDEO_TOKENS, choice_text, clip_tokens
-from pretrain_summariser import SPECIAL_TOKENS, infill, wrap_tokenizer
-from run_folder import ScriptParser, check_at_least, check_numbers, check_training, lock_folder, log_without_times
+from pretrained_backbone import save_backbone
+from run_folder import only_run_in
 from scene_batches import SceneCollator
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from script_arguments import (
+    ScriptParser,
+    check_at_least,
+    check_heads,
+    check_numbers,
+    check_training,
+    one_line_errors,
+)
+from small_tokenizers import BART_TOKENS, sentence_tokenizer
+from text_infilling import infill
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerFast, Seq2SeqTrainer, Seq2SeqTrainingArguments, set_seed
+from training_defaults import PretrainingArguments
+from transformers import PreTrainedTokenizerFast, Seq2SeqTrainer, set_seed
 
 from peft_read.data import SCENE_FEATURE_DIM, VL_MINI_TOPICS, FeatureStore, generate_vl_mini
 from peft_read.data.jsonl import read_jsonl
 from peft_read.data.qvhighlights import source_of
-from peft_read.files import write_whole
 from peft_read.models import VLBartConfig, VLBartForConditionalGeneration
 from peft_read.vl_adapter import task_loss
 
@@ -77,23 +84,12 @@ class Arguments:
 
 
 @dataclass
-class TrainingArguments(Seq2SeqTrainingArguments):
-    """Defaults for two CPU cores."""
+class TrainingArguments(PretrainingArguments):
+    """Trainer's arguments, with defaults for scenes."""
 
     output_dir: str = "outputs/vl_backbone"
-    learning_rate: float = 1e-3
-    lr_scheduler_type: str = "cosine"
     warmup_steps: float = 300
-    num_train_epochs: float = 1
     per_device_train_batch_size: int = 64
-    train_sampling_strategy: str = "sequential"
-    max_grad_norm: float = 1.0
-    weight_decay: float = 0.01
-    logging_steps: float = 100
-    save_strategy: str = "no"
-    remove_unused_columns: bool = False
-    dataloader_pin_memory: bool = torch.cuda.is_available()  # torch warns where there is nothing to pin for
-    report_to: str = "none"
 
 
 class Lessons(Dataset):
@@ -176,13 +172,8 @@ class LessonTrainer(Seq2SeqTrainer):
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments, training = parse(sys.argv[1:] if argv is None else list(argv))
-    folder = Path(training.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(folder)
-    try:
-        pretrain(arguments, training, folder)
-    finally:
-        lock.release()
+    with only_run_in(Path(training.output_dir)):
+        pretrain(arguments, training, Path(training.output_dir))
 
 
 def parse(argv: list[str]) -> tuple[Arguments, TrainingArguments]:
@@ -202,8 +193,7 @@ def parse(argv: list[str]) -> tuple[Arguments, TrainingArguments]:
         raise ValueError("--unseen has no meaning without --captions")
     if arguments.caption_share > 1:
         raise ValueError(f"--caption_share {arguments.caption_share} is above 1")
-    if arguments.d_model % arguments.heads:
-        raise ValueError(f"--d_model {arguments.d_model} is no multiple of --heads {arguments.heads}")
+    check_heads(arguments)
     return arguments, training
 
 
@@ -244,38 +234,14 @@ def pretrain(arguments: Arguments, training: TrainingArguments, folder: Path) ->
     )
     trainer.kind_of_loss = arguments.loss
     trainer.train()
-    model.save_pretrained(folder)
-    tokenizer.backend_tokenizer.no_truncation()  # what the last batch had set would be saved
-    tokenizer.backend_tokenizer.no_padding()
-    tokenizer.save_pretrained(folder)
-    record = {
-        "topics": lessons.topics,
-        "captions": len(captions),
-        "videos": sorted(videos),
-        "steps": trainer.state.global_step,
-        "log": log_without_times(trainer.state.log_history)[-3:],
-    }
-    with write_whole(folder / "pretraining.json") as file:
-        file.write(json.dumps(record, indent=2) + "\n")
+    save_backbone(trainer, tokenizer, folder, topics=lessons.topics, captions=len(captions), videos=sorted(videos))
 
 
 def build_tokenizer(lessons: Any, captions: Sequence[str], size: int) -> PreTrainedTokenizerFast:
-    """Byte pairs of what the lessons say, in lower case; every letter and digit is known."""
+    """Learns from what the first lessons say, and from the captions."""
     sample = map(lessons.__getitem__, range(min(len(lessons), 6_000)))
     texts = [text for row in sample for text in (row["text"], row["target"])]
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation(), pre_tokenizers.Digits(individual_digits=True)]
-    )
-    tokenizer.decoder = decoders.Metaspace()
-    letters = [chr(code) for code in range(33, 127)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=SPECIAL_TOKENS["vg_bart"], initial_alphabet=letters, show_progress=False
-    )
-    tokenizer.train_from_iterator([*texts, *captions], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
-    return wrap_tokenizer(tokenizer, SPECIAL_TOKENS["vg_bart"])
+    return sentence_tokenizer([*texts, *captions], size, BART_TOKENS)
 
 
 def configuration(arguments: Arguments, tokens: int, width: int) -> VLBartConfig:
@@ -300,7 +266,5 @@ def configuration(arguments: Arguments, tokens: int, width: int) -> VLBartConfig
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors("pretrain_vl.py"):
         main()
-    except (ValueError, OSError) as error:  # bad input: one line
-        sys.exit(f"pretrain_vl.py: {' '.join(str(error).split())}")

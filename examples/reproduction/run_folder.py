@@ -7,7 +7,6 @@ run out while the first is alive.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
@@ -24,7 +23,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from progress import be_quiet
-from transformers import HfArgumentParser, TrainerCallback
+from script_arguments import one_line_errors
+from transformers import TrainerCallback
 
 from peft_read.alignment import last_whole_checkpoint
 from peft_read.files import write_whole
@@ -45,52 +45,6 @@ FREE_ARGUMENTS = frozenset(
 )
 WRITTEN = ("run.json", "results.json", "report.md", "learning_curve.png", "command.json")
 TIMES = re.compile(r".*(_runtime|_per_second|_preparation_time)")  # entries of the log that differ from run to run
-
-
-class ScriptParser(HfArgumentParser):
-    """Transformers' parser; what is wrong with the command line is a ValueError."""
-
-    def error(self, message: str) -> Any:
-        """Raises instead of printing the usage."""
-        raise ValueError(message)
-
-
-def check_numbers(*groups: Any) -> None:
-    """Every number of the arguments must be finite, and a truth value where one belongs."""
-    for arguments in groups:
-        for name, value in vars(arguments).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"--{name} {value} is no finite number")
-
-
-def check_at_least(arguments: Any, bounds: dict[str, float]) -> None:
-    """Arguments that are given must not lie below a bound."""
-    for name, bound in bounds.items():
-        value = getattr(arguments, name)
-        if value is not None and value < bound:
-            raise ValueError(f"--{name} {value} must be at least {bound}")
-
-
-def check_training(training: Any) -> None:
-    """What Trainer takes and cannot train with."""
-    check_numbers(training)
-    check_at_least(
-        training,
-        {
-            "per_device_train_batch_size": 1,
-            "per_device_eval_batch_size": 1,
-            "gradient_accumulation_steps": 1,
-            "learning_rate": 0,
-            "weight_decay": 0,
-            "warmup_steps": 0,
-            "max_grad_norm": 0,
-            "seed": 0,
-        },
-    )
-    if training.max_steps == 0 or (training.max_steps < 0 and training.num_train_epochs <= 0):
-        raise ValueError(
-            f"--num_train_epochs {training.num_train_epochs} with --max_steps {training.max_steps} trains nothing"
-        )
 
 
 class RunFolder:
@@ -138,8 +92,7 @@ class RunFolder:
             "checkpoints": self.checkpoints,
             "seconds": self.seconds,
         }
-        with write_whole(self.path) as file:
-            file.write(json.dumps(content, indent=2) + "\n")
+        write_json(self.path, content)
 
     @property
     def seconds(self) -> float:
@@ -230,8 +183,13 @@ def clear_finished(folder: Path) -> None:
         if (folder / name).is_dir() and not (folder / name).is_symlink():
             shutil.rmtree(folder / name)
     if claimed:
-        with write_whole(path) as file:
-            file.write(json.dumps({**content, "checkpoints": []}, indent=2) + "\n")
+        write_json(path, {**content, "checkpoints": []})
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    with write_whole(path) as file:
+        file.write(json.dumps(content, indent=2) + "\n")
 
 
 def lock_folder(folder: Path, name: str = ".lock") -> FileLock:
@@ -246,6 +204,21 @@ def lock_folder(folder: Path, name: str = ".lock") -> FileLock:
     except Timeout as error:
         raise ValueError(f"another run is at work in {folder}; wait for it, or choose another --output_dir") from error
     return lock
+
+
+@contextmanager
+def only_run_in(folder: Path) -> Iterator[None]:
+    """Makes the folder, and keeps other runs out of it until the block ends.
+
+    Raises:
+        ValueError: another run is in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(folder)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def versions() -> dict[str, str]:
@@ -331,8 +304,6 @@ def run_script(name: str, prepare: Callable[[list[str]], Any]) -> Any:
     """Prepares and executes; bad input is one line, before any training time is spent."""
     end_with_parent()
     be_quiet()
-    try:
+    with one_line_errors(name):
         prepared = prepare(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        sys.exit(f"{name}: {' '.join(str(error).split())}")
     return prepared.execute()

@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,9 @@ from how2_report import write_report
 from methods import check_method
 from peft import PeftModel
 from progress import show_progress
-from run_folder import (
-    KeepCheckpoints,
-    RunFolder,
-    ScriptParser,
-    check_at_least,
-    check_numbers,
-    check_training,
-    log_without_times,
-    run_arguments,
-    written_whole,
-)
+from reported_run import claim_folder, execute_and_report
+from run_folder import KeepCheckpoints, RunFolder, log_without_times, written_whole
+from script_arguments import ScriptParser, check_at_least, check_numbers, check_training, check_world_size
 from summarisation_models import (
     BACKBONES,
     ModelArguments,
@@ -43,17 +34,12 @@ from summarisation_models import (
 from summarisation_training import SummarisationTrainer
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import (
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    Seq2SeqTrainingArguments,
-    set_seed,
-)
+from training_defaults import AdaptationArguments
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from peft_read import PVLAConfig
 from peft_read.alignment import last_whole_checkpoint
 from peft_read.data import FeatureStore, How2Collator, generate_how2_mini, load_how2, write_how2_mini
-from peft_read.files import write_whole
 from peft_read.metrics import rouge_scores
 
 VARIANTS = ("rouge_score", "easy_rouge")
@@ -96,25 +82,16 @@ class ScriptArguments(ModelArguments):
 
 
 @dataclass
-class TrainingArguments(Seq2SeqTrainingArguments):
-    """Trainer's arguments, with defaults for a small frozen backbone."""
+class TrainingArguments(AdaptationArguments):
+    """Trainer's arguments, with defaults for How2-mini."""
 
     output_dir: str = "outputs/how2_summarize"
     learning_rate: float = 1e-2
-    lr_scheduler_type: str = "cosine"
-    warmup_steps: float = 0.1
     num_train_epochs: float = 12
     per_device_train_batch_size: int = 16
     per_device_eval_batch_size: int = 32
-    eval_strategy: str = "epoch"
-    save_strategy: str = "epoch"
-    save_total_limit: int = 2  # the last one, and the one before it should the last be damaged
-    logging_steps: float = 10
-    remove_unused_columns: bool = False
-    dataloader_pin_memory: bool = torch.cuda.is_available()  # torch warns where there is nothing to pin for
     generation_num_beams: int = 5
     generation_max_length: int = 64
-    report_to: str = "none"
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -126,11 +103,7 @@ def prepare(argv: list[str]) -> Run:
     script, training = parse(argv)
     check_arguments(script, training)
     push, training.push_to_hub = training.push_to_hub, False  # once, at the end, instead of at every checkpoint
-    folder: RunFolder | None = None
-    with training.main_process_first(desc="preparing the output folder"):
-        if training.process_index == 0:
-            parts = ("", "without_video")
-            folder = RunFolder(Path(training.output_dir), run_arguments(script, training), parts)
+    folder = claim_folder(script, training, ("", "without_video"))
     try:
         if script.data_dir is None:
             with training.main_process_first(desc="generating the data"):
@@ -211,11 +184,7 @@ def check_arguments(script: ScriptArguments, training: TrainingArguments) -> Non
         raise ValueError(f"--decoder_start {script.decoder_start!r} is neither 'model' nor 'original'")
     if training.push_to_hub and not training.hub_model_id:
         raise ValueError("--push_to_hub needs --hub_model_id, the name of the repository")
-    if script.require_world_size not in (None, training.world_size):
-        raise ValueError(
-            f"--require_world_size {script.require_world_size}, but {training.world_size} process(es) run; "
-            f"on a CPU use torchrun --nproc_per_node {script.require_world_size}"
-        )
+    check_world_size(script.require_world_size, training)
 
 
 def generate_data(folder: Path) -> None:
@@ -285,25 +254,15 @@ class Run:
 
     def execute(self) -> dict[str, Any]:
         """Adapts, compares, reports; the numbers of the report."""
-        try:
-            return self._execute()
-        finally:
-            if self.folder is not None:
-                self.folder.release()
+        return execute_and_report(
+            self.folder, self.script, self.training, train=self.adapt_and_compare, write_report=write_report
+        )
 
-    def _execute(self) -> dict[str, Any]:
-        started, script, training = time.time(), self.script, self.training
-        result = self.adapt(zero_video=script.zero_video, push=self.push)
-        if script.compare_zero_video and script.method != "none":
+    def adapt_and_compare(self) -> dict[str, Any]:
+        """Adapts as the arguments say, and once more without the video where they ask for it."""
+        result = self.adapt(zero_video=self.script.zero_video, push=self.push)
+        if self.script.compare_zero_video and self.script.method != "none":
             result["without_video"] = self.adapt(zero_video=True, compare=False)
-        seconds = time.time() - started if self.folder is None else self.folder.seconds
-        result |= {"seconds": seconds, "world_size": training.world_size, "arguments": asdict(script)}
-        if self.folder is not None:
-            folder = Path(training.output_dir)
-            print(write_report(folder, result))
-            with write_whole(folder / "results.json") as file:  # the last file: with it, the run is finished
-                file.write(json.dumps(result, indent=2) + "\n")
-            self.folder.remove_checkpoints()
         return result
 
     def adapt(self, *, zero_video: bool, compare: bool = True, push: bool = False) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The command `peft-read`: what READ would adapt, how much it trains, model cards, a demonstration, a check."""
+"""The command `peft-read`: what a method would adapt and train, model cards, a demonstration, a check."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from peft import PeftConfig
 from transformers.utils import logging as transformers_logging
 
-from .adapter import READConfig
+from . import bottleneck
 from .backends import show_backends
 from .demonstration import demonstrate
-from .inspection import aligned_table, inspect_model
+from .inspection import Inspection, aligned_table, inspect_model
 from .peft_methods import AdapterConfig
 from .peft_methods.card import update_model_card
+from .peft_methods.settings import method_config, method_fields, read_settings, saved_config
 from .recurrence import CELLS
 
 __all__ = ["main"]
@@ -54,14 +56,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"peft-read {metadata.version('peft-read')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    inspect = _command(commands, "inspect", _inspect, "what READ would adapt in a model: a table and a tree")
-    inspect.add_argument("--r", type=int, default=4, help="the width k (4)")
-    inspect.add_argument("--cell", default="rnn", help=f"the recurrence: {', '.join(CELLS)} (rnn)")
-    _add_model(inspect)
+    inspect = _command(commands, "inspect", _inspect, "what a method would adapt in a model: a table and a tree")
+    inspect.add_argument("--method", default="read", help="read, bottleneck, lora or any other method of peft (read)")
+    inspect.add_argument("--adapter", metavar="FOLDER", type=Path, help="the method and settings of a saved adapter")
+    inspect.add_argument("--r", type=int, help="the width or rank; k of READ (4)")
+    inspect.add_argument("--cell", help=f"READ's recurrence: {', '.join(CELLS)} (rnn)")
+    _add_model(inspect, needed=False)
 
-    count = _command(commands, "count", _count, "how many parameters READ trains, for several widths and recurrences")
-    count.add_argument("--r", type=int, nargs="+", default=[4, 8, 16], help="the widths k (4 8 16)")
-    count.add_argument("--cell", nargs="+", default=["rnn", "none"], help="the recurrences (rnn none)")
+    count = _command(commands, "count", _count, "how many parameters methods train, for several widths")
+    count.add_argument("--method", nargs="+", default=["read"], help="methods of peft, side by side (read)")
+    count.add_argument("--r", type=int, nargs="+", help="the widths or ranks (4 8 16)")
+    count.add_argument("--cell", nargs="+", help="READ's recurrences (rnn none)")
     _add_model(count)
 
     card = _command(commands, "card", _card, "the model card of a saved adapter, made from its files")
@@ -82,58 +87,97 @@ def _command(commands: Any, name: str, run: Any, text: str) -> argparse.Argument
     return parser
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a folder with config.json, or a name on the Hub")
-    parser.add_argument("--target-modules", nargs="+", metavar="NAME", help="READ's default for the model if absent")
+def _add_model(parser: argparse.ArgumentParser, *, needed: bool = True) -> None:
+    text = "a folder with config.json, or a name on the Hub"
+    parser.add_argument("model", metavar="MODEL", nargs=None if needed else "?", help=text)
+    parser.add_argument(
+        "--target-modules", nargs="+", metavar="NAME", help="the method's default for the model if absent"
+    )
     parser.add_argument("--exclude-modules", nargs="+", metavar="NAME")
-    parser.add_argument("--no-bias", action="store_true", help="without biases")
-    parser.add_argument("--bidirectional", action="store_true", help="both directions of time; encoders only")
-
-
-def _read_config(options: argparse.Namespace, r: int, cell: str) -> READConfig:
-    targets = options.target_modules
-    if targets is not None and len(targets) == 1:
-        targets = targets[0] if _is_word_or_pattern(targets[0]) else targets
-    return READConfig(
-        r=r,
-        cell=cell,
-        target_modules=targets,
-        exclude_modules=options.exclude_modules,
-        use_bias=not options.no_bias,
-        bidirectional=options.bidirectional,
+    parser.add_argument("--no-bias", action="store_true", help="READ without biases")
+    parser.add_argument("--bidirectional", action="store_true", help="READ in both directions of time; encoders only")
+    parser.add_argument(
+        "--set", nargs="+", metavar="NAME=VALUE", default=[], help="other settings of the method, values as in YAML"
     )
 
 
-def _is_word_or_pattern(target: str) -> bool:
-    """Whether a single target is a word of READ's ("vision", "all-linear") or an expression, not a module's name."""
-    return target in ("language", "vision", "audio", "all", "all-linear") or not target.replace(".", "").isidentifier()
+def _config_of(options: argparse.Namespace, method: str, r: int | None, cell: str | None) -> PeftConfig:
+    """The configuration of one method from the options; those that are READ's alone are refused with another."""
+    given: dict[str, Any] = {"r": r, "exclude_modules": options.exclude_modules}
+    given["target_modules"] = _target_modules(options.target_modules, method)
+    if method.lower() == "read":
+        given |= {"cell": cell, "bidirectional": options.bidirectional or None}
+        given["use_bias"] = False if options.no_bias else None
+    elif options.no_bias or options.bidirectional or cell is not None:
+        raise ValueError(
+            f"--cell, --no-bias and --bidirectional are READ's; settings of {method.upper()} go with --set"
+        )
+    settings = {name: value for name, value in given.items() if value is not None}
+    further = read_settings(options.set)
+    if twice := sorted(set(settings) & set(further)):
+        raise ValueError(f"--set {twice[0]}=... sets what another option sets")
+    return method_config(method, settings | further)
+
+
+def _target_modules(names: list[str] | None, method: str) -> list[str] | str | None:
+    """A list of names; a single word of the method ("vision", "all-linear") or an expression by itself."""
+    if names is None or len(names) > 1:
+        return names
+    words = {"language", "vision", "audio", "all", "all-linear"}
+    words |= {"feed_forward", "attention"} if method.upper() in bottleneck.NAMES else set()
+    return names[0] if names[0] in words or not names[0].replace(".", "").isidentifier() else names
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    inspection = inspect_model(options.model, _read_config(options, options.r, options.cell))
+    if options.adapter is None:
+        name, config = options.model, _config_of(options, options.method, options.r, options.cell)
+    else:
+        name, config = _of_adapter(options)
+    if name is None:
+        raise ValueError("which model? Name a folder with config.json, or a model on the Hub")
+    inspection = inspect_model(name, config)
     print(inspection.summary(), inspection.table(), inspection.tree(), sep="\n\n")
     return 0
 
 
+def _of_adapter(options: argparse.Namespace) -> tuple[str | None, PeftConfig]:
+    """The model and the configuration of a saved adapter; its own base model where the command names none."""
+    names = ("r", "cell", "target_modules", "exclude_modules", "no_bias", "bidirectional", "set")
+    if options.method != "read" or any(getattr(options, name) not in (None, False, []) for name in names):
+        raise ValueError("--adapter brings the method and its settings; leave out the options that set them")
+    config = saved_config(options.adapter)
+    return options.model or config.base_model_name_or_path, config
+
+
 def _count(options: argparse.Namespace) -> int:
-    rows = []
-    for cell in options.cell:
-        for r in options.r:
-            inspection = inspect_model(options.model, _read_config(options, r, cell))
-            rows.append([cell, str(r), str(len(inspection.modules)), f"{inspection.trained:,}"])
-            rows[-1].append(f"{inspection.share:.4f} %")
+    reads = [method for method in options.method if method.lower() == "read"]
+    ranked = [method for method in options.method if "r" in method_fields(method)]
+    for option, given, takers in (("--cell", options.cell, reads), ("--r", options.r, ranked)):
+        if given is not None and not takers:
+            raise ValueError(f"{option} means nothing to {', '.join(map(str.upper, options.method))}")
+    inspections: list[tuple[str, int | None, Inspection]] = []
+    for method in options.method:
+        for cell in (options.cell or ["rnn", "none"]) if method in reads else [None]:
+            for r in (options.r or [4, 8, 16]) if method in ranked else [None]:
+                inspection = inspect_model(options.model, _config_of(options, method, r, cell))
+                inspections.append((cell or "", r, inspection))
+    only_read = len(reads) == len(options.method)
+    head = ["cell", "k"] if only_read else ["method", "cell", "r"]
+    rows = [
+        [*([] if only_read else [inspection.method]), cell, "" if r is None else str(r), str(len(inspection.modules)),
+         f"{inspection.trained:,}", f"{inspection.share:.4f} %"]
+        for cell, r, inspection in inspections
+    ]  # fmt: skip
     print(f"{inspection.model}, {inspection.base_parameters:,} parameters\n")
-    print(aligned_table(["cell", "k", "modules", "trained parameters", "share"], rows))
+    print(aligned_table([*head, "modules", "trained parameters", "share"], rows))
     return 0
 
 
 def _card(options: argparse.Namespace) -> int:
     folder: Path = options.adapter
-    if not (folder / "adapter_config.json").is_file():
-        raise ValueError(f"{folder} holds no adapter: there is no adapter_config.json in it")
-    config = AdapterConfig.from_pretrained(str(folder))
+    config = saved_config(folder)
     if not isinstance(config, AdapterConfig):
-        raise ValueError(f"{folder} holds an adapter of another method, {config.peft_type.value}")
+        raise ValueError(f"{folder} holds no adapter of this package's; peft itself writes the card of its methods")
     mapping = config.auto_mapping if isinstance(config.auto_mapping, dict) else None
     with tempfile.TemporaryDirectory() as scratch:
         place = folder if options.write else Path(scratch)

@@ -1,4 +1,4 @@
-"""What READ would adapt in a model, told from the model's configuration alone: no weights are downloaded or loaded."""
+"""What a peft method would adapt in a model, told from the configurations alone: no weights are loaded."""
 
 from __future__ import annotations
 
@@ -10,88 +10,96 @@ from typing import Any
 
 import torch
 import transformers
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from . import models
-from .adapter import READConfig
-from .adapter.layer import Linear
 
 __all__ = ["AdaptedModule", "Inspection", "empty_model", "inspect_model"]
 
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+# What peft's methods raise where a configuration does not fit a model; this package's raise ValueError.
+UNFIT = (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError)
 
 
 @dataclass(frozen=True)
 class AdaptedModule:
-    """One module that READ adapts.
+    """One module that is adapted, or that holds what a method trains beside the adapted ones.
 
     Args:
         path: its path in the model.
         kind: the class of the module.
-        width: the width d of its output.
-        rank: the width k of the bottleneck.
-        cell: the recurrence.
-        parameters: how many READ trains there.
+        width: the width d of its output; None where it has none.
+        rank: the width of the bottleneck, or the rank, k in READ; None where the method has none.
+        cell: the recurrence of READ; None for other methods.
+        parameters: how many are trained there. Parameters that several modules share count where they are first met.
     """
 
     path: str
     kind: str
-    width: int
-    rank: int
-    cell: str
+    width: int | None
+    rank: int | None
+    cell: str | None
     parameters: int
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What READ would adapt in one model.
+    """What a method would adapt in one model.
 
     Args:
         model: the class of the model.
-        modules: the adapted modules, in the model's order.
-        base_parameters: how many parameters the model has without READ.
+        method: the name of the method in peft, such as "READ" or "LORA".
+        modules: the adapted modules, in the model's order, and what else is trained.
+        base_parameters: how many parameters the model has without the adapter.
+        parameters: how many it has with the adapter.
     """
 
     model: str
+    method: str
     modules: tuple[AdaptedModule, ...]
     base_parameters: int
+    parameters: int
 
     @property
     def trained(self) -> int:
-        """How many parameters READ trains."""
+        """How many parameters are trained."""
         return sum(module.parameters for module in self.modules)
 
     @property
     def share(self) -> float:
         """The trained parameters as a part of all, in percent: peft's `trainable%`."""
-        return 100 * self.trained / (self.base_parameters + self.trained)
+        return 100 * self.trained / self.parameters
 
     def groups(self) -> list[tuple[str, list[AdaptedModule]]]:
         """Modules that differ in nothing but the numbers in their paths, with those numbers as ranges."""
-        found: dict[tuple, list[AdaptedModule]] = {}
+        groups: dict[tuple, list[AdaptedModule]] = {}
         for module in self.modules:
-            key = (NUMBER.sub("#", module.path), module.kind, module.width, module.rank, module.cell)
-            found.setdefault(key, []).append(module)
-        return [(_with_ranges(key[0], [m.path for m in group]), group) for key, group in found.items()]
+            alike = (module.kind, module.width, module.rank, module.cell, module.parameters)
+            groups.setdefault((NUMBER.sub("#", module.path), *alike), []).append(module)
+        return [(_with_ranges(key[0], [m.path for m in group]), group) for key, group in groups.items()]
 
     def summary(self) -> str:
         """One line: modules, parameters, share."""
+        count = len(self.modules)
         return (
-            f"{self.model}: READ on {len(self.modules)} modules trains {self.trained:,} of "
-            f"{self.base_parameters + self.trained:,} parameters ({self.share:.4f} %)"
+            f"{self.model}: {self.method} on {count} module{'s' * (count != 1)} trains {self.trained:,} of "
+            f"{self.parameters:,} parameters ({self.share:.4f} %)"
         )
 
     def table(self) -> str:
-        """The groups as a table in Markdown."""
+        """The groups as a table in Markdown; a column that is empty for this method is left out."""
         rows = [
-            [path, module.kind, f"{module.width:,}", str(module.rank), module.cell, str(len(group)),
+            [path, module.kind, _text(module.width), _text(module.rank), module.cell or "", str(len(group)),
              f"{module.parameters:,}", f"{sum(m.parameters for m in group):,}"]
             for path, group in self.groups()
             for module in group[:1]
         ]  # fmt: skip
-        return aligned_table(["modules", "class", "d", "k", "cell", "count", "parameters each", "together"], rows)
+        head = ["modules", "class", "d", self._rank_letter, "cell", "count", "parameters each", "together"]
+        kept = [index for index in range(len(head)) if any(row[index] for row in rows)]
+        return aligned_table([head[index] for index in kept], [[row[index] for index in kept] for row in rows])
 
     def tree(self) -> str:
         """The groups as a tree of the model's parts."""
@@ -101,10 +109,23 @@ class Inspection:
             *parts, last = path.split(".")
             for part in parts:
                 branch = branch.setdefault(part, {})
-            module = group[0]
-            label = f"{last}  d={module.width:,}  k={module.rank}  {module.cell}  {module.parameters:,} parameters"
+            label = self._label(last, group[0])
             branch[label if len(group) == 1 else f"{label}, {len(group)} times"] = {}
         return "\n".join([self.model, *_branches(root, "")])
+
+    def _label(self, name: str, module: AdaptedModule) -> str:
+        sizes = (("d", module.width), (self._rank_letter, module.rank))
+        told = [f"{letter}={size:,}" for letter, size in sizes if size is not None]
+        told += [module.cell] if module.cell else []
+        return "  ".join([name, *told, f"{module.parameters:,} parameters"])
+
+    @property
+    def _rank_letter(self) -> str:
+        return "k" if self.method == "READ" else "r"
+
+
+def _text(size: int | None) -> str:
+    return "" if size is None else f"{size:,}"
 
 
 def _with_ranges(pattern: str, paths: Sequence[str]) -> str:
@@ -165,27 +186,28 @@ def _class_of(name: str, config: PretrainedConfig) -> Any:
     architectures = config.architectures or []
     if not architectures:
         return AutoModel
-    found = getattr(transformers, architectures[0], None) or getattr(models, architectures[0], None)
-    if found is None:
+    cls = getattr(transformers, architectures[0], None) or getattr(models, architectures[0], None)
+    if cls is None:
         raise ValueError(
             f"{name} is a {architectures[0]}, which is no class of transformers {transformers.__version__}: models "
             "with code of their own are built with from_pretrained(..., trust_remote_code=True) and inspected with "
             "inspect_model"
         )
-    return found
+    return cls
 
 
-def inspect_model(model: str | nn.Module, config: READConfig) -> Inspection:
-    """What READ with this configuration adapts in a model.
+def inspect_model(model: str | nn.Module, config: PeftConfig) -> Inspection:
+    """What a method with this configuration adapts in a model.
 
     Args:
         model: a folder or a name on the Hub, see `empty_model`; or a model, **which is adapted by this call**.
-        config: the configuration of READ.
+        config: the configuration of READ, or of any other method of peft.
 
     Raises:
-        OSError, ValueError: those of `empty_model`; READ finds nothing to adapt.
+        OSError, ValueError: those of `empty_model`; the method does not fit the model, or adapts nothing in it.
 
     Example:
+        >>> from peft_read import READConfig
         >>> from transformers import BartConfig, BartModel
         >>> base = BartModel(BartConfig(d_model=16, encoder_layers=1, decoder_layers=1, vocab_size=50))
         >>> inspect_model(base, READConfig(r=4)).trained
@@ -193,18 +215,53 @@ def inspect_model(model: str | nn.Module, config: READConfig) -> Inspection:
     """
     model = empty_model(model) if isinstance(model, str) else model
     base_parameters = sum(parameter.numel() for parameter in model.parameters())
-    kind = type(model).__name__
-    adapted: Any = get_peft_model(model, config, low_cpu_mem_usage=True)  # type: ignore[arg-type]
-    modules = tuple(
-        AdaptedModule(
-            path=name,
-            kind=type(layer.get_base_layer()).__name__,
-            width=layer.out_features,
-            rank=layer.r["default"],
-            cell=layer.cell_name["default"],
-            parameters=sum(p.numel() for p in layer.parameters() if p.requires_grad),
-        )
-        for name, layer in adapted.get_base_model().named_modules()
-        if isinstance(layer, Linear)
+    kind, method = type(model).__name__, str(getattr(config.peft_type, "value", config.peft_type))
+    if config.is_prompt_learning and config.task_type is None:
+        raise ValueError(f"{method} puts its vectors before a model's text and needs a task_type, such as CAUSAL_LM")
+    try:
+        adapted: Any = get_peft_model(model, config, low_cpu_mem_usage=True)  # type: ignore[arg-type]
+    except UNFIT as error:
+        raise ValueError(f"{method} does not fit {kind}: {error or type(error).__name__}") from error
+    modules = _trained_modules(adapted)
+    return Inspection(kind, method, modules, base_parameters, sum(p.numel() for p in adapted.parameters()))
+
+
+def _trained_modules(adapted: Any) -> tuple[AdaptedModule, ...]:
+    """The layers of the method, and the other modules that hold trained parameters, such as a prompt."""
+    counted: set[int] = set()
+
+    def newly_counted(parameters: Any) -> int:
+        trained = {id(p): p.numel() for p in parameters if p.requires_grad and id(p) not in counted}
+        counted.update(trained)
+        return sum(trained.values())
+
+    # Under the names of the model before it was adapted; what stands beside that model, under peft's.
+    base = adapted.get_base_model()
+    inside = {id(module): name for name, module in base.named_modules()}
+    named = [(inside.get(id(module), name), module) for name, module in adapted.named_modules()]
+    layers: list[Any] = [module for _, module in named if isinstance(module, BaseTunerLayer)]
+    # What layers share is a tuner layer around nothing; it is counted there, not in the first layer that refers to it.
+    parameters = {id(layer): newly_counted(layer.parameters()) for layer in sorted(layers, key=_wraps)}
+    modules = []
+    for name, module in named:
+        if id(module) in parameters:
+            modules.append(_adapted_module(name, module, parameters[id(module)]))
+        elif others := newly_counted(module.parameters(recurse=False)):
+            modules.append(AdaptedModule(name, type(module).__name__, None, None, None, others))
+    return tuple(modules)
+
+
+def _wraps(layer: Any) -> bool:
+    return layer.get_base_layer() is not layer
+
+
+def _adapted_module(path: str, layer: Any, parameters: int) -> AdaptedModule:
+    rank, cell = (getattr(layer, name, {}) for name in ("r", "cell_name"))
+    return AdaptedModule(
+        path=path,
+        kind=type(layer.get_base_layer()).__name__,
+        width=getattr(layer, "out_features", None),
+        rank=rank.get("default") if isinstance(rank, dict) else None,
+        cell=cell.get("default") if isinstance(cell, dict) else None,
+        parameters=parameters,
     )
-    return Inspection(kind, modules, base_parameters)

@@ -296,7 +296,7 @@ def _others(given: dict[str, Any], states: torch.Tensor) -> dict[str, tuple[torc
         given: the block's arguments by name.
         states: those of its own tokens.
     """
-    found: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
+    others: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
     for name, other in given.items():
         if other is states or not isinstance(other, torch.Tensor) or other.dim() != 3 or len(other) != len(states):
             continue
@@ -315,8 +315,8 @@ def _others(given: dict[str, Any], states: torch.Tensor) -> dict[str, tuple[torc
             ]
             fitting = [v for v in wide if v.shape[-1] == other.shape[1] and v.shape[0] in (1, other.shape[0])]
             mask = attended_keys(fitting[0], len(other)) if fitting else None
-        found[name] = (other, mask)
-    return found
+        others[name] = (other, mask)
+    return others
 
 
 def _streams(outer: Scope | None, batch: int, length: int, device: torch.device) -> torch.Tensor | None:
@@ -445,14 +445,14 @@ def install_scopes(model: nn.Module, path: str, *, batch_first: bool = True) -> 
         if videos is not None and videos is not tower:
             _hook(videos, _VideosOpening(parameters_of(videos)))
         _hook(tower, _TowerOpening(parameters_of(tower)))
-    found = find_stack(model, path)
-    if found is not None:
-        _, stack, embeds = found
+    nearest = find_stack(model, path)
+    if nearest is not None:
+        _, stack, embeds = nearest
         _hook(stack, _StackOpening(parameters_of(stack), batch_first=is_batch_first(stack), embeds=embeds))
     for block in blocks_around(model, path):
         names = parameters_of(block)
         # A block that is its own stack may still be given rows (N, d), which tell no batch.
-        if names and (found is None or block is not found[1] or not found[2]):
+        if names and (nearest is None or block is not nearest[1] or not nearest[2]):
             _hook(block, _BlockOpening(names, batch_first=batch_first))
 
 

@@ -231,10 +231,10 @@ class Linear(nn.Module, READLayer):
             return None
         key = (self.path, adapter, sequences.call)
         before = None if scope is None else scope.state_before(key, self.path, adapter, None)
-        found = adapt_in_one(sequences.tensor, down, cell, dropout, up, state=before, mask=sequences.mask)
-        if found is None:
+        fused = adapt_in_one(sequences.tensor, down, cell, dropout, up, state=before, mask=sequences.mask)
+        if fused is None:
             return None
-        adapted, states = found
+        adapted, states = fused
         if scope is not None and sequences.keeps_states:
             scope.keep(key, states, None)
         return adapted

@@ -107,15 +107,15 @@ class READModel(AdapterModel):
             if as_list:  # peft takes a name that is a whole path at its word, whatever the layer
                 peft_config.target_modules = in_layers(peft_config)
         elif part == "all-linear":
-            found = linear_targets(self._injected)
-            if found is None and isinstance(self._injected, PreTrainedModel):
+            targets = linear_targets(self._injected)
+            if targets is None and isinstance(self._injected, PreTrainedModel):
                 raise ValueError(
                     f"target_modules='all-linear' finds nothing to adapt in {type(self._injected).__name__}: none of "
                     "its linear layers stands in a block and sees the tokens of a sequence. Name modules in "
                     "`target_modules`, or use a method without a recurrence, such as LoRA."
                 )
-            if found is not None:
-                peft_config.target_modules, left_out = found
+            if targets is not None:
+                peft_config.target_modules, left_out = targets
                 if left_out:
                     logger.warning(
                         "READ leaves %s out of 'all-linear': they see no sequence of their own. Name them in "

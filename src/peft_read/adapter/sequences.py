@@ -86,9 +86,9 @@ def as_sequences(
     for around in () if scope is None else scope.around():
         # One of the same shape has joined the scope of the stack already.
         if around.explicit and (around is scope or (around.batch, around.length) != seen):
-            found = _in_scope(output, around, path, batch_first)
-            if found is not None:
-                return found
+            sequences = _in_scope(output, around, path, batch_first)
+            if sequences is not None:
+                return sequences
     while scope is not None and scope.batch is None and scope.outer is not None:
         scope = scope.outer
     if scope is None or scope.batch is None or scope.length is None:
@@ -100,14 +100,14 @@ def as_sequences(
         source = outer.source_of(layer_input, batch_first=batch_first)
     if source is not None:
         return _of_source(output, *source, batch_first=batch_first)
-    found = _in_scope(output, scope, path, batch_first)
-    if found is not None:
+    sequences = _in_scope(output, scope, path, batch_first)
+    if sequences is not None:
         if scope.unclear is not None:
             raise ValueError(
                 f"READ layer {path!r} sees {scope.batch} rows of {scope.length} tokens, {scope.unclear}. Describe "
                 "them with `sequence_scope(mask=..., segment_ids=...)`, or use cell='none' here (cell_pattern)."
             )
-        return _of_frames(found, scope)
+        return _of_frames(sequences, scope)
     if output.dim() == 2 and not scope.explicit and (output.shape[0] == scope.batch or not _in_a_block(path)):
         # Pooled vectors, or the rows of a projector, which follow nothing.
         return Sequences(output[:, None], lambda delta: delta[:, 0])
@@ -198,11 +198,11 @@ def padding_of(output: torch.Tensor, scope: Scope | None, *, batch_first: bool) 
         True = real; None if all are, or if nothing is known of these rows.
     """
     for around in () if scope is None else scope.around():
-        found = None if around.mask is None else _in_scope(output, around, "", batch_first)
-        if found is not None:
+        sequences = None if around.mask is None else _in_scope(output, around, "", batch_first)
+        if sequences is not None:
             valid = around.mask
             assert valid is not None
-            return found.restore(valid[..., None].expand(*valid.shape, output.shape[-1]))[..., 0]
+            return sequences.restore(valid[..., None].expand(*valid.shape, output.shape[-1]))[..., 0]
     return None
 
 

@@ -135,7 +135,7 @@ class StreamPair:
             keys = list(zip(self.streams, names, strict=True))
             runs = [recording.states.get(key, []) for key in keys]
             if not all(runs):
-                absent += [key for key, found in zip(keys, runs, strict=True) if not found]
+                absent += [key for key, has_run in zip(keys, runs, strict=True) if not has_run]
                 continue
             for video, language in _pair_runs(names, *runs):
                 sides = [

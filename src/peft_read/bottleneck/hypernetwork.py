@@ -136,7 +136,7 @@ class StackHypernetwork(nn.Module):
             task: the embedding (D,) of the task.
             only: the kind and the layer of the one adapter that is wanted; all of them if absent.
         """
-        found: dict[tuple[str, int], Generated] = {}
+        generated: dict[tuple[str, int], Generated] = {}
         layers = range(self.layers) if only is None else (only[1],)
         per_layer = self.layer_embedding.weight if only is None else self.layer_embedding.weight[only[1]][None]
         inputs = torch.cat([task.expand(len(layers), -1), per_layer], dim=-1)
@@ -150,13 +150,13 @@ class StackHypernetwork(nn.Module):
                      for name, generator in generators.items()}  # fmt: skip
             for layer in layers:
                 weights = {name: next(pairs) for name, pairs in parts.items()}
-                found[kind, layer] = Generated(
+                generated[kind, layer] = Generated(
                     weights["down_sampler"],
                     weights["up_sampler"],
                     weights.get("norm_before"),
                     weights.get("norm_after"),
                 )
-        return found
+        return generated
 
 
 class Hypernetworks(nn.Module):
@@ -175,7 +175,7 @@ class Hypernetworks(nn.Module):
         stacks: dict[str, list[Position]] = {}
         for position in positions:
             stacks.setdefault(position.stack, []).append(position)
-        self.stacks = nn.ModuleDict({key: StackHypernetwork(config, found) for key, found in stacks.items()})
+        self.stacks = nn.ModuleDict({key: StackHypernetwork(config, places) for key, places in stacks.items()})
 
     def add_task(self, task: str, like: str | None, init_weights: bool | str, deviation: float | None) -> None:
         """Add the embedding of a further task.

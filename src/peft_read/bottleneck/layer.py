@@ -89,8 +89,8 @@ class Bottleneck(nn.Module):
                 self._reset(sampler, half, init_weights, deviation)
 
     def _samplers(self, half: str) -> list[nn.Module]:
-        found: Any = getattr(self, f"{half}_sampler")
-        return list(found.values()) if isinstance(found, nn.ModuleDict) else [found]
+        half_sampler: Any = getattr(self, f"{half}_sampler")
+        return list(half_sampler.values()) if isinstance(half_sampler, nn.ModuleDict) else [half_sampler]
 
     def _reset(self, sampler: Any, half: str, init_weights: bool | str, deviation: float | None) -> None:
         zero = init_weights is True and half == "up" and self.norm_after is None
@@ -153,12 +153,12 @@ class Bottleneck(nn.Module):
 
     def _others(self, task: str | None) -> list[nn.Parameter]:
         """The parameters of the tasks that are not served."""
-        found: list[nn.Parameter] = []
+        parameters: list[nn.Parameter] = []
         for half in (self.down_sampler, self.up_sampler):
             if isinstance(half, nn.ModuleDict):
                 served = self._of_task(half, task)
-                found += [p for sampler in half.values() if sampler is not served for p in sampler.parameters()]
-        return found
+                parameters += [p for sampler in half.values() if sampler is not served for p in sampler.parameters()]
+        return parameters
 
 
 class GeneratedBottleneck(nn.Module):

@@ -76,20 +76,20 @@ class _Check(WeightsCheck):
         """
         further, lacking = self._tasks_in(unknown), self._tasks_in(missing)
         if further or lacking:
-            found = [
+            differences = [
                 text
                 for text, tasks in (("has", further), ("lacks", lacking))
                 for text in [f"{text} weights of {', '.join(map(repr, tasks))}"]
                 if tasks
             ]
             raise ValueError(
-                f"the tasks of the checkpoint differ from those of the configuration: it {' and '.join(found)}. Load "
-                "it with its own configuration; a task is added afterwards with `add_task`. Nothing was loaded"
+                f"the tasks of the checkpoint differ from those of the configuration: it {' and '.join(differences)}. "
+                "Load it with its own configuration; a task is added afterwards with `add_task`. Nothing was loaded"
             )
 
     def _tasks_in(self, keys: list[str]) -> list[str]:
-        found = {part for key in keys if self.is_of_method(key) for part in key.split(".") if part.startswith("task_")}
-        return sorted(part.removeprefix("task_") for part in found - {"task_embeddings"})
+        names = {part for key in keys if self.is_of_method(key) for part in key.split(".") if part.startswith("task_")}
+        return sorted(part.removeprefix("task_") for part in names - {"task_embeddings"})
 
 
 class BottleneckModel(AdapterModel):
@@ -346,13 +346,13 @@ class HyperformerModel(BottleneckModel):
 
     def _stacks_of(self, paths: list[str], model: nn.Module) -> dict[str, tuple[str, str]]:
         """The path and the key of the stack of each target."""
-        found = {path: _stack_of(model, path) for path in paths}
-        ends = Counter(name.rpartition(".")[2] for name in set(found.values()))
+        stacks = {path: _stack_of(model, path) for path in paths}
+        ends = Counter(name.rpartition(".")[2] for name in set(stacks.values()))
         keys = {
             name: (end if ends[end := name.rpartition(".")[2]] == 1 else name.replace(".", "_")) or "model"
-            for name in found.values()
+            for name in stacks.values()
         }
-        return {path: (name, keys[name]) for path, name in found.items()}
+        return {path: (name, keys[name]) for path, name in stacks.items()}
 
     def _positions_of(self, config: Any, model: nn.Module) -> dict[str, Position]:
         """Where the adapters will stand, by the path of their module.
@@ -365,8 +365,8 @@ class HyperformerModel(BottleneckModel):
             if not path or not self._check_target_module_exists(config, path) or is_inside_an_adapter(model, path):
                 continue
             base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-            found = in_and_out(base)
-            width = found[1] if found is not None else block_width(model, path)
+            in_and_out_widths = in_and_out(base)
+            width = in_and_out_widths[1] if in_and_out_widths is not None else block_width(model, path)
             if width is not None:
                 widths[path] = width
         stacks = self._stacks_of(list(widths), model)
@@ -389,9 +389,9 @@ class HyperformerModel(BottleneckModel):
 
 def _stack_of(model: nn.Module, path: str) -> str:
     """The path of the stack that a module's layer belongs to: what embeds the tokens, else the owner of the layers."""
-    found = find_stack(model, path)
-    if found is not None and found[2]:
-        return found[0]
+    stack = find_stack(model, path)
+    if stack is not None and stack[2]:
+        return stack[0]
     parts = path.split(".")
     first = next((depth for depth, part in enumerate(parts) if part.isdigit()), 1)
     return ".".join(parts[: first - 1])
@@ -424,15 +424,15 @@ def _kinds_of(places: dict[str, tuple[str, int, int]], model: nn.Module) -> dict
         for path, place in places.items()
         if sum(kinds[other] == kinds[path] and places[other][:2] == place[:2] for other in places) > 1
     }
-    found = {}
+    keys = {}
     for path, (stack, _, width) in places.items():
         key = kinds[path]
         if (stack, key) in several:
             key = "_".join((key, *_numberless(path.split("."))[-2:]))
         if len(widths[stack, kinds[path]]) > 1:
             key = f"{key}_{width}"
-        found[path] = key
-    return found
+        keys[path] = key
+    return keys
 
 
 def _numberless(parts: list[str]) -> tuple[str, ...]:

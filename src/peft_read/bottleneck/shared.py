@@ -147,9 +147,9 @@ class HyperformerShared(_Shared):
 
     def hypernetworks(self, adapter: str) -> Hypernetworks:
         """Those of one adapter."""
-        found = self.parts[adapter]
-        assert isinstance(found, Hypernetworks)
-        return found
+        networks = self.parts[adapter]
+        assert isinstance(networks, Hypernetworks)
+        return networks
 
     def task_embedding(self, adapter: str) -> torch.Tensor:
         """The embedding (D,) of the task that is served."""
@@ -172,12 +172,12 @@ class HyperformerShared(_Shared):
 
     def weights_of(self, adapter: str, position: Position) -> Generated:
         """The weights of one adapter at one position; generated for it alone where its stack was not called."""
-        found = self.generated.get((adapter, position.stack))
-        if found is None:
+        weights = self.generated.get((adapter, position.stack))
+        if weights is None:
             networks: Any = self.hypernetworks(adapter).stacks
             only = (position.kind, position.layer)
-            found = networks[position.stack].generate(self.task_embedding(adapter), only)
-        return found[position.kind, position.layer]
+            weights = networks[position.stack].generate(self.task_embedding(adapter), only)
+        return weights[position.kind, position.layer]
 
 
 class _KeepInGraph(torch.autograd.Function):

@@ -277,10 +277,10 @@ class ClipFeatures:
         if self.similarity is not None and text_id is None:
             return self._computed(video_id, tokens, at_most)
         key = (video_id, text_id if self.similarity is not None else None, at_most)
-        found = self._cache.get(key)
-        if found is None:
-            found = self._cache.keep(key, self._computed(video_id, tokens, at_most))
-        return found
+        features = self._cache.get(key)
+        if features is None:
+            features = self._cache.keep(key, self._computed(video_id, tokens, at_most))
+        return features
 
     def num_clips(self, video_id: str) -> int | None:
         """Clips of a video in the shortest kind, before `max_clips`; None: a kind has no features of it."""
@@ -385,9 +385,9 @@ class ClipFeatures:
                 elif stop > end:
                     shortened += 1
         if dropped or shortened:
-            found = f" ({listed(dropped)})" if dropped else ""
+            named = f" ({listed(dropped)})" if dropped else ""
             warnings.warn(
-                f"{len(dropped)} moments lie behind the last clip of their video and are dropped{found}; {shortened} "
+                f"{len(dropped)} moments lie behind the last clip of their video and are dropped{named}; {shortened} "
                 "end behind it and are cut there",
                 stacklevel=3,
             )

@@ -347,10 +347,10 @@ class UMTCollator:
             counts["labels"] = len(scores)
         known = [length for length in counts.values() if length is not None]
         if known and max(known) - min(known) > self.video.max_difference:
-            found = ", ".join(f"{length} {what}" for what, length in counts.items())
+            lengths = ", ".join(f"{length} {what}" for what, length in counts.items())
             raise ValueError(
-                f"{vid!r} has {found}: they differ by more than max_difference={self.video.max_difference}, so their "
-                "rates differ"
+                f"{vid!r} has {lengths}: they differ by more than max_difference={self.video.max_difference}, so "
+                "their rates differ"
             )
 
     def _moments(self, row: Row, num_clips: int) -> Tensor:
@@ -379,8 +379,8 @@ def _check_batch(rows: Sequence[Row]) -> None:
 
 def _where(row: Row) -> str:
     """Which row it is, for messages."""
-    found = [f"{name} {shown(row[name])}" for name in ("qid", "vid") if row.get(name) is not None]
-    return f"{found[0]}: " if found else ""
+    names = [f"{name} {shown(row[name])}" for name in ("qid", "vid") if row.get(name) is not None]
+    return f"{names[0]}: " if names else ""
 
 
 def _all_have(rows: Sequence[Row], column: str) -> bool:

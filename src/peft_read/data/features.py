@@ -222,8 +222,8 @@ def check_features(
             frame = int(np.flatnonzero(~np.isfinite(rows).all(1))[0])
             problems.setdefault("hold NaN or infinite values", []).append(f"{key} (frame {frame})")
     if problems:
-        found = "; ".join(f"{len(keys)} ids {what}: {listed(keys)}" for what, keys in problems.items())
-        raise ValueError(f"{name}: {found}")
+        described = "; ".join(f"{len(keys)} ids {what}: {listed(keys)}" for what, keys in problems.items())
+        raise ValueError(f"{name}: {described}")
     if width is None:
         raise ValueError(f"{name}: no ids were given to check")
     return width

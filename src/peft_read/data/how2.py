@@ -59,8 +59,8 @@ def load_how2(
         raise ValueError(f"split must be the name of a folder in {data_dir}, not {split!r}")
     folder = Path(data_dir) / split
     if not folder.is_dir():
-        found = sorted(entry.name for entry in Path(data_dir).glob("*") if (entry / TRANSCRIPTS).exists())
-        raise FileNotFoundError(f"{folder} does not exist; splits in {data_dir}: {found or 'none'}")
+        splits = sorted(entry.name for entry in Path(data_dir).glob("*") if (entry / TRANSCRIPTS).exists())
+        raise FileNotFoundError(f"{folder} does not exist; splits in {data_dir}: {splits or 'none'}")
     transcripts = _read_lines(folder / TRANSCRIPTS)
     summaries = _read_lines(folder / SUMMARIES) if require_summary else dict.fromkeys(transcripts, "")
     if difference := transcripts.keys() ^ summaries.keys():
@@ -159,10 +159,10 @@ class How2Collator:
         targets = [self.encode(_text(item, "summary"), self.max_target_length) for item in items]
         videos = [self._video(item) for item in items]
         if len({video.shape[1] for video in videos}) > 1:
-            found = listed(
+            widths = listed(
                 [f"{item['video_id']} ({video.shape[1]})" for item, video in zip(items, videos, strict=True)]
             )
-            raise ValueError(f"the videos of a batch have features of different widths: {found}")
+            raise ValueError(f"the videos of a batch have features of different widths: {widths}")
         features = torch.nn.utils.rnn.pad_sequence(videos, batch_first=True)
         return {
             "input_ids": _pad(sources, pad),

@@ -83,9 +83,9 @@ def find_annotations(path: str | Path) -> Path:
     for candidate in (path, *(path.with_name(path.name + suffix) for suffix in COMPRESSED if path.name)):
         if candidate.is_file():
             return candidate
-    found = sorted(file.name for file in path.parent.glob("*.json*")) if path.parent.is_dir() else []
+    others = sorted(file.name for file in path.parent.glob("*.json*")) if path.parent.is_dir() else []
     what = "is no regular file" if path.exists() else "does not exist (nor with .xz or .gz)"
-    raise FileNotFoundError(f"{path} {what}; annotations in its folder: {found or 'none'}")
+    raise FileNotFoundError(f"{path} {what}; annotations in its folder: {others or 'none'}")
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -210,11 +210,11 @@ def read_jsonl(path: str | Path, *, required: Iterable[str] = ()) -> list[Record
 def iterate_jsonl(path: str | Path, *, required: Iterable[str] = ()) -> Iterator[Record]:
     """As `read_jsonl`, one record at a time."""
     path, required = find_annotations(path), list(required)
-    found = False
+    has_records = False
     for number, line in read_lines(path):
         if not line.strip():
             continue
-        found, place = True, f"{path}, line {number}"
+        has_records, place = True, f"{path}, line {number}"
         record, end = _parsed(line, _skip(line, 0), place)
         if _skip(line, end) < len(line):
             raise ValueError(f"{place}: no JSON: text behind the object")
@@ -223,7 +223,7 @@ def iterate_jsonl(path: str | Path, *, required: Iterable[str] = ()) -> Iterator
         if missing := [field for field in required if field not in record]:
             raise ValueError(f"{place}: no {', '.join(map(repr, missing))}")
         yield Record(record, place)
-    if not found:
+    if not has_records:
         raise ValueError(f"{path} is empty")
 
 

@@ -67,8 +67,8 @@ def load_kilogram_parts(
         ValueError: as there, or no annotation names pieces by number.
     """
     records, drawn = _read(annotations, shapes, each)
-    named = {name: [record for record in found if "part" in record] for name, found in records.items()}
-    named = {name: found for name, found in named.items() if found}
+    named = {name: [record for record in of_tangram if "part" in record] for name, of_tangram in records.items()}
+    named = {name: of_tangram for name, of_tangram in named.items() if of_tangram}
     if not named:
         raise ValueError(
             f"{annotations} names no piece by its number ('part'); take one that does, such as the dense set"
@@ -108,8 +108,8 @@ def _shape(record: Record) -> Shape:
         raise ValueError(f"{record.where('viewbox')} must be [x, y, width, height], not {shown(record['viewbox'])}")
     given = record["pieces"]
     if not isinstance(given, dict) or sorted(given) != list(PIECES):
-        found = sorted(given) if isinstance(given, dict) else given
-        raise ValueError(f"{record.where('pieces')} must be the pieces 1 to 7, not {shown(found)}")
+        names = sorted(given) if isinstance(given, dict) else given
+        raise ValueError(f"{record.where('pieces')} must be the pieces 1 to 7, not {shown(names)}")
     pieces = {name: _corners(given[name], f"{record.where('pieces')}: piece {name}") for name in PIECES}
     return {"pieces": pieces, "viewbox": viewbox.tolist()}
 
@@ -137,24 +137,24 @@ def _group(record: Record) -> str | None:
 def _captions(
     records: dict[str, list[Record]], drawn: dict[str, Shape], each: str, prompt: str
 ) -> Iterator[dict[str, Any]]:
-    for name, found in records.items():
-        captions = [record["whole"].strip() for record in found]
+    for name, of_tangram in records.items():
+        captions = [record["whole"].strip() for record in of_tangram]
         row: dict[str, Any] = {"sentence": "", "text": prompt, "visuals": [name], "answers": captions, **drawn[name]}
         if each == "shape":
-            yield example("kilogram_caption", name, group=_group(found[0]), **row)
+            yield example("kilogram_caption", name, group=_group(of_tangram[0]), **row)
             continue
-        for position, (record, caption) in enumerate(zip(found, captions, strict=True)):
+        for position, (record, caption) in enumerate(zip(of_tangram, captions, strict=True)):
             yield example("kilogram_caption", f"{name}#{position}", target=caption, group=_group(record), **row)
 
 
 def _parts(
     records: dict[str, list[Record]], drawn: dict[str, Shape], each: str, prompt: str
 ) -> Iterator[dict[str, Any]]:
-    for name, found in records.items():
+    for name, of_tangram in records.items():
         for piece in PIECES:
             named = [
                 (position, record)
-                for position, record in enumerate(found)
+                for position, record in enumerate(of_tangram)
                 if record["part"].get(piece, UNNAMED) != UNNAMED
             ]
             answers = [record["part"][piece].strip() for _, record in named]

@@ -117,9 +117,9 @@ def pseudo_queries(
             )
         length = min(len(clips), len(texts))
         used: set[object] = set()
-        found = 0
+        taken = 0
         for anchor in generator.permutation(length).tolist():
-            if found == per_video:
+            if taken == per_video:
                 break
             text = texts[anchor].strip()
             runs = moments_of_similar_clips(clips[:length], anchor, threshold=threshold, max_gap=max_gap)
@@ -129,7 +129,7 @@ def pseudo_queries(
             if not text or not runs or text in used or tuple(runs) in used or covered > LONGEST_SHARE * length:
                 continue
             used |= {text, tuple(runs)}
-            found += 1
+            taken += 1
             scores = np.zeros(length)
             for first, last in runs:
                 scores[first : last + 1] = 1.0

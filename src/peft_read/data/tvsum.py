@@ -102,33 +102,32 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _row(record: Record) -> dict[str, Any]:
-    found = {
+    columns = {
         ours: next((name for name in names if record.get(name) is not None), None) for ours, names in NAMES.items()
     }
     vid = record.text("vid")
     label = np.zeros((0, 0))
-    if found["label"] is not None:
-        where = (
-            f"{record.place}: {vid!r} has no labels of the shape (clips, annotators), from 1 to 5; {found['label']!r}"
-        )
-        label = table(record[found["label"]], where, columns=0, low=1, high=5)
+    if columns["label"] is not None:
+        wanted = "no labels of the shape (clips, annotators), from 1 to 5"
+        where = f"{record.place}: {vid!r} has {wanted}; {columns['label']!r}"
+        label = table(record[columns["label"]], where, columns=0, low=1, high=5)
     if not label.size:
         raise ValueError(f"{record.place}: {vid!r} has no labels of the shape (clips, annotators)")
     clips, annotators = label.shape
     if clips == ANNOTATORS != annotators:
         raise ValueError(
-            f"{record.where(str(found['label']))} has {clips} rows and {annotators} columns: is it transposed? Rows "
+            f"{record.where(str(columns['label']))} has {clips} rows and {annotators} columns: is it transposed? Rows "
             f"are clips, columns the {ANNOTATORS} annotators"
         )
     frames = (
         None
-        if found["num_frames"] is None
-        else number(record[found["num_frames"]], record.where(found["num_frames"]), low=1)
+        if columns["num_frames"] is None
+        else number(record[columns["num_frames"]], record.where(columns["num_frames"]), low=1)
     )
     return {
         "vid": vid,
-        "query": "" if found["query"] is None else record.text(found["query"]),
-        "domain": None if found["domain"] is None else record.text(found["domain"]),
+        "query": "" if columns["query"] is None else record.text(columns["query"]),
+        "domain": None if columns["domain"] is None else record.text(columns["domain"]),
         "num_frames": None if frames is None else int(frames),
         "duration": float(CLIP_SECONDS * clips),
         "label": label.tolist(),

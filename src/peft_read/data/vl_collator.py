@@ -166,9 +166,9 @@ class VLCollator:
                 length = self._length(lengths, task)
                 if text is not None and length is not None and len(self.encode(text, None)) > length:
                     cut[task, what] = cut.get((task, what), 0) + 1
-        for (task, what), found in cut.items():
+        for (task, what), times in cut.items():
             warnings.warn(
-                f"{found} {what} of task {task!r} are longer than their limit and lose their end", stacklevel=2
+                f"{times} {what} of task {task!r} are longer than their limit and lose their end", stacklevel=2
             )
 
     def encode(self, text: str, max_length: int | None) -> list[int]:
@@ -250,8 +250,8 @@ def _whole(value: Any, where: str) -> Tensor:
 
 def _stack(rows: Sequence[Row], tokens: Sequence[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Tensor]:
     if len({features.shape[1] for features, _, _ in tokens}) > 1:
-        found = listed([f"{_where(row)} ({one[0].shape[1]})" for row, one in zip(rows, tokens, strict=True)])
-        raise ValueError(f"the visual features of a batch have different widths: {found}")
+        widths = listed([f"{_where(row)} ({one[0].shape[1]})" for row, one in zip(rows, tokens, strict=True)])
+        raise ValueError(f"the visual features of a batch have different widths: {widths}")
     features, boxes, images = (
         nn.utils.rnn.pad_sequence(list(part), batch_first=True) for part in zip(*tokens, strict=True)
     )

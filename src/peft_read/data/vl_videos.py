@@ -184,10 +184,10 @@ def _moment(record: Record) -> tuple[float | None, float | None]:
     text = record.text("ts").strip()
     if text == UNKNOWN_MOMENT:
         return None, None
-    found = MOMENT.fullmatch(text)
-    if not found or float(found[2]) < float(found[1]):
+    match = MOMENT.fullmatch(text)
+    if not match or float(match[2]) < float(match[1]):
         raise ValueError(f"{record.where('ts')} must be 'start-end' in seconds, not {shown(record['ts'])}")
-    return float(found[1]), float(found[2])
+    return float(match[1]), float(match[2])
 
 
 def _words(subtitles: Subtitles) -> Mapping[str, str] | None:
@@ -207,7 +207,7 @@ def _subtitles_of(words: Mapping[str, str] | None, video: str, record: Record) -
 def _how2qa_csv(path: Path, seed: int) -> Iterator[Record]:
     """The lines in VALUE's form, the right answer at a place drawn for each."""
     reader = csv.reader(f"{line}\n" for _, line in read_lines(path))
-    found = False
+    has_records = False
     for position, cells in enumerate(reader, start=1):
         place = f"{path}, line {reader.line_num}"
         if len(cells) != HOW2QA_COLUMNS:
@@ -222,7 +222,7 @@ def _how2qa_csv(path: Path, seed: int) -> Iterator[Record]:
         answers = [*cells[2:5]]
         answers.insert(right, cells[6])
         fields = {"qid": f"{video}_{position}", "vid_name": video, "q": cells[5], "ts": f"{times[1]}-{times[2]}"}
-        found = True
+        has_records = True
         yield Record({**fields, **{f"a{i}": a for i, a in enumerate(answers)}, "answer_idx": right}, place)
-    if not found:
+    if not has_records:
         raise ValueError(f"{path} is empty")

@@ -57,16 +57,16 @@ def load_youtube_highlights(
             "clip_seconds": ListOf(ListOf(Value("float64"))),
         }
     )
-    found: dict[str, str] = {}
-    kept: Iterable[dict[str, Any]] = _kept(path, domain, wanted, found)
+    domains: dict[str, str] = {}
+    kept: Iterable[dict[str, Any]] = _kept(path, domain, wanted, domains)
     if wanted is not None:
         by_id = {row["vid"]: row for row in kept}
-        if unknown := [vid for vid in wanted if vid not in found]:
+        if unknown := [vid for vid in wanted if vid not in domains]:
             raise ValueError(f"{path} has no {len(unknown)} of the videos: {listed(unknown)}")
         kept = [by_id[vid] for vid in wanted if vid in by_id]
     data = dataset_of(kept, features)
     if not len(data):
-        known = sorted(set(found.values()))
+        known = sorted(set(domains.values()))
         raise ValueError(f"{path} has no video of the domain {domain!r}; its domains are {known}")
     return data
 
@@ -80,8 +80,10 @@ def _listed_once(videos: Iterable[str]) -> list[str]:
     return wanted
 
 
-def _kept(path: Path, domain: str | None, wanted: list[str] | None, found: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """Rows of one domain and of the wanted videos; `found` receives the domain of every video of the file."""
+def _kept(
+    path: Path, domain: str | None, wanted: list[str] | None, domains: dict[str, str]
+) -> Iterator[dict[str, Any]]:
+    """Rows of one domain and of the wanted videos; `domains` receives that of every video of the file."""
     records: Iterator[Record]
     if ".jsonl" in path.name:
         records = iterate_jsonl(path, required=("vid",))
@@ -90,9 +92,9 @@ def _kept(path: Path, domain: str | None, wanted: list[str] | None, found: dict[
     chosen = None if wanted is None else set(wanted)
     for record in records:
         row = _row(record)
-        if row["vid"] in found:
+        if row["vid"] in domains:
             raise ValueError(f"{record.place}: the video {row['vid']!r} was already given")
-        found[row["vid"]] = row["domain"]
+        domains[row["vid"]] = row["domain"]
         if domain in (None, row["domain"]) and (chosen is None or row["vid"] in chosen):
             yield row
 

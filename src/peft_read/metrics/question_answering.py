@@ -273,10 +273,10 @@ def _matched(predictions: ByKey, references: ByKey, name: str) -> tuple[dict[str
 
 def _by_id(given: ByKey, name: str) -> dict[str, Any]:
     pairs = given.items() if isinstance(given, Mapping) else enumerate(given)
-    found = {id_of(key, f"an id of the {name}"): value for key, value in pairs}
-    if len(found) < len(given):
+    by_id = {id_of(key, f"an id of the {name}"): value for key, value in pairs}
+    if len(by_id) < len(given):
         raise ValueError(f"two ids of the {name} are the same text")
-    return found
+    return by_id
 
 
 def _text(value: Any, key: str) -> str:

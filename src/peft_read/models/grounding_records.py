@@ -58,8 +58,8 @@ def grounding_records(
         saliency, *boundaries, mask = map(torch.as_tensor, outputs)
         if boundaries:
             windows = [
-                _umt_windows(found.numpy(), seconds, nms_threshold)
-                for found, seconds in zip(boundaries[0], durations, strict=True)
+                _umt_windows(boundary.numpy(), seconds, nms_threshold)
+                for boundary, seconds in zip(boundaries[0], durations, strict=True)
             ]
     scores = highlight_scores(saliency, mask)
     records = []

@@ -106,9 +106,9 @@ def in_and_out(module: nn.Module) -> tuple[int, int] | None:
         ("infeatures", "outfeatures"),
         ("input_size", "output_size"),
     ):
-        found = getattr(module, inputs, None), getattr(module, outputs, None)
-        if isinstance(found[0], int) and isinstance(found[1], int):
-            return found[0], found[1]
+        widths = getattr(module, inputs, None), getattr(module, outputs, None)
+        if isinstance(widths[0], int) and isinstance(widths[1], int):
+            return widths[0], widths[1]
     return None
 
 
@@ -187,15 +187,15 @@ def _attention_around(model: nn.Module, path: str) -> str | None:
     if block is None:
         return None
     parts = path.split(".")
-    found = None
+    attention = None
     for depth in range(block.count(".") + 1, len(parts)):
         module = model.get_submodule(".".join(parts[:depth]))
         if isinstance(module, nn.MultiheadAttention):
             return None
         named = depth > block.count(".") + 1 and ATTENTION_NAME.search(parts[depth - 1])
-        if found is None and (named or ATTENTION_CLASS.search(type(module).__name__)):
-            found = ".".join(parts[:depth])
-    return found
+        if attention is None and (named or ATTENTION_CLASS.search(type(module).__name__)):
+            attention = ".".join(parts[:depth])
+    return attention
 
 
 def kind_of(model: nn.Module, path: str) -> str:
@@ -236,13 +236,13 @@ def _nearest(name: str, block: str, linear: dict[str, tuple[int, int]]) -> list[
     around = name
     while len(around) > len(block):
         around = around.rpartition(".")[0]
-        found = [
+        nearest = [
             widths
             for other, widths in linear.items()
             if other != name and other.startswith(f"{around}.") and not ATTENTION.search(other[len(block) :])
         ]
-        if found:
-            return found
+        if nearest:
+            return nearest
     return []
 
 
@@ -402,11 +402,11 @@ def _nothing_found(model: nn.Module, part: str | None, parts: set[str], blocks: 
     )
     names = ", ".join(f"'{name}'" for name, _ in linear.most_common(12)) or "none"
     if part in ("language", "vision", "audio") and parts:
-        found = f"has no {blocks} in a part {part!r}, only in {', '.join(map(repr, sorted(parts)))}"
+        reason = f"has no {blocks} in a part {part!r}, only in {', '.join(map(repr, sorted(parts)))}"
     else:
-        found = f"has no {blocks} that {method} knows by their structure"
+        reason = f"has no {blocks} that {method} knows by their structure"
     return (
-        f"Please specify `target_modules` in `peft_config`: {family!r} {found}. Its linear layers are {names}; name "
+        f"Please specify `target_modules` in `peft_config`: {family!r} {reason}. Its linear layers are {names}; name "
         f"those that end {'a feed-forward block' if blocks == 'feed-forward blocks' else 'a block'}."
     )
 
@@ -423,12 +423,12 @@ def names_of(paths: list[str], everything: list[str], *, as_list: bool) -> set[s
     for name in everything:
         for ending in _endings(name):
             by_ending.setdefault(ending, set()).add(name)
-    found = {
+    shortest = {
         path: next((e for e in _endings(path) if by_ending[e] <= chosen and not _has_number(e)), None)
         for path in paths
     }
-    if None not in found.values():
-        return set(found.values())  # type: ignore[arg-type]
+    if None not in shortest.values():
+        return set(shortest.values())  # type: ignore[arg-type]
     if as_list:
         return chosen
     by_pattern: dict[str, set[str]] = {}

@@ -60,8 +60,8 @@ def find_stack(model: nn.Module, path: str) -> tuple[str, nn.Module, bool] | Non
         if isinstance(module, PreTrainedModel):
             break  # what is around it has another sequence, as a language model has around its image encoder
     owners = [(name, module) for name, module, owns_list in takes_mask if owns_list]
-    found = owners[0] if owners else takes_mask[0][:2] if takes_mask else None
-    return None if found is None else (*found, False)
+    stack = owners[0] if owners else takes_mask[0][:2] if takes_mask else None
+    return None if stack is None else (*stack, False)
 
 
 def _is_of_another_model(stack: nn.Module, below: list[str]) -> bool:
@@ -73,8 +73,8 @@ def _is_of_another_model(stack: nn.Module, below: list[str]) -> bool:
 
 def is_causal(model: nn.Module, path: str) -> bool:
     """Whether a layer belongs to a decoder: its stack says so, or the self-attention beside it."""
-    found = find_stack(model, path)
-    stack = found[1] if found is not None else None
+    path_and_stack = find_stack(model, path)
+    stack = path_and_stack[1] if path_and_stack is not None else None
     if getattr(stack, "is_decoder", False) or getattr(getattr(stack, "config", None), "is_decoder", False) is True:
         return True
     # The block around the layer is the part of its path up to the last number.
@@ -98,15 +98,15 @@ def blocks_around(model: nn.Module, path: str) -> list[nn.Module]:
         path: the layer's path.
     """
     parts = path.split(".")
-    found: list[nn.Module] = []
+    blocks: list[nn.Module] = []
     for depth in range(1, len(parts)):
         if not parts[depth - 1].isdigit() or "experts" in parts[:depth]:
             continue
         if isinstance(model.get_submodule(".".join(parts[: depth - 1])), nn.ModuleList):
             block = model.get_submodule(".".join(parts[:depth]))
             if not isinstance(block, (nn.ModuleList, nn.ModuleDict)):
-                found.append(block)
-    return found
+                blocks.append(block)
+    return blocks
 
 
 def _modules_around(model: nn.Module, path: str) -> Iterator[nn.Module]:

@@ -22,8 +22,8 @@ def in_layers(config: Any) -> set[str]:
     indices, patterns = config.layers_to_transform, config.layers_pattern or r"[^.]+"
     chosen = {indices} if isinstance(indices, int) else set(indices or ())
     names = "|".join([patterns] if isinstance(patterns, str) else patterns)
-    found = {name: re.search(rf"(?:^|\.)(?:{names})\.(\d+)(?:\.|$)", name) for name in config.target_modules or ()}
-    return {name for name, layer in found.items() if layer is None or int(layer[1]) in chosen}
+    layers = {name: re.search(rf"(?:^|\.)(?:{names})\.(\d+)(?:\.|$)", name) for name in config.target_modules or ()}
+    return {name for name, layer in layers.items() if layer is None or int(layer[1]) in chosen}
 
 
 class AdapterModel(BaseTuner):

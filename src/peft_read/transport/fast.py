@@ -86,8 +86,8 @@ def _try_loops() -> str:
     problem = _example(torch.device("cpu"))
     kernel = Kernel(problem, torch.float32, False)
     with backends.compiling("the transport loops", numba_kernels.solve_all):
-        found = numba_kernels.solve_compiled(problem, kernel, tol=1e-5, max_iter=20)
-    return _compare(problem, kernel, found)
+        scaling = numba_kernels.solve_compiled(problem, kernel, tol=1e-5, max_iter=20)
+    return _compare(problem, kernel, scaling)
 
 
 def _try_kernel(device: torch.device) -> str:
@@ -97,12 +97,12 @@ def _try_kernel(device: torch.device) -> str:
     left, right, _, n_iter, done = solve_fused(
         problem.cost, problem.rows, problem.cols, problem.total, problem.reg, None, tol=1e-5
     )
-    found = Scaling(left, right, n_iter.long(), done > 0)
-    return _compare(problem, Kernel(problem, torch.float32, False), found)
+    scaling = Scaling(left, right, n_iter.long(), done > 0)
+    return _compare(problem, Kernel(problem, torch.float32, False), scaling)
 
 
-def _compare(problem: Problem, kernel: Kernel, found: Scaling) -> str:
+def _compare(problem: Problem, kernel: Kernel, scaling: Scaling) -> str:
     known = solve_newton(problem, kernel, tol=1e-6, max_iter=50)
-    plans = [kernel.plan(one.log_left, one.log_right) for one in (found, known)]
+    plans = [kernel.plan(one.log_left, one.log_right) for one in (scaling, known)]
     close = bool(((plans[0] - plans[1]).abs() <= 1e-4).all())  # false of a NaN too
-    return "" if close and bool(found.converged.all()) else "its plan differs from that of torch"
+    return "" if close and bool(scaling.converged.all()) else "its plan differs from that of torch"

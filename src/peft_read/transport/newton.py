@@ -238,7 +238,7 @@ def _line_search(dual: _Dual, y: Tensor, direction: Tensor, cols: Tensor, log_ma
     length = torch.ones_like(first)
     low, high = torch.zeros_like(first), torch.full_like(first, math.inf)
     low_slope, high_slope = first, -first
-    found = torch.zeros_like(first)
+    chosen = torch.zeros_like(first)
     settled = first <= 0  # not uphill: only rounding is left, the ascent sweep decides
     for trial in range(LINE_SEARCH_TRIALS):
         free = y + length[:, None] * direction
@@ -250,7 +250,7 @@ def _line_search(dual: _Dual, y: Tensor, direction: Tensor, cols: Tensor, log_ma
         slope = torch.where(inside, slope, slope.clamp_max(0)).sum(-1)
         top = slope.abs() <= FLAT * first + noise
         rising = slope > 0
-        found = torch.where(~settled & (top | rising), length, found)
+        chosen = torch.where(~settled & (top | rising), length, chosen)
         settled = settled | top | (rising & (length >= 1))
         if bool(settled.all()):
             break
@@ -260,9 +260,9 @@ def _line_search(dual: _Dual, y: Tensor, direction: Tensor, cols: Tensor, log_ma
             between = low + (high - low) * low_slope / (low_slope - high_slope).clamp_min(tiny)
         else:
             between = (torch.maximum(low, high * 1e-4) * high).sqrt()
-        length = torch.where(settled, found, between)
-    if bool((found != length).any()):
-        free = y + found[:, None] * direction
+        length = torch.where(settled, chosen, between)
+    if bool((chosen != length).any()):
+        free = y + chosen[:, None] * direction
         _, log_mass, log_ktu = dual.rows_at(torch.where(dual.cols_full, free, free.clamp_max(0)), log_mass)
     return log_mass, log_ktu
 

@@ -58,14 +58,14 @@ def solve_compiled(problem: Problem, kernel: Kernel, *, tol: float, max_iter: in
         n_iter,
         converged,
     )
-    found = Scaling(*map(torch.from_numpy, (left, right, n_iter, converged)))
-    if bool(found.converged.all()):
-        return found
-    rest = (~found.converged).nonzero()[:, 0]
+    scaling = Scaling(*map(torch.from_numpy, (left, right, n_iter, converged)))
+    if bool(scaling.converged.all()):
+        return scaling
+    rest = (~scaling.converged).nonzero()[:, 0]
     again = solve_newton(problem.select(rest), kernel.select(rest), tol=tol, max_iter=max_iter)
-    found.log_left[rest], found.log_right[rest] = again.log_left, again.log_right
-    found.n_iter[rest], found.converged[rest] = again.n_iter, again.converged
-    return found
+    scaling.log_left[rest], scaling.log_right[rest] = again.log_left, again.log_right
+    scaling.n_iter[rest], scaling.converged[rest] = again.n_iter, again.converged
+    return scaling
 
 
 def _array(tensor: Tensor) -> np.ndarray:
@@ -287,7 +287,7 @@ def _newton(k, c, a, b, total, spread, full, settings, limit, y, v, r, scale, kt
         if done or step == limit:
             return step, done, w
         first, noise = _direction(k, a, b, penalised, full, settings, y, v, r, scale, ktu, w, direction)
-        low, high, low_slope, high_slope, found, length = 0.0, np.inf, first, -first, 0.0, 1.0
+        low, high, low_slope, high_slope, chosen, length = 0.0, np.inf, first, -first, 0.0, 1.0
         for trial in range(LINE_SEARCH_TRIALS):
             if first <= 0:
                 break
@@ -301,7 +301,7 @@ def _newton(k, c, a, b, total, spread, full, settings, limit, y, v, r, scale, kt
                 if cols_full or y[j] + length * direction[j] <= 0 or part < 0:
                     slope += part
             if slope > 0 or abs(slope) <= FLAT * first + noise:
-                found = length
+                chosen = length
             if abs(slope) <= FLAT * first + noise or (slope > 0 and length >= 1):
                 break
             if slope > 0:
@@ -313,7 +313,7 @@ def _newton(k, c, a, b, total, spread, full, settings, limit, y, v, r, scale, kt
             else:
                 length = np.sqrt(max(low, high * 1e-4) * high)
         for j in range(m):
-            free = y[j] + found * direction[j]
+            free = y[j] + chosen * direction[j]
             y[j] = free if cols_full or free < 0 else 0.0
         w = _rows_at(k, a, total, rows_full, y, v, r, scale, ktu, w)
         top = -np.inf

@@ -239,8 +239,8 @@ def _solved(problem: Problem, method: str, tol: float, max_iter: int | None, gra
     with torch.set_grad_enabled(gradient == "unrolled" and torch.is_grad_enabled()):
         if method == "exact":
             plan = exact.solve_exact(problem).to(problem.cost)
-            found = torch.zeros_like(problem.total).long()
-            return plan, Scaling(_no_scaling(problem.rows), _no_scaling(problem.cols), found, found == 0)
+            zeros = torch.zeros_like(problem.total).long()
+            return plan, Scaling(_no_scaling(problem.rows), _no_scaling(problem.cols), zeros, zeros == 0)
         if method == "paper":
             return _paper(problem, tol, max_iter)
         at_least = problem.cost.dtype if tol > 1e-6 else torch.float64
@@ -276,8 +276,8 @@ def _from_above(problem: Problem) -> Tensor:
     while stretch > 1:
         coarse = replace(problem, reg=problem.reg * stretch, span=problem.span / stretch)
         kernel = Kernel(coarse, torch.float64, True)
-        found = solve_newton(coarse, kernel, tol=COARSE, max_iter=COARSE_STEPS, start=start).log_right
-        start, stretch = torch.where(problem.cols > 0, found, 0) * 2, stretch / 2
+        coarse_right = solve_newton(coarse, kernel, tol=COARSE, max_iter=COARSE_STEPS, start=start).log_right
+        start, stretch = torch.where(problem.cols > 0, coarse_right, 0) * 2, stretch / 2
     return start
 
 
@@ -366,10 +366,10 @@ def _weights(
         valid = valid.to(device)
         wrong = None if wrong is None else wrong.to(device).broadcast_to(shape).reshape(count, -1).any(-1)
     if weights is None:
-        found = valid.double()
+        checked = valid.double()
         if marginals == "uniform":
-            found = found / found.sum(-1, keepdim=True).clamp_min(1)
-        return found.broadcast_to(shape).reshape(-1, shape[-1]), wrong
+            checked = checked / checked.sum(-1, keepdim=True).clamp_min(1)
+        return checked.broadcast_to(shape).reshape(-1, shape[-1]), wrong
     name = f"{side}_weights"
     if marginals == "count":
         raise ValueError(f'{name} cannot be given with marginals="count", which sets every weight to 1.')
@@ -377,24 +377,24 @@ def _weights(
         raise ValueError(
             f"{name} must be a real tensor of shape {shape}, or broadcast to it, got {shape_of(weights)}."
         )
-    found = weights.detach().to(device).double()
-    good = (found >= 0) & found.isfinite()
+    checked = weights.detach().to(device).double()
+    good = (checked >= 0) & checked.isfinite()
     if check and not bool(good.all()):
-        raise ValueError(f"{name} must be finite and at least 0, got {float(found.nan_to_num(-math.inf).amin())}.")
-    found, valid = found.broadcast_to(shape), valid.broadcast_to(shape)
-    found = torch.where(valid, found, 0).reshape(-1, shape[-1])
-    sums = found.sum(-1)
+        raise ValueError(f"{name} must be finite and at least 0, got {float(checked.nan_to_num(-math.inf).amin())}.")
+    checked, valid = checked.broadcast_to(shape), valid.broadcast_to(shape)
+    checked = torch.where(valid, checked, 0).reshape(-1, shape[-1])
+    sums = checked.sum(-1)
     empty = (sums <= 0) & valid.reshape(-1, shape[-1]).any(-1)
     if not check:
         bad = empty | ~sums.isfinite() | ~good.broadcast_to(shape).reshape(count, -1).all(-1)
-        return found, bad if wrong is None else wrong | bad
+        return checked, bad if wrong is None else wrong | bad
     if bool(empty.any()):
         raise ValueError(
             f"{name} sums to zero in a problem that has real entries: every problem needs a positive sum."
         )
     if not bool(sums.isfinite().all()):
         raise ValueError(f"{name} sums to infinity: scale the weights.")
-    return found, None
+    return checked, None
 
 
 def _fraction(

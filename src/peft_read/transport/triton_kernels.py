@@ -85,10 +85,10 @@ def exponents(cost, rows, line, col, b, low, inverse, n, m, WIDE: tl.constexpr):
     valid = (tl.load(rows + line, line < n, 0.0) > 0)[:, None] & (b > 0)[None, :]
     c = tl.load(cost + line[:, None] * m + col[None, :], inside, 0.0)
     if WIDE:
-        found = (low - c.to(tl.float64)) * inverse
+        exponent = (low - c.to(tl.float64)) * inverse
     else:
-        found = (low - c.to(tl.float64)).to(tl.float32) * inverse.to(tl.float32)
-    return tl.where(valid, found, -float("inf"))
+        exponent = (low - c.to(tl.float64)).to(tl.float32) * inverse.to(tl.float32)
+    return tl.where(valid, exponent, -float("inf"))
 
 
 @triton.jit
@@ -200,8 +200,9 @@ def sweeps(
                 nearest = tl.where(nearest == -float("inf"), 0.0, nearest)
                 flow = tl.sum(a * tl.exp(below - nearest), 0)
                 rest = total - held
-                found = (flow > 0) & (rest > 0)
-                step = tl.where(found, tl.log(tl.where(found, rest / tl.where(found, flow, 1.0), 1.0)) - nearest, 0.0)
+                movable = (flow > 0) & (rest > 0)
+                ratio = tl.where(movable, rest / tl.where(movable, flow, 1.0), 1.0)
+                step = tl.where(movable, tl.log(ratio) - nearest, 0.0)
                 climbing = (step > 1e-12).to(tl.int32)
                 log_w = log_w + tl.maximum(step, 0.0)
                 fill += 1
@@ -282,8 +283,8 @@ def sweeps(
         tl.store(left + row, tl.load(left + row, row < n, 0.0) - row_shift, row < n)
         tl.debug_barrier()
         cap = tl.where(b > 0, log_b - log_ktu, 0.0)  # overfull columns are cut down
-        found = tl.where(b > 0, tl.minimum(y, cap), -float("inf"))
-        tl.store(right + problem * m + col, tl.where(exists, found, -float("inf")), col < m)
+        log_right = tl.where(b > 0, tl.minimum(y, cap), -float("inf"))
+        tl.store(right + problem * m + col, tl.where(exists, log_right, -float("inf")), col < m)
         if exists == 0:
             tl.store(left + row, tl.full([BLOCK_ROWS], -float("inf"), tl.float64), row < n)
         tl.store(bounds + problem * 2, low)

@@ -85,8 +85,8 @@ def task_loss(logits: Tensor, labels: Tensor, kind: str, scores: Tensor | None =
     examples = tokens.sum(1) / lengths.clamp(min=1)  # (B,)
     if kind == "scored_sample_mean":
         if scores is None or scores.shape != examples.shape:
-            found = "none" if scores is None else f"{tuple(scores.shape)}"
-            raise ValueError(f"{kind!r} needs the score of every answer, (B,) = ({len(labels)},), and got {found}")
+            given = "none" if scores is None else f"{tuple(scores.shape)}"
+            raise ValueError(f"{kind!r} needs the score of every answer, (B,) = ({len(labels)},), and got {given}")
         examples = examples * scores.to(examples)
     return LossSum(examples.sum(), torch.tensor(float(len(labels)), device=logits.device))
 

@@ -140,7 +140,7 @@ def _read(options: Mapping[str, Any], weights: Mapping[str, Tensor]) -> _Setting
     named = options.get("tasks") or re.split("[, ]+", flags.get("tasks") or "")
     tasks = [str(task) for task in named if task]
     adapter = added.get("adapter_config")
-    prompts = {side: found for side in ("encoder", "decoder") if (found := added.get(f"{side}_prompt_config"))}
+    prompts = {side: settings for side in ("encoder", "decoder") if (settings := added.get(f"{side}_prompt_config"))}
     if "decoder" in prompts and backbone == "t5":
         raise ValueError("decoder_prompt_config: the original's VL-T5 has no prompts of the decoder")
     if (adapter or prompts) and not tasks:
@@ -190,13 +190,13 @@ def _renamed(weights: Mapping[str, Tensor], rename: Any) -> dict[str, Tensor]:
     Raises:
         ValueError: two weights with different values come to share a name.
     """
-    found: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     for key, value in weights.items():
         name = rename(key)
-        if name in found and not torch.equal(found[name], value):
+        if name in renamed and not torch.equal(renamed[name], value):
             raise ValueError(f"{key} should be shared by the tasks, and differs from another task's")
-        found[name] = value
-    return found
+        renamed[name] = value
+    return renamed
 
 
 def _add(base: Any, settings: _Settings, weights: Mapping[str, Tensor]) -> Any:
@@ -275,9 +275,9 @@ def _name_in_bottleneck(key: str, prefix: str, config: BottleneckConfig, setting
     assert match is not None
     block, kind, rest = match.groups()
     rest = rest.replace("pre_layer_norm.", "norm_before.").replace("post_layer_norm.", "norm_after.")
-    found = re.fullmatch(r"adapters\.(\w+)\.(down|up)_sampler\.(.*)", rest)
-    if found is not None:
-        task, half, weight = found.groups()
+    sampler = re.fullmatch(r"adapters\.(\w+)\.(down|up)_sampler\.(.*)", rest)
+    if sampler is not None:
+        task, half, weight = sampler.groups()
         if shared_rule == "tasks" and weight == "phm_rule":
             rest = f"{half}_rule.weight"
         else:

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from transformers import BartConfig, BartForConditionalGeneration, BartModel
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqModelOutput
 from transformers.models.bart.modeling_bart import BartAttention, BartEncoder
 from transformers.utils import can_return_tuple
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..generation_cache import cache_argument
+from ..output_capturing import OutputRecorder, capture_outputs
 from ..vision_guidance import ReportedState, VisionGuidance
-from ..visual_generation import VisualGeneration
+from ..vision_guided_generation import VisionGuidedGeneration
 from .configuration_vg_bart import VGBartConfig
 
 __all__ = ["VGBartEncoder", "VGBartForConditionalGeneration", "VGBartModel"]
@@ -164,7 +164,7 @@ class VGBartModel(BartModel):
         )
 
 
-class VGBartForConditionalGeneration(VisualGeneration, BartForConditionalGeneration):
+class VGBartForConditionalGeneration(VisionGuidedGeneration, BartForConditionalGeneration):
     """VG-BART with its language-modelling head (Yu et al., EMNLP 2021).
 
     A plain BART checkpoint is a valid start: `from_plain_checkpoint`, or `from_pretrained(folder, config=...)` with a
@@ -190,62 +190,3 @@ class VGBartForConditionalGeneration(VisualGeneration, BartForConditionalGenerat
         super().__init__(config)
         self.model = VGBartModel(config)
         self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        decoder_input_ids: Tensor | None = None,
-        decoder_attention_mask: Tensor | None = None,
-        encoder_outputs: Any = None,
-        cache: Any = None,
-        inputs_embeds: Tensor | None = None,
-        decoder_inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        video_features: Tensor | None = None,
-        video_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
-    ) -> Seq2SeqLMOutput:
-        """Predict the next tokens of a summary.
-
-        Args:
-            input_ids: the transcript (B, S).
-            attention_mask: (B, S), non-zero = real.
-            decoder_input_ids: (B, T); by default the labels, shifted.
-            decoder_attention_mask: (B, T).
-            encoder_outputs: what the encoder returned for the same inputs.
-            cache: the cache of generation.
-            inputs_embeds: (B, S, d) in place of `input_ids`.
-            decoder_inputs_embeds: (B, T, d) in place of `decoder_input_ids`.
-            labels: (B, T), -100 = no label.
-            use_cache: whether to return a cache.
-            video_features: the frames (B, F, visual_feature_dim).
-            video_mask: (B, F), non-zero = real.
-            past_key_values: the name of `cache` before transformers 5.24.
-            num_items_in_batch: see `sequence_cross_entropy`.
-            **kwargs: `output_hidden_states`, `output_attentions`, ...
-
-        Returns:
-            `Seq2SeqLMOutput`; `encoder_hidden_states` holds the fused state at `fusion_layer + 1`.
-        """
-        decoder_input_ids = self._decoder_inputs(labels, decoder_input_ids, decoder_inputs_embeds)
-        outputs = super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            decoder_input_ids=decoder_input_ids,
-            decoder_attention_mask=decoder_attention_mask,
-            encoder_outputs=encoder_outputs,
-            inputs_embeds=inputs_embeds,
-            decoder_inputs_embeds=decoder_inputs_embeds,
-            use_cache=use_cache if labels is None else False,
-            video_features=video_features,
-            video_mask=video_mask,
-            return_dict=True,
-            **cache_argument(cache, past_key_values),
-            **kwargs,
-        )
-        return self._with_loss(outputs, labels, num_items_in_batch)

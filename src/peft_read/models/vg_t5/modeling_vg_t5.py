@@ -7,17 +7,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.t5.modeling_t5 import T5Stack
 from transformers.utils import can_return_tuple
-from transformers.utils.output_capturing import capture_outputs
 
-from ..generation_cache import cache_argument
+from ..new_modules import reset_new_module
+from ..output_capturing import capture_outputs
 from ..vision_guidance import VISUAL_MODULES, VisionGuidance
-from ..visual_generation import VisualGeneration
+from ..vision_guided_generation import VisionGuidedGeneration
 from .configuration_vg_t5 import VGT5Config
 
 __all__ = ["VGT5Encoder", "VGT5ForConditionalGeneration"]
@@ -41,13 +40,7 @@ class VGT5Encoder(VisionGuidance, T5Stack):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """T5's initialisation for T5's modules, PyTorch's own for the linears of the video guidance."""
-        visual = (part for name, child in self.named_children() if name in VISUAL_MODULES for part in child.modules())
-        if isinstance(module, nn.Linear | nn.MultiheadAttention) and any(module is part for part in visual):
-            reset = module.reset_parameters if isinstance(module, nn.Linear) else module._reset_parameters
-            reset()
-            if isinstance(module, NonDynamicallyQuantizableLinear):  # the output projection of PyTorch's attention
-                nn.init.zeros_(module.bias)
-        else:
+        if not reset_new_module(self, module, VISUAL_MODULES):
             super()._init_weights(module)
 
     @can_return_tuple
@@ -142,7 +135,7 @@ class VGT5Encoder(VisionGuidance, T5Stack):
         return self.custom_layer_norm(states + self.dropout(update))
 
 
-class VGT5ForConditionalGeneration(VisualGeneration, T5ForConditionalGeneration):
+class VGT5ForConditionalGeneration(VisionGuidedGeneration, T5ForConditionalGeneration):
     """VG-T5 with its language-modelling head (Yu et al., EMNLP 2021).
 
     A plain T5 or flan-T5 checkpoint is a valid start: `from_plain_checkpoint`, or `from_pretrained(folder,
@@ -168,69 +161,3 @@ class VGT5ForConditionalGeneration(VisualGeneration, T5ForConditionalGeneration)
         super().__init__(config)
         self.encoder = VGT5Encoder(cast(VGT5Config, self.encoder.config))
         self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        decoder_input_ids: Tensor | None = None,
-        decoder_attention_mask: Tensor | None = None,
-        encoder_outputs: Any = None,
-        cache: Any = None,
-        inputs_embeds: Tensor | None = None,
-        decoder_inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        video_features: Tensor | None = None,
-        video_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
-    ) -> Seq2SeqLMOutput:
-        """Predict the next tokens of a summary.
-
-        Args:
-            input_ids: the transcript (B, S).
-            attention_mask: (B, S), non-zero = real.
-            decoder_input_ids: (B, T); by default the labels, shifted.
-            decoder_attention_mask: (B, T).
-            encoder_outputs: what the encoder returned for the same inputs.
-            cache: the cache of generation.
-            inputs_embeds: (B, S, d) in place of `input_ids`.
-            decoder_inputs_embeds: (B, T, d) in place of `decoder_input_ids`.
-            labels: (B, T), -100 = no label.
-            use_cache: whether to return a cache.
-            video_features: the frames (B, F, visual_feature_dim).
-            video_mask: (B, F), non-zero = real.
-            past_key_values: the name of `cache` before transformers 5.24.
-            num_items_in_batch: see `sequence_cross_entropy`.
-            **kwargs: `output_hidden_states`, `output_attentions`, ...
-
-        Returns:
-            `Seq2SeqLMOutput`; `encoder_hidden_states[-1]` is the fused state, those before it are the blocks' outputs.
-            With `fusion_place="layer"` the fused state stands at `fusion_layer + 1`.
-        """
-        decoder_input_ids = self._decoder_inputs(labels, decoder_input_ids, decoder_inputs_embeds)
-        if encoder_outputs is None:
-            encoder_outputs = self.encoder(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                inputs_embeds=inputs_embeds,
-                video_features=video_features,
-                video_mask=video_mask,
-                return_dict=True,
-                **kwargs,
-            )
-        outputs = super().forward(
-            attention_mask=attention_mask,
-            decoder_input_ids=decoder_input_ids,
-            decoder_attention_mask=decoder_attention_mask,
-            encoder_outputs=encoder_outputs,
-            decoder_inputs_embeds=decoder_inputs_embeds,
-            use_cache=use_cache if labels is None else False,
-            return_dict=True,
-            **cache_argument(cache, past_key_values),
-            **kwargs,
-        )
-        return self._with_loss(outputs, labels, num_items_in_batch)

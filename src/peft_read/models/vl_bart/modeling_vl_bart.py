@@ -11,9 +11,9 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import Seq2SeqModelOutput
 from transformers.models.bart.modeling_bart import BartEncoder
 from transformers.utils import can_return_tuple
-from transformers.utils.output_capturing import capture_outputs
 
 from ..generation_cache import NAME, cache_argument
+from ..output_capturing import capture_outputs
 from ..visual_token_generation import VisualTokenGeneration
 from ..visual_tokens import VISUAL_INPUTS, JointOutput, VisualTokens, prompts_of
 from .configuration_vl_bart import VLBartConfig

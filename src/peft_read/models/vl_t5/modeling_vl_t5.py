@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.t5.modeling_t5 import T5LayerNorm, T5Stack
-from transformers.utils.output_capturing import capture_outputs
 
+from ..new_modules import reset_new_module
+from ..output_capturing import capture_outputs
 from ..visual_token_generation import VISUAL_TOKEN_MODULES, VisualTokenGeneration
 from ..visual_tokens import JointOutput, VisualTokens
 from .configuration_vl_t5 import VLT5Config
@@ -38,12 +39,7 @@ class VLT5Encoder(VisualTokens, T5Stack):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """T5's initialisation for T5's modules, PyTorch's own for the visual embedding and the prompts."""
-        added = (
-            part for name, child in self.named_children() if name in VISUAL_TOKEN_MODULES for part in child.modules()
-        )
-        if isinstance(module, nn.Linear | nn.Embedding) and any(module is part for part in added):
-            module.reset_parameters()
-        else:
+        if not reset_new_module(self, module, VISUAL_TOKEN_MODULES):
             super()._init_weights(module)
 
     @capture_outputs
