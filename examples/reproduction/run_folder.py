@@ -43,7 +43,10 @@ FREE_ARGUMENTS = frozenset(
         "dataloader_prefetch_factor",
     }
 )
-WRITTEN = ("run.json", "results.json", "report.md", "learning_curve.png", "command.json")
+WRITTEN = (
+    *("run.json", "results.json", "report.md", "learning_curve.png", "command.json"),
+    *("each_test.json", "each_validation.json"),
+)
 TIMES = re.compile(r".*(_runtime|_per_second|_preparation_time)")  # entries of the log that differ from run to run
 
 
