@@ -367,3 +367,29 @@ def test_a_bottleneck_after_attention_and_feed_forward_blocks_of_every_stack(wor
     assert (counts["attention"] - heads) % one == (counts["feed_forward"] - heads) % one == 0
     places = (counts["attention"] - heads) // one, (counts["feed_forward"] - heads) // one
     assert places == ((3, 2) if kind == "moment_detr" else (4, 2))
+
+
+def test_distance_and_precision_over_the_test_split(world, backbone, tmp_path, capsys):
+    distance_and_precision = importlib.import_module("distance_and_precision")
+    arguments = ["--model_name_or_path", str(backbone), "--method", "read", "--pvla", "--r", "2", "--max_steps", "2"]
+    arguments += ["--test_file", world["test"], "--output_dir", str(tmp_path / "run"), "--save_strategy", "no"]
+    result = ground_moments.main(qvhighlights(world, *arguments, "--eval_strategy", "no", "--pictures", "0"))
+    options = ["--run", str(tmp_path / "run"), "--output_dir", str(tmp_path / "out"), "--batch_size", "4"]
+    numbers = distance_and_precision.main([*options, "--query", "20"])
+    (right, precision), (wrong, _) = numbers["right"], numbers["wrong"]
+    assert precision.mean == pytest.approx(result["test"]["MR-full-mAP"], abs=0.01)
+    assert right.mean != wrong.mean and numbers["gap"][0].mean == pytest.approx(wrong.mean - right.mean)
+    page = (tmp_path / "out" / "table7.md").read_text()
+    assert page in capsys.readouterr().out and "| own query | " in page and page.startswith("6 test queries")
+    assert all((tmp_path / "out" / name).stat().st_size > 5_000 for name in ("table7.png", "plan.png"))
+    rows = [{"qid": i, "vid": f"s{i // 2}_0_1", "query": str(i)} for i in range(6)]
+    replaced = distance_and_precision.mismatched(rows)
+    assert all(
+        a["vid"] == b["vid"] and int(a["query"]) // 2 != int(b["query"]) // 2
+        for a, b in zip(rows, replaced, strict=True)
+    )
+    with pytest.raises(ValueError, match="all test queries are of one source"):
+        distance_and_precision.mismatched(rows[:2])
+    for wrong_options in (["--query", "999"], ["--run", str(tmp_path)]):
+        with pytest.raises(SystemExit):
+            distance_and_precision.main([*options, *wrong_options])
