@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from comparison import Comparison, Experiment, Results, build_parser, choose, spread
+from comparison import Comparison, Experiment, Results, build_parser, choose, described, loss_cell, spread
 from comparison import markdown as table
 from multitask_report import draw_tasks
 
@@ -66,19 +66,11 @@ def table_row(name: str, results: Results, comparison: Comparison) -> dict[str, 
     chosen = choose(name, results, comparison.wanted(name), score, selection=comparison.selection)
     if chosen is None:
         return None
-    runs = [result for of_seed in chosen.seeds.values() for result in of_seed]
-    return {
-        "name": name,
-        "learning_rate": chosen.rate,
-        "rates_tried": chosen.rates_tried,
-        "selected_on": chosen.selected_on,
-        "trainable": runs[0]["trainable"],
-        "share": runs[0]["trainable"] / runs[0]["parameters"],
-        "validation_loss": 0.0 - mean(map(score, runs)),
-        "seconds": mean(result["seconds"] for result in runs),
-        "seeds": sorted(chosen.seeds),
-        "metrics": runs[0]["metrics"],
-        "scores": {task: [result["after"][task] for result in runs] for task in runs[0]["metrics"]},
+    metrics = chosen.results[0]["metrics"]
+    return described(name, chosen) | {
+        "validation_loss": 0.0 - mean(map(score, chosen.results)),
+        "metrics": metrics,
+        "scores": {task: [result["after"][task] for result in chosen.results] for task in metrics},
     }
 
 
@@ -89,8 +81,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     metrics = rows[0]["metrics"]
 
     def cells(row: dict[str, Any]) -> list[str]:
-        loss = f"{row['validation_loss']:.3f}" if row["validation_loss"] else "–"
-        return [loss, *(spread(row["scores"][task]) for task in metrics), f"{row['seconds']:.0f}"]
+        return [loss_cell(row), *(spread(row["scores"][task]) for task in metrics), f"{row['seconds']:.0f}"]
 
     return table(
         ["validation loss", *(f"{task} ({metric})" for task, metric in metrics.items()), "seconds"], rows, cells
