@@ -24,7 +24,7 @@ from significance import compare, holm
 SCRIPT = Path(__file__).parents[1] / "vl_multitask.py"
 REFERENCE = "full"
 FIXED = ("--measure_before", "false")
-FULL_RATES, ADAPTER_RATES = (3e-4, 1e-3), (1e-3, 3e-3)
+FULL_RATES, ADAPTER_RATES = (3e-4, 1e-3), (3e-3,)
 METHODS = {
     "frozen": Experiment("--method none", (0.0,)),
     "full": Experiment("--method full", FULL_RATES),
