@@ -134,7 +134,7 @@ class BottleneckModel(AdapterModel):
             peft_config.target_modules = default_targets(
                 self._injected, part, as_list=as_list, endings_of=endings_of, blocks=blocks, method=self.method
             )
-            if as_list:  # peft takes a name that is a whole path at its word, whatever the layer
+            if as_list:  # peft matches a name that is a whole path in every layer, layers_to_transform or not
                 peft_config.target_modules = in_layers(peft_config)
         return super()._prepare_adapter_config(peft_config, {"model_type": None, **model_config})
 
