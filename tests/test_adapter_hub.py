@@ -13,7 +13,7 @@ from tiny_models import FAMILIES, adapted, build
 from torch import nn
 from zoo.families import build_model, family_named
 
-from peft_read import READConfig
+from peft_read import BottleneckConfig, CompacterConfig, HyperformerConfig, READConfig
 from peft_read.peft_methods.card import update_model_card
 
 
@@ -140,17 +140,30 @@ def card_on_the_hub(load):
     return stub
 
 
-def test_pushing_to_the_hub(tmp_path, monkeypatch, summariser):
+@pytest.mark.parametrize(
+    ("config", "tags"),
+    [
+        (READConfig(r=2, cell="gru"), {"read", "arxiv:2312.06950"}),
+        (BottleneckConfig(r=4, tasks=["caption", "nlvr"], share="up"), {"bottleneck-adapter", "arxiv:1902.00751"}),
+        (CompacterConfig(r=4), {"compacter", "arxiv:2106.04647"}),
+        (HyperformerConfig(r=4, tasks=["caption", "nlvr"]), {"hyperformer", "arxiv:2106.04489"}),
+    ],
+    ids=lambda value: getattr(value, "peft_type", None) and value.peft_type.value,
+)
+def test_pushing_to_the_hub(tmp_path, monkeypatch, config, tags):
     """The files that leave for the Hub are a working adapter with its card; the Hub itself is a stub."""
     import transformers.utils.hub as hub
 
+    base = build("bart")
+    base.name_or_path = base.config._name_or_path = "someone/tiny-bart"
+    adapter = get_peft_model(base, config)
     sent, repositories = {}, []
 
     class Address:
-        repo_id, endpoint = "me/read-tiny-bart", "https://hub.invalid"
+        repo_id, endpoint = "me/tiny-bart", "https://hub.invalid"
 
         def __str__(self):
-            return "https://hub.invalid/me/read-tiny-bart"
+            return "https://hub.invalid/me/tiny-bart"
 
     class Api:
         def __getattr__(self, name):
@@ -167,19 +180,19 @@ def test_pushing_to_the_hub(tmp_path, monkeypatch, summariser):
     monkeypatch.setattr(hub, "hf_api", Api)
     monkeypatch.setattr(hub.ModelCard, "load", card_on_the_hub(hub.ModelCard.load))
     with torch.no_grad():
-        for parameter in summariser.parameters():
+        for parameter in adapter.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1)
-    summariser.push_to_hub("me/read-tiny-bart")
-    assert repositories == ["me/read-tiny-bart"]
+    adapter.push_to_hub("me/tiny-bart")
+    assert repositories == ["me/tiny-bart"]
     assert set(sent) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     card = ModelCard(sent["README.md"].decode())
-    assert card.data.library_name == "peft" and {"read", "peft-read", "arxiv:2312.06950"} <= set(card.data.tags)
+    assert card.data.library_name == "peft" and {"peft-read", *tags} <= set(card.data.tags)
     assert card.data.base_model == "someone/tiny-bart" and card.text.count("import peft_read") == 1
     for name, content in sent.items():
         (tmp_path / name).write_bytes(content)
     loaded = PeftModel.from_pretrained(build("bart"), tmp_path)
-    for name, parameter in summariser.state_dict().items():
+    for name, parameter in adapter.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], parameter), name
 
 

@@ -4,9 +4,12 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
+
+from peft_read.models import VLBartConfig, VLBartForConditionalGeneration
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = "--use_cpu --disable_tqdm true --num_train_samples 24 --num_validation_samples 8 --num_test_samples 8"
@@ -143,6 +146,68 @@ def test_real_formats_are_split_by_what_they_share(scripts, reference_data):
     row = suite.splits["test"]["nlvr"][0]
     assert sorted(suites.scene_tokens({**row, "draw": 0.99}).image_ids) != []
     assert (suites.scene_tokens(row).features == suites.scene_tokens({**row, "draw": 0.0}).features).all()
+
+
+def published_files(folder):
+    """Three examples per split of each benchmark, in the files that its authors publish, with features and boxes."""
+    rng = np.random.default_rng(0)
+    image = {"img_id": "1", "sent": "What is this?"}
+    choices = {f"a{place}": f"He sits {place}." for place in range(5)}
+    records = {
+        "vqa": lambda i: {**image, "question_id": i, "label": {"net": 1.0, "mesh": 0.3}, "answer_type": "other"},
+        "gqa": lambda i: {**image, "question_id": f"0{i}", "label": {"pipe": 1.0}},
+        "nlvr": lambda i: (
+            {"identifier": f"dev-{i}-0-0", "img0": "1", "img1": "2", "label": i % 2, "sent": "Two."} | {"uid": f"n{i}"}
+        ),
+        "tvqa": lambda i: (
+            {"qid": i, "vid_name": "1", "show_name": "Castle", "q": "Why?", "ts": "1.2-3.4", "answer_idx": i} | choices
+        ),
+        "how2qa": lambda i: (
+            {"qid": i, "vid_name": "1", "q": "Why?", "ts": "1.2-3.4", "answer_idx": i}
+            | {name: choices[name] for name in ("a0", "a1", "a2", "a3")}
+        ),
+        "tvc": lambda i: (
+            {"clip_id": i, "vid_name": "1", "duration": 9.0, "ts": [1.0, 2.5]}
+            | {"descs": [{"desc_id": i, "desc": "A man cooks.", "type": "v"}]}
+        ),
+        "yc2c": lambda i: (
+            {"clip_id": i, "vid_name": "1", "duration": 9.0} | {"descs": [{"desc_id": i, "desc": "wash the rice"}]}
+        ),
+    }
+    for task, record in records.items():
+        (folder / task).mkdir()
+        for split in ("train", "validation", "test"):
+            rows = [record(i) for i in range(3)]
+            if task in ("vqa", "gqa", "nlvr"):
+                (folder / task / f"{split}.json").write_text(json.dumps(rows))
+            else:
+                (folder / task / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "caption").mkdir()
+    coco = [
+        {"filename": f"{i}.jpg", "cocoid": i, "split": split, "sentences": [{"raw": "A dog runs."}, {"raw": "Dogs."}]}
+        for i, split in enumerate(("train", "restval", "val", "test"))
+    ]
+    (folder / "caption" / "dataset_coco.json").write_text(json.dumps({"images": coco}))
+    (folder / "tvqa" / "subtitles.jsonl").write_text(json.dumps({"vid_name": "1", "sub": [{"text": "Hello."}]}))
+    corners = np.sort(rng.random((5, 2, 2)), axis=1).reshape(5, 4)
+    for task in [*records, "caption"]:
+        for kind in ("features", "boxes"):
+            (folder / task / kind).mkdir()
+            for key in "0123":
+                np.save(folder / task / kind / f"{key}.npy", rng.random((5, 6)) if kind == "features" else corners)
+
+
+@pytest.mark.parametrize("suite", ["image", "video"])
+def test_the_benchmarks_run_in_their_published_formats(scripts, backbone, tmp_path, suite):
+    pytest.importorskip("pycocoevalcap")
+    published_files(tmp_path)
+    config = VLBartConfig.from_pretrained(backbone)
+    config.update({"visual_feature_dim": 6, "num_images": 2, "max_objects": 64, "max_position_embeddings": 640})
+    wide = tmp_path / "wide"
+    VLBartForConditionalGeneration(config).save_pretrained(wide)
+    AutoTokenizer.from_pretrained(backbone).save_pretrained(wide)
+    result = run(scripts, wide, tmp_path / "out", "--suite", suite, "--data_dir", str(tmp_path), "--share", "multiple")
+    assert set(result["after"]) == set(scripts["data"].SUITES[suite]) and result["reloaded_is_identical"]
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from multitask_data import SUITES, Suite, load_suite
+from multitask_data import SUITES, Suite, load_suite, unit_of
 from multitask_models import (
     ModelArguments,
     adapted,
@@ -173,6 +173,7 @@ class Run:
         result["after"] = averages(scores)
         # Of each example, so that comparisons can be paired.
         result["scores"] = {task: [round(score, 4) for score in each] for task, each in scores.items()}
+        result["units"] = {task: [unit_of(row) for row in self.test_rows(task)] for task in self.tasks}
         result["examples"] = {task: self.examples(task, answers[task]) for task in self.tasks}
         if script.method != "none" and self.folder is not None:
             result |= self.save(trained, Path(training.output_dir) / "trained", answers)

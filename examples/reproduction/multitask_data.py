@@ -73,6 +73,11 @@ class Suite:
     boxes: Any = None
 
 
+def unit_of(row: Row) -> str:
+    """What examples have in common, and is one observation in a test: NLVR's sentence, else the picture or video."""
+    return str(row["group"] if row["task"] == "nlvr" else (row.get("visuals") or [row["id"]])[0])
+
+
 def exact_match(predictions: Sequence[str], rows: Rows) -> list[float]:
     """100 for an answer that is the target, letter by letter."""
     return [100.0 * (text == row["target"]) for text, row in zip(predictions, rows, strict=True)]
