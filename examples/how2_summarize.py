@@ -10,7 +10,7 @@
 Without `--data_dir` it generates How2-mini and adapts the small backbone beside this script to the one domain that the
 backbone has never seen. With it, the data is in the How2 layout: `<split>/tran.tok.txt`, `<split>/desc.tok.txt`, and
 features as `video_features/<id>.npy` or `video_features.npz`. A YAML file of arguments may come first; arguments after
-it win. An interrupted run that is started again with the same arguments goes on from its last checkpoint.
+it win. An interrupted run that is started again with the same arguments resumes from its last checkpoint.
 The run itself is in `reproduction/summarise.py`.
 """
 

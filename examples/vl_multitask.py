@@ -9,7 +9,7 @@ script to three tasks (a statement to verify, a question to answer, a scene to d
 backbone has never seen. With it, the tasks are human sentences on such scenes: NLVR, KiloGram and COCO's people
 (docs/data.md says where they are published). `--method` is one of full, bitfit, prompt, lora, adapter, compacter,
 hyperformer, read, read_pvla; `--share` says what the tasks share. An interrupted run that is started again with the
-same arguments goes on from its last checkpoint. The run itself is in `reproduction/multitask.py`.
+same arguments resumes from its last checkpoint. The run itself is in `reproduction/multitask.py`.
 """
 
 import sys

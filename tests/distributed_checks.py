@@ -30,7 +30,7 @@ def check_ddp(folder: Path) -> None:
     """Two processes x accumulation 2 x batch 4 = one batch of 16, with unequal label counts."""
     for family in ("bart", "t5", "gpt2", "llama"):
         for find_unused in (None, True, False):
-            found, log = one_step(
+            actual, log = one_step(
                 family,
                 folder / family,
                 batch_size=4,
@@ -40,7 +40,7 @@ def check_ddp(folder: Path) -> None:
                 ddp_find_unused_parameters=find_unused,
             )
             expected, task, pvla = reference_gradient(family, items(family))
-            error = relative_error(found, expected)
+            error = relative_error(actual, expected)
             assert error < 1e-5, (family, find_unused, error)
             assert abs(log[0]["task_loss"] - task) < 1e-4 * task, (family, log[0], task)
             assert abs(log[0]["pvla_loss"] - pvla) < 1e-4 * pvla, (family, log[0], pvla)
@@ -52,7 +52,7 @@ def check_ddp(folder: Path) -> None:
 def check_multitask(folder: Path) -> None:
     """Two processes x accumulation 3 of six batches of three tasks = one step that holds all of them."""
     train = multitask.data()
-    found, log = multitask.step_of(
+    actual, log = multitask.step_of(
         folder,
         train,
         options={"task_batch_sizes": {"vqa": 4, "nlvr": 2, "caption": 3}},
@@ -60,7 +60,7 @@ def check_multitask(folder: Path) -> None:
         ddp_backend="gloo",
     )
     assert dist.get_world_size() == WORLD_SIZE
-    error = relative_error(found, multitask.expected_step(train, batches={"vqa": 2, "nlvr": 2, "caption": 2}))
+    error = relative_error(actual, multitask.expected_step(train, batches={"vqa": 2, "nlvr": 2, "caption": 2}))
     assert error < 1e-5, error
     mean = sum(log[0][f"{task}_loss"] for task in multitask.TASKS) / 3
     assert abs(log[0]["loss"] - mean) < 1e-4 * mean, log[0]

@@ -42,25 +42,25 @@ def batch_of(step: int, micro: int, rank: int) -> dict[str, torch.Tensor]:
 
 def in_one_process(config, schedule) -> list[dict[str, torch.Tensor]]:
     """The gradients of each step, the mean over processes of the sum over accumulated batches."""
-    model, found = adapted(config), []
+    model, actual = adapted(config), []
     for step, micros in enumerate(schedule):
         model.zero_grad()
         for micro, tasks in enumerate(micros):
             for rank, task in enumerate(tasks):
                 set_task(model, task)
                 (model(**batch_of(step, micro, rank)).loss / WORLD_SIZE).backward()
-        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-    return found
+        actual.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    return actual
 
 
-def compare(found, expected, case) -> None:
+def compare(actual, expected, case) -> None:
     assert expected and max(g.abs().max() for g in expected.values()) > 0, case
     for name, gradient in expected.items():
         torch.testing.assert_close(
-            found[name], gradient, rtol=1e-4, atol=1e-7, msg=lambda m, n=name: f"{case} {n} {m}"
+            actual[name], gradient, rtol=1e-4, atol=1e-7, msg=lambda m, n=name: f"{case} {n} {m}"
         )
     # Of a task that nobody served there is nothing, or zero, which moves no weight without momentum.
-    assert all(not gradient.any() for name, gradient in found.items() if name not in expected), case
+    assert all(not gradient.any() for name, gradient in actual.items() if name not in expected), case
 
 
 def check_ddp(rank: int) -> None:
@@ -75,8 +75,8 @@ def check_ddp(rank: int) -> None:
                     last = micro == len(micros) - 1
                     with nullcontext() if last else wrapped.no_sync():
                         wrapped(**batch_of(step, micro, rank)).loss.backward()
-                found = {n: p.grad for n, p in wrapped.module.named_parameters() if p.grad is not None}
-                compare(found, expected[step], (name, search, step))
+                actual = {n: p.grad for n, p in wrapped.module.named_parameters() if p.grad is not None}
+                compare(actual, expected[step], (name, search, step))
 
 
 def check_fsdp2(rank: int) -> None:
@@ -93,12 +93,12 @@ def check_fsdp2(rank: int) -> None:
             for micro, tasks in enumerate(micros):
                 set_task(model, tasks[rank])
                 model(**batch_of(step, micro, rank)).loss.backward()
-            found = {
+            actual = {
                 n: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
                 for n, p in model.named_parameters()
                 if p.grad is not None
             }
-            compare(found, expected[step], (name, "fsdp2", step))
+            compare(actual, expected[step], (name, "fsdp2", step))
 
 
 if __name__ == "__main__":

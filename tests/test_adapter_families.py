@@ -479,8 +479,8 @@ def test_a_part_that_is_neither_text_nor_image_is_no_default():
     model = nn.Module()
     model.protein_encoder = t.BertModel(t.BertConfig(**BLOCKS, vocab_size=20))
     model.language_model = causal("llama")
-    found = {ending.part for ending in feed_forward_endings(model)}
-    assert found == {"other", "language"}
+    actual = {ending.part for ending in feed_forward_endings(model)}
+    assert actual == {"other", "language"}
 
 
 class _PackedBlock(nn.Module):

@@ -27,13 +27,13 @@ PROGRAMS = Path(__file__).with_name("programs")
 
 def interpreters():
     """The other Pythons of this machine, as pyenv keeps them."""
-    found = {}
+    interpreters = {}
     for root in (os.environ.get("PYENV_ROOT"), Path.home() / ".pyenv"):
         for python in sorted(Path(root or "/nonexistent").glob("versions/*/bin/python")):
             version = python.parts[-3]
             if version.startswith(("3.10.", "3.12.", "3.13.", "3.14.")):
-                found[version] = python
-    return found
+                interpreters[version] = python
+    return interpreters
 
 
 @pytest.mark.parametrize("version", ["3.10", "3.12", "3.13"])

@@ -293,9 +293,9 @@ def test_presets_find_both_streams_of_the_projects_backbones(kind, blocks, frame
     aligner = Aligner(model, PVLAConfig())
     with aligner.record() as recording:
         outputs = model(**inputs)
-    found = aligner.blocks(recording, inputs, outputs)
-    assert len(found) == blocks
-    for block in found:
+    actual = aligner.blocks(recording, inputs, outputs)
+    assert len(actual) == blocks
+    for block in actual:
         assert block.video.shape[:2] == (2, frames)
         assert block.language.shape[:2] == (2, words)
         assert block.video_mask.sum() == 10

@@ -96,11 +96,11 @@ def test_an_aborted_try_leaves_no_trace_in_the_log(tmp_path):
         return outputs
 
     inner.forward = out_of_memory
-    found = trainer(tmp_path, model, per_device_train_batch_size=2, auto_find_batch_size=True, logging_steps=2,
+    actual = trainer(tmp_path, model, per_device_train_batch_size=2, auto_find_batch_size=True, logging_steps=2,
                     gradient_accumulation_steps=2)  # fmt: skip
-    found.train()
+    actual.train()
     assert calls[:2] == [2, 2] and calls[2] == 1
-    (row,) = log_of(found)
+    (row,) = log_of(actual)
     assert row[0] == pytest.approx(row[1] + 0.1 * row[2], rel=1e-4)
     assert row[3] == pytest.approx(0.5, abs=1e-3)
 

@@ -160,16 +160,16 @@ def reference_gradient(family, rows):
     return torch.cat([g.flatten() for g in gradients]).double(), float(task.detach()), float(pvla.detach())
 
 
-def relative_error(found, expected):
-    return float((found - expected).norm() / expected.norm())
+def relative_error(actual, expected):
+    return float((actual - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("family", ["bart", "t5", "gpt2", "llama"])
 def test_accumulated_gradients_are_those_of_one_batch(family, tmp_path):
     expected, task, pvla = reference_gradient(family, items(family))
     for accumulation in (1, 2, 4, 8):
-        found, log = one_step(family, tmp_path, batch_size=16 // accumulation, accumulation=accumulation)
-        assert relative_error(found, expected) < 1e-5, accumulation
+        actual, log = one_step(family, tmp_path, batch_size=16 // accumulation, accumulation=accumulation)
+        assert relative_error(actual, expected) < 1e-5, accumulation
         assert log[0]["task_loss"] == pytest.approx(task, rel=1e-4)
         assert log[0]["pvla_loss"] == pytest.approx(pvla, rel=1e-4)
         assert log[0]["loss"] == pytest.approx(task + WEIGHT * pvla, rel=1e-4)
@@ -180,15 +180,15 @@ def test_accumulated_gradients_are_those_of_one_batch(family, tmp_path):
 def test_an_unequal_last_micro_batch_counts_by_its_examples(family, tmp_path):
     rows = items(family, count=11)  # micro-batches of 4, 4 and 3
     expected, _, _ = reference_gradient(family, rows)
-    found, _ = one_step(family, tmp_path, batch_size=4, accumulation=3, data=rows)
-    assert relative_error(found, expected) < 1e-5
+    actual, _ = one_step(family, tmp_path, batch_size=4, accumulation=3, data=rows)
+    assert relative_error(actual, expected) < 1e-5
 
 
 def test_the_check_sees_a_wrong_scale(tmp_path, monkeypatch):
     expected, _, _ = reference_gradient("bart", items("bart"))
     monkeypatch.setattr(AlignedTrainer, "_share_of_step", lambda self, examples, items_in_batch: 1.0)
-    found, _ = one_step("bart", tmp_path, batch_size=4, accumulation=4)
-    assert relative_error(found, expected) > 1e-2
+    actual, _ = one_step("bart", tmp_path, batch_size=4, accumulation=4)
+    assert relative_error(actual, expected) > 1e-2
 
 
 def test_label_smoothing_is_exact_too(tmp_path):
@@ -203,11 +203,11 @@ def test_a_micro_batch_without_labels_contributes_only_its_alignment(tmp_path):
     rows = items("bart")
     for row in rows[:8]:
         row["labels"][:] = -100
-    found, log = one_step(
+    actual, log = one_step(
         "bart", tmp_path, batch_size=4, accumulation=4, data=rows, train_sampling_strategy="sequential"
     )
     expected, task, _ = reference_gradient("bart", rows)
-    assert relative_error(found, expected) < 1e-5
+    assert relative_error(actual, expected) < 1e-5
     assert log[0]["task_loss"] == pytest.approx(task, rel=1e-4)
 
 

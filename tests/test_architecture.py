@@ -63,7 +63,7 @@ def imported_files(path: Path) -> set[Path]:
     Imports inside functions count in the rooms whose parts are chosen at run time, elsewhere they break no order.
     """
     package = ("peft_read", *path.relative_to(PACKAGE).parts[:-1])
-    found = set()
+    files = set()
     tree = ast.parse(path.read_text())
     everywhere = path.relative_to(PACKAGE).parts[0] in ("recurrence", "transport")
     for node in ast.walk(tree) if everywhere else tree.body:
@@ -73,8 +73,8 @@ def imported_files(path: Path) -> set[Path]:
         folder = PACKAGE.joinpath(*(part for part in base[1:] if part))
         for candidate in (folder.with_suffix(".py"), *(folder / f"{alias.name}.py" for alias in node.names)):
             if candidate.is_file():
-                found.add(candidate)
-    return found - {path}
+                files.add(candidate)
+    return files - {path}
 
 
 def test_no_circles_between_files():

@@ -230,9 +230,9 @@ def test_a_summarisers_prompts_are_words_and_frames_before_the_first(kind):
         add_prompts(model, length=2)
         model.prompts.text.copy_(embedded)
         model.prompts.video.copy_(frames)
-        found = encoder(**inputs, output_hidden_states=True)
-    assert torch.allclose(found.last_hidden_state, wanted.last_hidden_state[:, 2:], atol=1e-5)
-    for short, long in zip(found.hidden_states, wanted.hidden_states, strict=True):
+        actual = encoder(**inputs, output_hidden_states=True)
+    assert torch.allclose(actual.last_hidden_state, wanted.last_hidden_state[:, 2:], atol=1e-5)
+    for short, long in zip(actual.hidden_states, wanted.hidden_states, strict=True):
         assert torch.allclose(short, long[:, 2:], atol=1e-5)
 
 

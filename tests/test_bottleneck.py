@@ -216,8 +216,8 @@ def test_weights_read_without_a_call_are_no_positions():
 
     model = nn.Module()
     model.blocks = nn.ModuleList([Block(), Block()])
-    found = get_peft_model(model, BottleneckConfig(r=2)).base_model.targeted_module_names
-    assert found == ["blocks.0.down", "blocks.1.down"]
+    actual = get_peft_model(model, BottleneckConfig(r=2)).base_model.targeted_module_names
+    assert actual == ["blocks.0.down", "blocks.1.down"]
     with pytest.raises(ValueError, match="reads the weights of its last layer without calling it"):
         get_peft_model(model, BottleneckConfig(r=2, target_modules=["out_proj"]))
 
@@ -243,8 +243,8 @@ def test_a_packed_attention_that_calls_its_last_layer_has_a_position():
 
 @pytest.fixture(scope="module")
 def counts(reference_data):
-    found = json.loads(reference_data("golden/vl_adapter/data/parameter_counts.json").read_text())
-    return {**found["from_scripts"], **found["variants"]}
+    counts_of_original = json.loads(reference_data("golden/vl_adapter/data/parameter_counts.json").read_text())
+    return {**counts_of_original["from_scripts"], **counts_of_original["variants"]}
 
 
 BASES = {
@@ -286,8 +286,8 @@ def test_the_originals_numbers_of_parameters(family, counts):
             groups = counts[case][family]["by_group"]
             expected = sum(groups.get(name, 0) for name in ("adapters", "hypernet", "task_embeddings"))
             model = get_peft_model(base, config())
-            found = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            assert found == expected, (case, found, expected)
+            actual = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            assert actual == expected, (case, actual, expected)
             base = model.unload()
 
 
@@ -413,14 +413,14 @@ def test_the_originals_generated_weights(reference_data, case, prefix, stack):
     task = tensors[f"state_dict/{prefix}shared_task_embed.task_to_embeddings.vqa"]
     generated = network.generate(task)
     assert len(generated) == 2 * len(kinds)
-    for (kind, layer), found in generated.items():
+    for (kind, layer), actual in generated.items():
         place = f"hidden/vqa.generated.{prefix}{stack}.adapter_layers_hyper_net.layer{layer}.{kind}"
         for half in ("down", "up"):
             for index, part in enumerate(("weight", "bias")):
                 expected = tensors[f"{place}.{half}.{part}"]
-                torch.testing.assert_close(getattr(found, half)[index], expected, rtol=0, atol=2e-6)
+                torch.testing.assert_close(getattr(actual, half)[index], expected, rtol=0, atol=2e-6)
         alone = network.generate(task, (kind, layer))[kind, layer]
-        torch.testing.assert_close(alone.up[0], found.up[0], rtol=0, atol=1e-6)
+        torch.testing.assert_close(alone.up[0], actual.up[0], rtol=0, atol=1e-6)
 
 
 # Hyperformer
@@ -448,8 +448,8 @@ def test_a_layer_outside_its_stack_generates_its_own_weights():
     shared = model.base_model.model.shared_over_layers
     weights = shared.hypernetworks("default").stacks["encoder"].generate(shared.task_embedding("default"))
     expected = layer.base_layer(x)
-    found = weights["feed_forward", 0]
-    expected = expected + F.linear(F.gelu(F.linear(expected, *found.down), approximate="tanh"), *found.up)
+    actual = weights["feed_forward", 0]
+    expected = expected + F.linear(F.gelu(F.linear(expected, *actual.down), approximate="tanh"), *actual.up)
     torch.testing.assert_close(layer(x), expected)
 
 
@@ -472,13 +472,13 @@ def test_tasks_and_layers_get_different_weights(name):
     model = adapted(name)
     shared = model.base_model.model.shared_over_layers
     decoder = shared.hypernetworks("default").stacks["decoder"]
-    found = {}
+    generated_down = {}
     for task in ("vqa", "gqa"):
         set_task(model, task)
         for place, weights in decoder.generate(shared.task_embedding("default")).items():
-            found[task, *place] = weights.down[0]
-    assert len(found) == 2 * 3 * 2
-    flat = torch.stack([weight.flatten() for weight in found.values()])
+            generated_down[task, *place] = weights.down[0]
+    assert len(generated_down) == 2 * 3 * 2
+    flat = torch.stack([weight.flatten() for weight in generated_down.values()])
     assert (torch.cdist(flat, flat) + torch.eye(len(flat)) > 1e-3).all()
 
 

@@ -193,11 +193,11 @@ def test_a_task_must_be_chosen_and_known(name):
         set_task(model, "snli")
     with model.disable_adapter():
         assert torch.equal(logits(model), logits(build("bart")))
-    found = []
+    outputs = []
     for task in TASKS:
         with set_task(model, task):
-            found.append(logits(model))
-    assert all(not torch.equal(one, two) for i, one in enumerate(found) for two in found[:i])
+            outputs.append(logits(model))
+    assert all(not torch.equal(one, two) for i, one in enumerate(outputs) for two in outputs[:i])
     assert {module.task for module in model.modules() if isinstance(module, TaskModule)} == {None}
 
 
@@ -252,17 +252,17 @@ def test_adapters_named_after_tasks_are_switched_and_none_is_frozen(config):
     model.base_model.set_requires_grad(["vqa", "gqa"])
     every = trained(model)
     model.eval()
-    found = {}
+    outputs = {}
     for task in ("vqa", "gqa"):
         set_task(model, task)
         assert trained(model) == every and model.active_adapter == task == model.base_model.active_adapter
-        found[task] = logits(model)
-    assert not torch.equal(*found.values())
+        outputs[task] = logits(model)
+    assert not torch.equal(*outputs.values())
     with set_task(model, "vqa"):
-        assert torch.equal(logits(model), found["vqa"])
-    assert torch.equal(logits(model), found["gqa"])
+        assert torch.equal(logits(model), outputs["vqa"])
+    assert torch.equal(logits(model), outputs["gqa"])
     model.set_adapter("vqa")
-    assert torch.equal(logits(model), found["vqa"])
+    assert torch.equal(logits(model), outputs["vqa"])
     with pytest.raises(ValueError, match="'nlvr' is unknown to this model, which has adapters for: 'gqa', 'vqa'"):
         set_task(model, "nlvr")
     single = get_peft_model(build("bart"), config())
@@ -385,7 +385,7 @@ def gradients(model, loss):
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("name", ["half", "hyperformer", "efficient"])
 def test_checkpointed_blocks_are_recomputed_for_the_task_they_were_computed_for(name, reentrant):
-    found = []
+    per_setting = []
     for checkpointed in (False, True):
         model = adapted(name)
         if checkpointed:
@@ -400,9 +400,9 @@ def test_checkpointed_blocks_are_recomputed_for_the_task_they_were_computed_for(
             with set_task(model, task):
                 loss = loss + model(**inputs_of("bart")).logits.square().mean() * (1 + (task == "vqa"))
         set_task(model, "caption")
-        found.append(gradients(model, loss))
+        per_setting.append(gradients(model, loss))
         assert {module.task for module in model.modules() if isinstance(module, TaskModule)} == {"caption"}
-    plain, checkpointed = found
+    plain, checkpointed = per_setting
     assert set(plain) == set(checkpointed)
     for key, gradient in plain.items():
         torch.testing.assert_close(checkpointed[key], gradient, rtol=1e-4, atol=1e-6)

@@ -136,8 +136,8 @@ def test_a_text_cache_belongs_to_everything_that_made_it(world, tmp_path, caplog
     fresh = [encoded(**variant, text_cache=None) for variant in variants]
     for variant, expected in zip(variants * 2, fresh * 2, strict=True):
         for _ in range(2):  # made, and taken from the cache
-            found = encoded(**variant)
-            assert all(np.array_equal(found[text], expected[text]) for text in texts)
+            actual = encoded(**variant)
+            assert all(np.array_equal(actual[text], expected[text]) for text in texts)
     assert "made by another encoder, projection or length" in caplog.text
     assert "1 of 2 texts have more than max_tokens=2 tokens and were cut" in caplog.text
     before = FeatureStore(world["features"])

@@ -72,11 +72,11 @@ def outcome(folder):
     return files
 
 
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
+def assert_same(actual, expected):
+    assert actual.keys() == expected.keys()
     for name, content in expected.items():
-        if found[name] != content:
-            lines = (text.decode("utf-8", "replace").splitlines() for text in (content, found[name]))
+        if actual[name] != content:
+            lines = (text.decode("utf-8", "replace").splitlines() for text in (content, actual[name]))
             raise AssertionError(f"{name}: " + "\n".join(list(difflib.unified_diff(*lines, lineterm="", n=0))[:20]))
 
 

@@ -141,8 +141,8 @@ def by_loops(predictions, truth):
                 free = [(iou, j) for iou, j in overlaps if j not in taken and iou >= round(threshold, 2)]
                 hits.append(bool(free))
                 taken |= {max(free)[1]} if free else set()
-            found = np.cumsum(hits)
-            precision = found / np.arange(1, len(hits) + 1)
+            hits_so_far = np.cumsum(hits)
+            precision = hits_so_far / np.arange(1, len(hits) + 1)
             best = np.maximum.accumulate(precision[::-1])[::-1]
             row.append(sum(p for p, hit in zip(best, hits, strict=True) if hit) / len(true["relevant_windows"]))
         tables.append(row)
@@ -182,8 +182,8 @@ def test_many_queries_at_once_equal_one_at_a_time():
         )  # fmt: skip
     result = evaluate_qvhighlights(predictions, truth)
     moments, highlights = by_loops(predictions, truth)
-    found = [value for name, value in result["full"]["MR-mAP"].items() if name != "average"]
-    assert found == pytest.approx(moments, abs=0.0051)
+    actual = [value for name, value in result["full"]["MR-mAP"].items() if name != "average"]
+    assert actual == pytest.approx(moments, abs=0.0051)
     assert result["HL-min-Good"]["HL-mAP"] == pytest.approx(highlights, abs=0.0051)
 
 

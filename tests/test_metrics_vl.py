@@ -36,13 +36,13 @@ def test_vqa_is_the_original_evaluation(original):
             answers.append(case["gt_answers"])
     for name, kept in (("result", None), ("result_topk_optimal", True), ("result_not_topk_optimal", False)):
         keys = [k for k in overall["predictions"] if kept is None or overall["is_topk_optimal"][k] == kept]
-        found = vqa_accuracy(
+        actual = vqa_accuracy(
             {key: overall["predictions"][key] for key in keys},
             {key: [{"answer": answer} for answer in answers[int(key) - 1]] for key in keys},
             question_types={key: overall["meta"][key]["question_type"] for key in keys},
             answer_types={key: overall["meta"][key]["answer_type"] for key in keys},
         )
-        assert found == overall[name]
+        assert actual == overall[name]
 
 
 def test_the_other_accuracies_are_the_original_ones(original):
@@ -103,8 +103,8 @@ def test_through_evaluate():
     assert vqa == vqa_accuracy(["2"], [["2", "2", "2", "two"]])
     assert evaluate_metric("gqa").compute(predictions=["a", "b"], references=["a", "c"]) == {"accuracy": 0.5}
     nlvr = [{"identifier": "dev-0-0-0", "label": "true"}, {"identifier": "dev-0-1-0", "label": "false"}]
-    found = evaluate_metric("nlvr2").compute(predictions=["true", "true"], references=nlvr)
-    assert found == {"accuracy": 0.5, "consistency": 0.0}
+    actual = evaluate_metric("nlvr2").compute(predictions=["true", "true"], references=nlvr)
+    assert actual == {"accuracy": 0.5, "consistency": 0.0}
     choices = evaluate_metric("multiple_choice").compute(predictions=["a1"], references=["a1"])
     assert choices == multiple_choice_accuracy(["a1"], ["a1"])
 

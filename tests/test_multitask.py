@@ -222,8 +222,8 @@ def test_losses_are_those_of_the_original(reference_data, case):
     tensors, record = load_file(folder / f"{case}.safetensors"), json.loads((folder / f"{case}.json").read_text())
     for task in record["tasks"]:
         logits, labels = tensors[f"outputs/{task}.logits"], tensors[f"inputs/{task}.target_ids"]
-        found = task_loss(logits, labels, TASK_LOSSES[task], tensors.get(f"inputs/{task}.scores")).mean
-        torch.testing.assert_close(found, tensors[f"losses/{task}.loss"].view(()), atol=1e-5, rtol=1e-5)
+        actual = task_loss(logits, labels, TASK_LOSSES[task], tensors.get(f"inputs/{task}.scores")).mean
+        torch.testing.assert_close(actual, tensors[f"losses/{task}.loss"].view(()), atol=1e-5, rtol=1e-5)
 
 
 def test_known_losses():

@@ -126,8 +126,8 @@ def expected_step(train, *, batches=None):
     ).double()
 
 
-def relative_error(found, expected):
-    return float((found - expected).norm() / expected.norm())
+def relative_error(actual, expected):
+    return float((actual - expected).norm() / expected.norm())
 
 
 # --- gradients -----------------------------------------------------------------------------------------------------
@@ -138,20 +138,20 @@ def test_accumulated_batches_of_one_task_give_the_gradient_of_one_large_batch(tm
     train = data(**{task: 8})
     expected = expected_step(train)
     for size, accumulation in ((8, 1), (2, 4), (3, 3)):
-        found, log = step_of(
+        actual, log = step_of(
             tmp_path, train, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation
         )
-        assert relative_error(found, expected) < 1e-5, (size, accumulation)
+        assert relative_error(actual, expected) < 1e-5, (size, accumulation)
         assert log[0][f"{task}_loss"] == pytest.approx(log[0]["loss"], rel=1e-4)
 
 
 def test_tasks_within_one_step_count_by_their_batches(tmp_path):
     train = data()
     sizes = {"vqa": 4, "nlvr": 2, "caption": 6}  # 2, 2 and 1 batches
-    found, log = step_of(
+    actual, log = step_of(
         tmp_path, train, options={"task_batch_sizes": sizes}, gradient_accumulation_steps=5, num_train_epochs=1
     )
-    assert relative_error(found, expected_step(train, batches={"vqa": 2, "nlvr": 2, "caption": 1})) < 1e-5
+    assert relative_error(actual, expected_step(train, batches={"vqa": 2, "nlvr": 2, "caption": 1})) < 1e-5
     weighted = (2 * log[0]["vqa_loss"] + 2 * log[0]["nlvr_loss"] + log[0]["caption_loss"]) / 5
     assert log[0]["loss"] == pytest.approx(weighted, rel=1e-4)
 
@@ -165,7 +165,7 @@ def test_the_alignment_is_added_to_the_task_loss(tmp_path, caplog, task):
     )
     train = data(**{task: 6})
     options = {"pvla_config": config}
-    found, log = step_of(
+    actual, log = step_of(
         tmp_path, train, trainer_class=AlignedTrainer, options=options, per_device_train_batch_size=3,
         gradient_accumulation_steps=2,
     )  # fmt: skip
@@ -180,7 +180,7 @@ def test_the_alignment_is_added_to_the_task_loss(tmp_path, caplog, task):
     expected = torch.cat(
         [(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in model.parameters()]
     )
-    assert relative_error(found, expected.double()) < 1e-5
+    assert relative_error(actual, expected.double()) < 1e-5
     assert log[0]["task_loss"] == pytest.approx(log[0][f"{task}_loss"], rel=1e-4)
     assert log[0]["pvla_loss"] == pytest.approx(float(pvla.detach()), rel=1e-4)
     assert not caplog.records  # the loss is not taken for one of the model's that should be divided otherwise

@@ -111,11 +111,11 @@ def test_dykstra_is_the_iteration_of_pot(n_iter):
     total, no = torch.tensor([0.7], dtype=torch.float64), torch.zeros(1, dtype=torch.bool)
     problem = Problem(cost, rows, cols, total, cost.amin((1, 2)), cost.amax((1, 2)), 0.05, None, 40.0, False, no, no)
     kernel = Kernel(problem, torch.float64, False)
-    found = solve_dykstra(problem, kernel, tol=0, max_iter=n_iter)
+    actual = solve_dykstra(problem, kernel, tol=0, max_iter=n_iter)
     expected = ot.partial.entropic_partial_wasserstein(
         rows[0].numpy(), cols[0].numpy(), cost[0].numpy(), 0.05, m=0.7, numItermax=n_iter
     )
-    np.testing.assert_allclose(kernel.plan(found.log_left, found.log_right)[0], expected, atol=1e-14)
+    np.testing.assert_allclose(kernel.plan(actual.log_left, actual.log_right)[0], expected, atol=1e-14)
 
 
 @pytest.mark.parametrize("options", [{"mass": 0.6}, {"mass": 1.0}, {"penalty": 0.3}, {"marginals": "count"}])
@@ -146,9 +146,9 @@ def test_logarithms_and_exponentials_agree():
     plans = []
     for log_domain in (False, True):
         kernel = Kernel(problem, torch.float64, log_domain)
-        found = solve_newton(problem, kernel, tol=1e-11, max_iter=50)
-        assert found.converged.all()
-        plans.append(kernel.plan(found.log_left, found.log_right))
+        actual = solve_newton(problem, kernel, tol=1e-11, max_iter=50)
+        assert actual.converged.all()
+        plans.append(kernel.plan(actual.log_left, actual.log_right))
     torch.testing.assert_close(*plans, atol=1e-11, rtol=0)
 
 
@@ -391,9 +391,9 @@ def test_weights_of_any_size_scale_the_plan():
     cost, rows, cols = costs("lowd", 2, 9, 6), torch.rand(9).double() + 0.1, torch.rand(6).double() + 0.1
     expected = precise(cost, 0.6, row_weights=rows, col_weights=cols)
     for size in (1e-250, 1e-30, 1e30, 1e250):
-        found = precise(cost, 0.6, row_weights=size * rows, col_weights=size * cols)
-        assert found.converged.all()
-        torch.testing.assert_close(found.plan / size, expected.plan, rtol=1e-9, atol=1e-12)
+        actual = precise(cost, 0.6, row_weights=size * rows, col_weights=size * cols)
+        assert actual.converged.all()
+        torch.testing.assert_close(actual.plan / size, expected.plan, rtol=1e-9, atol=1e-12)
 
 
 def test_a_cost_far_beyond_the_temperature_is_solved():
@@ -412,8 +412,8 @@ def test_converged_is_read_off_the_plan_and_not_believed(monkeypatch):
 
     def boastful(which, change):
         def solver(*arguments, **options):
-            found = honest(*arguments, **options)
-            return dataclasses.replace(found, **{which: getattr(found, which) + change})
+            actual = honest(*arguments, **options)
+            return dataclasses.replace(actual, **{which: getattr(actual, which) + change})
 
         return solver
 

@@ -21,31 +21,31 @@ def test_compiled_loops_agree_with_newton(family, shape):
     cost, (row_mask, col_mask) = costs(family, *shape), ragged_masks(*shape)
     for form in FORMS:
         for masks in ({}, {"row_mask": row_mask, "col_mask": col_mask}):
-            found = partial_optimal_transport(cost.float(), method="auto", **form, **masks)
+            actual = partial_optimal_transport(cost.float(), method="auto", **form, **masks)
             expected = partial_optimal_transport(cost, method="newton", tol=1e-9, **form, **masks)
-            assert found.converged.all() and found.marginal_error.max() <= 1e-5
-            assert ((found.mass - expected.mass).abs() <= 1e-3 * expected.mass).all()
-            assert ((found.cost - expected.cost).abs() <= 1e-4 * expected.cost + 1e-7).all()
+            assert actual.converged.all() and actual.marginal_error.max() <= 1e-5
+            assert ((actual.mass - expected.mass).abs() <= 1e-3 * expected.mass).all()
+            assert ((actual.cost - expected.cost).abs() <= 1e-4 * expected.cost + 1e-7).all()
             if masks:
-                assert (found.plan[~(row_mask[:, :, None] & col_mask[:, None, :])] == 0).all()
+                assert (actual.plan[~(row_mask[:, :, None] & col_mask[:, None, :])] == 0).all()
 
 
 @pytest.mark.parametrize("penalty", [0.2, 0.6, 2.0])
 def test_compiled_loops_agree_under_a_penalty(penalty):
     cost = costs("lowd", 3, 30, 20)
-    found = partial_optimal_transport(cost.float(), method="auto", penalty=penalty)
+    actual = partial_optimal_transport(cost.float(), method="auto", penalty=penalty)
     expected = partial_optimal_transport(cost, method="newton", penalty=penalty, tol=1e-9)
-    assert found.converged.all()
-    torch.testing.assert_close(found.plan.double(), expected.plan, atol=2e-5, rtol=0)
+    assert actual.converged.all()
+    torch.testing.assert_close(actual.plan.double(), expected.plan, atol=2e-5, rtol=0)
 
 
 def test_newton_in_torch_takes_over_what_the_loops_leave(monkeypatch):
     monkeypatch.setattr(numba_kernels, "LARGEST_NEWTON_SIDE", 4)
     cost = costs("matched", 4, 40, 24)
-    found = partial_optimal_transport(cost.float(), 0.5, method="auto")
+    actual = partial_optimal_transport(cost.float(), 0.5, method="auto")
     expected = partial_optimal_transport(cost, 0.5, method="newton", tol=1e-9)
-    assert found.converged.all()
-    torch.testing.assert_close(found.cost.double(), expected.cost, rtol=1e-4, atol=0)
+    assert actual.converged.all()
+    torch.testing.assert_close(actual.cost.double(), expected.cost, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("gradient", ["envelope", "implicit"])

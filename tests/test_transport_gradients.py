@@ -28,12 +28,12 @@ def test_the_envelope_gradient_is_that_of_the_regularised_value(form, shape):
     torch.testing.assert_close(gradient, plan.plan, rtol=0, atol=0)
 
     def value(c):
-        found = partial_optimal_transport(c, method="newton", tol=1e-11, **form)
-        entropy = torch.special.xlogy(found.plan, found.plan) - found.plan
-        reward = -form["penalty"] * found.plan if "penalty" in form else 0
+        actual = partial_optimal_transport(c, method="newton", tol=1e-11, **form)
+        entropy = torch.special.xlogy(actual.plan, actual.plan) - actual.plan
+        reward = -form["penalty"] * actual.plan if "penalty" in form else 0
         if "penalty" in form:  # the entropy is relative to the reference 1 / (N M)
-            entropy = entropy + found.plan * torch.tensor(float(shape[0] * shape[1])).log()
-        return (found.plan * c + 0.05 * entropy + reward).sum()
+            entropy = entropy + actual.plan * torch.tensor(float(shape[0] * shape[1])).log()
+        return (actual.plan * c + 0.05 * entropy + reward).sum()
 
     direction = torch.randn_like(cost)
     difference = (value(cost + 1e-5 * direction) - value(cost - 1e-5 * direction)) / 2e-5
@@ -46,8 +46,8 @@ def test_the_implicit_gradient_is_that_of_cost_and_plan(form, shape):
     cost = costs("lowd", 1, *shape).requires_grad_()
 
     def both(c):
-        found = partial_optimal_transport(c, method="newton", gradient="implicit", tol=1e-11, **form)
-        return found.cost, found.plan
+        actual = partial_optimal_transport(c, method="newton", gradient="implicit", tol=1e-11, **form)
+        return actual.cost, actual.plan
 
     assert torch.autograd.gradcheck(both, cost, eps=1e-5, atol=1e-5)
 

@@ -62,13 +62,13 @@ def inputs_of(golden, task):
 def trained_by_value(model, names, weights):
     """The trained parameters by the original's names: told by their values, which are all different."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    found = {}
+    by_name = {}
     for name in names:
         same = [p for p in trained if p.shape == weights[name].shape and torch.equal(p.detach(), weights[name])]
         assert len(same) == 1, f"{name}: {len(same)} trained parameters have its values"
-        found[name] = same[0]
-    assert len({id(p) for p in found.values()}) == len(trained) == len(names)
-    return found
+        by_name[name] = same[0]
+    assert len({id(p) for p in by_name.values()}) == len(trained) == len(names)
+    return by_name
 
 
 def record(model):

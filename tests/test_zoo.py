@@ -32,9 +32,9 @@ REFUSED = {
 }
 
 
-def refusals(found):
+def refusals(results):
     """The message of each check that READ refuses, by check."""
-    checks = [item for setting in found.values() for item in setting.get("checks", {}).items()]
+    checks = [item for setting in results.values() for item in setting.get("checks", {}).items()]
     return {name: check["read"]["error"] for name, check in checks if check["verdict"] == "refused"}
 
 
@@ -43,10 +43,10 @@ def check(name):
         family = family_named(name)
     except KeyError as error:
         pytest.skip(str(error))
-    found = check_family(build_case(family))["settings"]
-    wrong = [f"{setting}: {what}" for setting, result in found.items() for what in faults(result).items()]
+    results = check_family(build_case(family))["settings"]
+    wrong = [f"{setting}: {what}" for setting, result in results.items() for what in faults(result).items()]
     assert not wrong, "\n".join(wrong)
-    refused, expected = refusals(found), REFUSED.get(name, {})
+    refused, expected = refusals(results), REFUSED.get(name, {})
     assert refused.keys() == expected.keys()
     assert all(reason in refused[what] for what, reason in expected.items())
 

@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def prepare(argv: list[str]) -> Grounding | Answer:
-    """Reads the arguments, the data and the backbone; what is wrong with them is said here."""
+    """Reads the arguments, the data and the backbone; errors in them are raised here."""
     parser = ScriptParser((ScriptArguments, TrainingArguments))
     script, training = parser.parse_args_into_dataclasses(argv)
     if script.predict is not None:

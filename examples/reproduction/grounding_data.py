@@ -58,7 +58,7 @@ class DataArguments:
     test_file: str | None = field(default=None, metadata={"help": "may lack labels (QVHighlights' official test)"})
     features: list[str] = field(
         default_factory=list,
-        metadata={"help": "one place a kind of clip features; comma-separated places of one kind are joined"},
+        metadata={"help": "one place per kind of clip features; comma-separated places of one kind are joined"},
     )
     audio_features: list[str] = field(default_factory=list, metadata={"help": "UMT's second stream"})
     text_encoder: str | None = field(default=None, metadata={"help": "folder or Hub name of a sentence encoder"})
@@ -118,7 +118,7 @@ class SeededByBatch(MomentDetrCollator):
 
 
 class GroundingData:
-    """Rows, features and collator of one dataset; everything that is wrong with them is said when it is built.
+    """Rows, features and collator of one dataset; errors in them are raised when it is built.
 
     Args:
         arguments: what to read.
@@ -155,7 +155,7 @@ class GroundingData:
     def _store(self, places: str) -> Any:
         joined = open_store(places)
         if self.arguments.dataset == "tvsum" and not any(Path(place).is_dir() for place in places.split(",")):
-            # The archive of caption features has a row every 15 frames; folders hold a row a clip.
+            # The archive of caption features has a row every 15 frames; folders hold a row per clip.
             return pool_frames(joined, load_tvsum(self.arguments.train_file))
         return joined
 

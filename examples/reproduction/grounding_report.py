@@ -10,7 +10,7 @@ SHOWN_WINDOWS = 3
 
 
 def draw(path: Path, rows: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]]) -> Path:
-    """One panel a query: true moments above, the best predicted ones below them, highlight scores as a curve."""
+    """One panel per query: true moments above, the best predicted ones below them, highlight scores as a curve."""
     import matplotlib
 
     matplotlib.use("Agg")

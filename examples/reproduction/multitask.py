@@ -78,14 +78,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def prepare(argv: list[str]) -> Run:
-    """Reads the arguments and the data; what is wrong with them is said here."""
+    """Reads the arguments and the data; errors in them are raised here."""
     script, training = ScriptParser((ScriptArguments, TrainingArguments)).parse_args_into_dataclasses(argv)
     script.suite = script.suite or ("vl_mini" if script.data_dir is None else "scenes")
     check_arguments(script, training)
     chosen = script.tasks or list(SUITES[script.suite])
     sizes = {split: getattr(script, f"num_{split}_samples") for split in ("train", "validation", "test")}
     suite = load_suite(script.suite, chosen, script.data_dir, sizes, seed=training.seed)
-    load_backbone(script, chosen)  # what does not fit ends here
+    load_backbone(script, chosen)  # raises where backbone and arguments do not fit
     return Run(script, training, suite, claim_folder(script, training))
 
 

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def prepare(argv: list[str]) -> Pretraining:
-    """Reads the arguments and the data; what is wrong with them is said here."""
+    """Reads the arguments and the data; errors in them are raised here."""
     parser = ScriptParser((ScriptArguments, TrainingArguments))
     script, training = parser.parse_args_into_dataclasses(argv)
     if script.captions is None:

@@ -7,7 +7,7 @@
 `how2_mini`: video-guided summarisation on seven of the eight generated domains, and denoising of plain talk that uses
 the words of all eight. The eighth domain (gardening) is never seen with a video or a summary.
 `captions`: text infilling (BART's pretraining) on captions of videos, with the videos' features as visual input; one
-JSON object a line, {"vid": ..., "captions": [...]}, an archive of features with the same ids.
+JSON object per line, {"vid": ..., "captions": [...]}, an archive of features with the same ids.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Arguments:
 
     backbone: str = field(default="vg_bart", metadata={"help": "vg_bart or vg_t5"})
     corpus: str = field(default="how2_mini", metadata={"help": "how2_mini or captions"})
-    captions: str | None = field(default=None, metadata={"help": "jsonl (or .xz) of captions, one video a line"})
+    captions: str | None = field(default=None, metadata={"help": "jsonl (or .xz) of captions, one video per line"})
     features: str | None = field(default=None, metadata={"help": "feature archive with the ids of the captions"})
     num_items: int = field(default=240_000, metadata={"help": "generated clips, or caption passages"})
     vocab_size: int = field(default=4_000, metadata={"help": "of the captions' tokenizer"})
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse(argv: list[str]) -> tuple[Arguments, TrainingArguments]:
-    """The arguments; everything that can be wrong with them is said now."""
+    """The arguments; errors in them are raised here."""
     arguments, training = ScriptParser((Arguments, TrainingArguments)).parse_args_into_dataclasses(argv)
     if arguments.backbone not in SPECIAL_TOKENS:
         raise ValueError(f"--backbone {arguments.backbone!r} is neither 'vg_bart' nor 'vg_t5'")
@@ -223,10 +223,10 @@ def how2_mini_corpus(arguments: Arguments, *, seed: int) -> tuple[list[dict], Me
     lessons_in_order = [{"video_id": c.video_id, "transcript": c.transcript, "summary": c.summary} for c in clips]
     rng = np.random.default_rng(seed + 1)
     denoising = [{"video_id": "no_video", "transcript": infill(t.split(), rng), "summary": t} for t in talk]
-    # Talk is strewn among the lessons, whose order is kept.
+    # Talk is interleaved with the lessons, whose order is kept.
     places = np.sort(rng.choice(num_items, size=len(denoising), replace=False))
-    strewn, rest = dict(zip(places.tolist(), denoising, strict=True)), iter(lessons_in_order)
-    items = [strewn[index] if index in strewn else next(rest) for index in range(num_items)]
+    interleaved, rest = dict(zip(places.tolist(), denoising, strict=True)), iter(lessons_in_order)
+    items = [interleaved[index] if index in interleaved else next(rest) for index in range(num_items)]
     return items, features, tokenizer
 
 

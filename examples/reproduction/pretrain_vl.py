@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse(argv: list[str]) -> tuple[Arguments, TrainingArguments]:
-    """The arguments; everything that can be wrong with them is said now."""
+    """The arguments; errors in them are raised here."""
     arguments, training = ScriptParser((Arguments, TrainingArguments)).parse_args_into_dataclasses(argv)
     if arguments.hold_out not in (None, *VL_MINI_TOPICS):
         raise ValueError(f"--hold_out {arguments.hold_out!r} is not one of {', '.join(VL_MINI_TOPICS)}")

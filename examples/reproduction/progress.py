@@ -1,4 +1,4 @@
-"""What a run shows while it is at work: a line per epoch, a bar on a terminal, no warning that nobody can act on."""
+"""What a run shows while it is at work: a line per epoch, a bar on a terminal, only warnings of use to a user."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from transformers.utils import logging
 
 
 def be_quiet() -> None:
-    """Leaves out the bars of loading and saving, and warnings about the insides of libraries."""
+    """Hides progress bars of loading and saving, and warnings about the internals of libraries."""
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    # peft asks for the old name, and falls back on nothing of ours.
+    # peft reads an attribute that transformers deprecates; nothing here depends on it.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
 
 

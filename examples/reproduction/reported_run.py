@@ -27,7 +27,7 @@ def execute_and_report(
     train: Callable[[], dict[str, Any]],
     write_report: Callable[[Path, dict[str, Any]], str],
 ) -> dict[str, Any]:
-    """Trains, writes the report, and lets other runs into the folder, whatever happens.
+    """Trains and writes the report; the folder is released whatever happens.
 
     Args:
         folder: of the main process, which writes.

@@ -1,4 +1,4 @@
-"""An output folder belongs to one run: it goes on from its own checkpoints, and touches nobody else's.
+"""An output folder belongs to one run: it resumes from its own checkpoints, and touches no others.
 
 `run.json` holds the arguments of the run and the names of the checkpoints that it has written. A lock keeps a second
 run out while the first is alive.
@@ -119,7 +119,7 @@ class RunFolder:
         self.write()
 
     def release(self) -> None:
-        """Lets other runs in."""
+        """Releases the lock."""
         self.lock.release()
 
     def _remove_parts(self) -> None:
@@ -238,7 +238,7 @@ def run_arguments(script: Any, training: Any) -> dict[str, Any]:
 class KeepCheckpoints(TrainerCallback):
     """Claims every checkpoint before it is written, and ends the averages of the log there.
 
-    Trainer averages the loss since the last line of the log. A run that goes on from a checkpoint knows nothing of the
+    Trainer averages the loss since the last line of the log. A run that resumes from a checkpoint does not know the
     steps before it, so that a line that spans a checkpoint would differ from that of an uninterrupted run.
 
     Args:
@@ -264,7 +264,7 @@ class KeepCheckpoints(TrainerCallback):
 
 
 def log_without_times(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A Trainer's log without what the clock and the number of starts have in it, in one order of keys."""
+    """A Trainer's log without timings and without what depends on the number of starts, keys sorted."""
     entries = [entry for entry in log if "train_runtime" not in entry]
     return [{key: entry[key] for key in sorted(entry) if not TIMES.fullmatch(key)} for entry in entries]
 

@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def prepare(argv: list[str]) -> Run:
-    """Reads the arguments, the data and the backbone's configuration; what is wrong with them is said here."""
+    """Reads the arguments, the data and the backbone's configuration; errors in them are raised here."""
     script, training = parse(argv)
     check_arguments(script, training)
     push, training.push_to_hub = training.push_to_hub, False  # once, at the end, instead of at every checkpoint
@@ -146,7 +146,7 @@ def as_options(path: str) -> list[str]:
         parts = value if isinstance(value, list) else [value]
         texts = [json.dumps(part) if isinstance(part, dict | bool) else str(part) for part in parts]
         options += [f"--{name}", *texts] if isinstance(value, list) else [f"--{name}={texts[0]}"]
-    try:  # what is wrong in the file is said with its name
+    try:  # an error in the file names the file
         ScriptParser((ScriptArguments, TrainingArguments)).parse_args(options)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -207,7 +207,7 @@ def use_how2_mini(script: ScriptArguments, training: TrainingArguments) -> None:
 
 
 def load_data(script: ScriptArguments, seed: int) -> tuple[dict[str, Any], FeatureStore, int]:
-    """The three splits, the features, and their width; everything that is wrong with them is said now."""
+    """The three splits, the features, and their width; errors in them are raised here."""
     assert script.data_dir is not None
     folder = Path(script.data_dir)
     candidates = (

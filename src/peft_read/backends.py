@@ -88,15 +88,15 @@ def backend(device: str = "cpu") -> str:
 @torch.compiler.assume_constant_result
 def _settled(device: str) -> str:
     """What the environment and what is installed say; for torch.compile a constant."""
-    backend = _settled_for.get(device)
-    if backend is None:
-        backend = _from_environment() if _forced is None else "auto"
-        if backend == "auto":
+    found = _settled_for.get(device)
+    if found is None:
+        found = _from_environment() if _forced is None else "auto"
+        if found == "auto":
             fast = {"cpu": "numba", "cuda": "triton"}.get(device)
-            backend = fast if fast is not None and not _why_unusable(fast, warn=True) else "torch"
+            found = fast if fast is not None and not _why_unusable(fast, warn=True) else "torch"
         if _forced is None:
-            _settled_for[device] = backend
-    return backend
+            _settled_for[device] = found
+    return found
 
 
 def is_forced() -> bool:

@@ -19,7 +19,7 @@ VOCABULARY, PERIOD, LENGTH, BATCH = 8, 2, 24, 16
 def demonstrate(steps: int = 150, *, seed: int = 0, report: Callable[[str], None] = print) -> dict[str, float]:
     """Adapts a small frozen model with random weights to sequences that repeat two random tokens.
 
-    Chance is log 8 = 2.08. Whoever remembers the token before the last one gets to 0.09: only the first of the 23
+    Chance is log 8 = 2.08. A model that remembers the token before the last one reaches 0.09: only the first of the 23
     predictions of a sequence is a guess then.
 
     Args:

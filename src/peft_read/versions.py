@@ -1,4 +1,4 @@
-"""Say so, once and at import, where an installed library lies outside the window of versions that were tried.
+"""Warns once, at import, where an installed library lies outside the window of versions that were tried.
 
 The window is written in `pyproject.toml` alone and read back from the package's metadata: the lower bounds are those
 of its dependencies, the upper ends the versions of its extra `tried`, the newest that is tried.

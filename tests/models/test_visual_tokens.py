@@ -614,7 +614,7 @@ def adapted(model):
 
 def test_read_finds_the_feed_forward_blocks_and_keeps_padding_out(backbone):
     model, inputs = adapted(small_model(backbone, **PROMPTS)), batch(backbone, images=True)
-    found = {
+    modules = {
         name.split(".readapter_down")[0].removeprefix("base_model.model.")
         for name, _ in model.named_parameters()
         if "down.default.weight" in name
@@ -622,7 +622,7 @@ def test_read_finds_the_feed_forward_blocks_and_keeps_padding_out(backbone):
     last = {"encoder": "fc2", "decoder": "fc2"}
     if backbone is T5:
         last = {"encoder": "layer.1.DenseReluDense.wo", "decoder": "layer.2.DenseReluDense.wo"}
-    assert found == {f"{backbone.prefix}{s}.{backbone.block}.{i}.{last[s]}" for s in last for i in (0, 1)}
+    assert modules == {f"{backbone.prefix}{s}.{backbone.block}.{i}.{last[s]}" for s in last for i in (0, 1)}
     together = model(**inputs, labels=LABELS).logits
     for row, (words, regions) in enumerate([(7, 6), (5, 4), (3, 2)]):
         alone = model(**example(inputs, row, words, regions), labels=LABELS[row : row + 1]).logits

@@ -196,7 +196,7 @@ def padding(side: str) -> Callable[[nn.Module, Case], float | None]:
             short["position_ids"] = short["attention_mask"].cumsum(1) - 1
         with torch.no_grad():
             alone, together = run(model, short, examples=1), run(model, padded)
-        found = None
+        largest = None
         for name in alone.keys() & together.keys():
             one, both = alone[name], together[name].chunk(2)[1]
             if one.dim() < 2 or both.shape[0] != 1:
@@ -207,8 +207,8 @@ def padding(side: str) -> Callable[[nn.Module, Case], float | None]:
                 both = both[:, DROPPED:] if side == "left" else both[:, :-DROPPED]
             elif one.dim() >= 3 and one.shape[1] == length:
                 continue
-            found = max(found or 0.0, distance({name: both}, {name: one}))
-        return found
+            largest = max(largest or 0.0, distance({name: both}, {name: one}))
+        return largest
 
     return measure
 
@@ -221,7 +221,7 @@ def _placeholders(model: nn.Module) -> list[int]:
     """The tokens that stand for images or sound, which a model of random weights might write into its text."""
     config: Any = getattr(model, "config", None)
     names = (f"{kind}_token_{what}" for kind in ("image", "video", "audio", "speech") for what in ("id", "index"))
-    return sorted({found for name in names if isinstance(found := getattr(config, name, None), int)})
+    return sorted({value for name in names if isinstance(value := getattr(config, name, None), int)})
 
 
 def cached(model: nn.Module, case: Case) -> float | None:
@@ -461,18 +461,18 @@ class _Trial:
             reference = lambda: self.beside(measure, *args)  # noqa: E731
         else:
             reference = lambda: self.of_base(name, measure)  # noqa: E731
-        found: dict[str, Any] = {"verdict": verdict(ours, reference, tolerance), "read": ours}
-        if found["verdict"] == "differs" and name.endswith("padding"):
+        results: dict[str, Any] = {"verdict": verdict(ours, reference, tolerance), "read": ours}
+        if results["verdict"] == "differs" and name.endswith("padding"):
             with _every_token_indexed(self.read["value"]):
                 dense = attempt(measure, self.read["value"], self.case, *args)
             if dense.get("value", math.inf) <= tolerance:
                 reason = "sparse attention breaks ties between tokens by their place, and padding moves them"
-                found |= {"verdict": "explained", "reasons": [reason], "dense": dense}
-        if found["verdict"] not in ("exact", "not measured"):
-            found["lora"] = self.beside(measure, *args)
+                results |= {"verdict": "explained", "reasons": [reason], "dense": dense}
+        if results["verdict"] not in ("exact", "not measured"):
+            results["lora"] = self.beside(measure, *args)
             if name not in ("checkpointing", "reload"):
-                found["base"] = self.of_base(name, measure)
-        return found
+                results["base"] = self.of_base(name, measure)
+        return results
 
 
 def check_family(case: Case, settings: tuple[str, ...] = SETTINGS) -> dict[str, Any]:
@@ -492,23 +492,23 @@ def _check_setting(case: Case, setting: str, base: dict[str, dict]) -> dict[str,
     if setting == "suffix" and targets is None:
         return {"state": "no feed-forward block seen"}
     trial = _Trial(case, targets, base)
-    found: dict[str, Any] = {"targets": targets}
+    results: dict[str, Any] = {"targets": targets}
     if "error" in trial.read:
         message = trial.read["error"]
         missing = setting == "default" and "target_modules" in message
-        found["lora"] = trial.lora.get("error")
-        return found | {"state": "no default" if missing else "stopped at get_peft_model", "message": message}
+        results["lora"] = trial.lora.get("error")
+        return results | {"state": "no default" if missing else "stopped at get_peft_model", "message": message}
     model = trial.read["value"]
     layers = {name for name, module in _inner(model).named_modules() if isinstance(module, READLayer)}
-    found |= {"state": "adapted", "layers": sorted(map(numberless, layers)), "checks": {}}
-    found["layers"] = sorted(set(found["layers"]))
-    checks = found["checks"]
+    results |= {"state": "adapted", "layers": sorted(map(numberless, layers)), "checks": {}}
+    results["layers"] = sorted(set(results["layers"]))
+    checks = results["checks"]
 
     checks["identity"] = _identity(trial)
     if "error" in checks["identity"]["read"]:
-        return found | {"state": "stopped in forward", "message": checks["identity"]["read"]["error"]}
+        return results | {"state": "stopped in forward", "message": checks["identity"]["read"]["error"]}
     fill(model)
-    found["effect"] = attempt(_effect, model, case).get("value")
+    results["effect"] = attempt(_effect, model, case).get("value")
     checks["gradients"] = _gradients(trial)
     order = attempt(recurrences, model, case)
     checks["order"] = {"verdict": _order_verdict(order), "read": order}
@@ -519,7 +519,7 @@ def _check_setting(case: Case, setting: str, base: dict[str, dict]) -> dict[str,
         of_all = [layer["shape"][0] == 1 for layer in order["value"].values() if layer["sequences"] < 2]
         if of_all and all(of_all):
             checks["order"] |= {"verdict": "explained", "reasons": ["learned queries, which all examples share"]}
-    return found
+    return results
 
 
 def _effect(model: nn.Module, case: Case) -> float:
@@ -558,8 +558,8 @@ def _gradients(trial: _Trial) -> dict[str, Any]:
             reasons.add("the model reads the first token only")
         else:
             left.append(name)
-    found = {"read": _named(ours), "lora": _named(beside), "reasons": sorted(reasons)}
-    return found | {"verdict": "differs" if left else "explained", "left": sorted({numberless(n) for n in left})}
+    results = {"read": _named(ours), "lora": _named(beside), "reasons": sorted(reasons)}
+    return results | {"verdict": "differs" if left else "explained", "left": sorted({numberless(n) for n in left})}
 
 
 def _named(dead: dict) -> dict:

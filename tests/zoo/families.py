@@ -195,13 +195,13 @@ class Case:
 
 def all_families() -> list[Family]:
     """Every family that has a model, with its first head."""
-    found: dict[str, Family] = {}
+    families: dict[str, Family] = {}
     for head, mapping in HEADS.items():
         for name, classes in getattr(modeling_auto, mapping, {}).items():
             class_name = classes if isinstance(classes, str) else classes[0]
             if name not in UNTRIED:
-                found.setdefault(name, Family(name, head, class_name))
-    return list(found.values())
+                families.setdefault(name, Family(name, head, class_name))
+    return list(families.values())
 
 
 def family_named(name: str) -> Family:

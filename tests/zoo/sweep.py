@@ -30,22 +30,22 @@ def _one_family(name: str, settings: tuple[str, ...], path: str) -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     family = family_named(name)
-    found: dict[str, Any] = {"family": name, "head": family.head, "class": family.class_name}
+    results: dict[str, Any] = {"family": name, "head": family.head, "class": family.class_name}
     began = time.time()
     if settings == ("targets",):
-        found |= _targets_of(family)
-        Path(path).write_text(json.dumps(found))
+        results |= _targets_of(family)
+        Path(path).write_text(json.dumps(results))
         return
     try:
         case = build_case(family)
-        found["inputs"] = {k: list(v.shape) if hasattr(v, "shape") else repr(v) for k, v in case.inputs.items()}
-        found["rejected"] = [message[:200] for message in case.rejected]
+        results["inputs"] = {k: list(v.shape) if hasattr(v, "shape") else repr(v) for k, v in case.inputs.items()}
+        results["rejected"] = [message[:200] for message in case.rejected]
     except Exception as error:
-        found |= {"state": "not built", "message": f"{type(error).__name__}: {' '.join(str(error).split())}"[:600]}
+        results |= {"state": "not built", "message": f"{type(error).__name__}: {' '.join(str(error).split())}"[:600]}
     else:
-        found |= {"state": "checked", **check_family(case, settings)}
-    found["seconds"] = time.time() - began
-    Path(path).write_text(json.dumps(found))
+        results |= {"state": "checked", **check_family(case, settings)}
+    results["seconds"] = time.time() - began
+    Path(path).write_text(json.dumps(results))
 
 
 def _targets_of(family: Any) -> dict[str, Any]:
@@ -79,8 +79,8 @@ def sweep(names: list[str], settings: tuple[str, ...], output: Path, *, limit: f
         limit: seconds a family may take.
         jobs: how many are tried at once.
     """
-    found: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
-    waiting = [name for name in names if name not in found]
+    results: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
+    waiting = [name for name in names if name not in results]
     context = multiprocessing.get_context("fork")
     running: dict[str, tuple[Any, float, Path]] = {}
     while waiting or running:
@@ -98,15 +98,15 @@ def sweep(names: list[str], settings: tuple[str, ...], output: Path, *, limit: f
                 process.kill()
             process.join()
             if path.exists():
-                found[name] = json.loads(path.read_text())
+                results[name] = json.loads(path.read_text())
                 path.unlink()
             else:
                 reason = f"took longer than {limit:.0f} s" if late else f"ended with code {process.exitcode}"
-                found[name] = {"family": name, "state": "crashed", "message": reason}
-            output.write_text(json.dumps(found, indent=1))
+                results[name] = {"family": name, "state": "crashed", "message": reason}
+            output.write_text(json.dumps(results, indent=1))
             del running[name]
         time.sleep(0.02)
-    return found
+    return results
 
 
 def _cell(setting: dict[str, Any] | None) -> str:
@@ -138,9 +138,9 @@ def _sentence(message: str) -> str:
     return text.split(". ")[0].split("; ")[0][:160]
 
 
-def page(found: dict[str, Any]) -> str:
+def page(results: dict[str, Any]) -> str:
     """The page of model families in Markdown: one row for each family, one column for each target setting."""
-    tried = [one for one in found.values() if one["state"] == "checked"]
+    tried = [one for one in results.values() if one["state"] == "checked"]
     versions = f"transformers {transformers.__version__}, torch {torch.__version__}, peft {peft.__version__}"
     lines = [
         "# Model families",
@@ -174,7 +174,7 @@ def page(found: dict[str, Any]) -> str:
     for one in sorted(tried, key=lambda one: one["family"]):
         cells = (_cell(one["settings"].get(setting)) for setting in SETTINGS)
         lines.append(f"| {one['family']} | {one['class']} | {' | '.join(cells)} |")
-    named = sorted((one for one in found.values() if one["state"] == "targets"), key=lambda one: one["family"])
+    named = sorted((one for one in results.values() if one["state"] == "targets"), key=lambda one: one["family"])
     if named:
         lines += [
             "",
@@ -190,7 +190,7 @@ def page(found: dict[str, Any]) -> str:
             targets = ", ".join(f"`{name}`" for name in one.get("default", ())) or "none"
             lines.append(f"| {one['family']} | {one['class']} | {targets} |")
     lines += ["", "## Not tried", "", "| family | why |", "|---|---|"]
-    untried = (one for one in found.values() if one["state"] not in ("checked", "targets"))
+    untried = (one for one in results.values() if one["state"] not in ("checked", "targets"))
     for one in sorted(untried, key=lambda one: one["family"]):
         lines.append(f"| {one['family']} | {_reason(one['message'])} |")
     return "\n".join(lines) + "\n"
@@ -217,11 +217,11 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     names = chosen.families.split(",") if chosen.families else [family.name for family in all_families()]
     settings = tuple(chosen.settings.split(","))
-    found = sweep(names, settings, chosen.output, limit=chosen.limit, jobs=chosen.jobs)
+    results = sweep(names, settings, chosen.output, limit=chosen.limit, jobs=chosen.jobs)
     if chosen.markdown:
-        chosen.markdown.write_text(page(found))
+        chosen.markdown.write_text(page(results))
     states: dict[str, int] = {}
-    for one in found.values():
+    for one in results.values():
         states[one["state"]] = states.get(one["state"], 0) + 1
     print(f"transformers {transformers.__version__}: {states}")
 

@@ -1,6 +1,6 @@
 """Recurrent states that live on transformers' key-value cache and follow it through reorder, crop, repeat and copy.
 
-A cache holds one object a layer, and every operation on a batch (reordering beams, repeating prompts, rolling back)
+A cache holds one object per layer, and every operation on a batch (reordering beams, repeating prompts, rolling back)
 is a loop over these objects. READ's states ride on one of them: its class is replaced by a subclass of itself, made
 on the fly, that applies each operation to the states too. The cache keeps its own type, length and layers, which
 transformers compares exactly in places.

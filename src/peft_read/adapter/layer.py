@@ -32,7 +32,7 @@ class READLayer(BaseTunerLayer):
         path: where the layer stands in the model; its states on a cache are filed under this name.
         batch_first: whether the module sees (B, T, d) rather than (T, B, d).
         chunked: whether its block calls it with pieces of the sequences (`chunk_size_feed_forward`).
-        notice: says something once for all layers of a model.
+        notice: warns once for all layers of a model.
         width: the width d of the output of a module that does not tell it, such as a mixture of experts.
     """
 

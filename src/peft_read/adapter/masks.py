@@ -42,7 +42,7 @@ def as_mask(
 
     Returns:
         (B, T), True = real; None if every token is, as far as is known. A mask over pairs with tokens of another
-        sequence, as cross-attention is given, says nothing.
+        sequence, as cross-attention is given, is ignored.
 
     Raises:
         NotImplementedError: for masks that are no tensors.

@@ -104,7 +104,7 @@ class READModel(AdapterModel):
         elif part is None or part in PARTS:
             as_list = peft_config.layers_to_transform is not None
             peft_config.target_modules = default_targets(self._injected, part, as_list=as_list)
-            if as_list:  # peft takes a name that is a whole path at its word, whatever the layer
+            if as_list:  # peft matches a name that is a whole path in every layer, layers_to_transform or not
                 peft_config.target_modules = in_layers(peft_config)
         elif part == "all-linear":
             targets = linear_targets(self._injected)

@@ -1,7 +1,7 @@
 """What one forward pass tells READ's layers: which tokens are real, which belong together, and what came before.
 
 A layer inside a feed-forward block sees a tensor and nothing else. The stack of blocks around it is given the mask,
-the positions and the cache, so hooks on the stack (`stacks.py`) open a scope for the time of its forward, and the
+the positions and the cache, so hooks on the stack (`openings.py`) open a scope for the time of its forward, and the
 layers look there.
 """
 

@@ -14,7 +14,7 @@ __all__ = ["Notice", "Sequences", "as_sequences", "padding_of"]
 
 
 class Notice:
-    """Says something once, however many layers would say it."""
+    """Warns once, however many layers would."""
 
     def __init__(self) -> None:
         self.said = False

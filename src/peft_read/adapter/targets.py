@@ -7,16 +7,15 @@ from typing import Any
 
 from torch import nn
 
+from ..peft_methods.default_targets import default_targets, names_of
 from ..peft_methods.endings import (
     NO_SEQUENCE,
     PARTS,
     block_of,
     block_width,
-    default_targets,
     feed_forward_endings,
     in_and_out,
     is_inside_an_adapter,
-    names_of,
 )
 from ..peft_methods.stacks import EXPERTS
 

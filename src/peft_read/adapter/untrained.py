@@ -1,4 +1,4 @@
-"""After the first backward pass, say which of READ's parameters got no gradient, and why."""
+"""After the first backward pass, warn of READ's parameters that got no gradient, and say why."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PATIENCE = 3  # backward passes: in the first, W_up is zero and nothing but W_up
 
 
 class GradientWatch:
-    """A forward hook of the adapted model that watches the first backward passes, warns once, and goes away.
+    """A forward hook of the adapted model that watches the first backward passes, warns once, and removes itself.
 
     It sees three things that no error tells: a layer that the forward pass never calls, since the model reads its
     weights itself or does not use it; a layer whose output does not reach the loss, such as an unused pooling head;

@@ -136,7 +136,7 @@ class Aligner:
     """The alignment loss of one model: records a forward pass, then measures it.
 
     Works with any training loop; `PVLALossMixin` is this inside a `Trainer`. A copy of the model is another model:
-    its passes are not recorded, until `attach` moves the Aligner to it. The hooks go when the Aligner goes.
+    its passes are not recorded, until `attach` moves the Aligner to it. The hooks are removed with the Aligner.
 
     A block that runs several times in a pass (shared layers) counts once for each run. Blocks that do not run in a
     pass (LayerDrop, early exit) are left out of its mean.
@@ -282,7 +282,7 @@ class Aligner:
         return "\n".join(lines)
 
     def remove(self) -> None:
-        """Takes the hooks away from the model."""
+        """Removes the hooks from the model."""
         if self.pair is not None:
             self.pair.remove()
 

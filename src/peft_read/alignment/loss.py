@@ -243,14 +243,16 @@ def _masked(mask: Any, states: Tensor, side: str, index: int) -> tuple[Tensor, T
             f"block {index}: a mask of shape {tuple(mask.shape)} does not fit states of shape {tuple(states.shape)}"
         )
     valid, wrong = real_entries(where, mask, tuple(states.shape[:2]))
-    if wrong is not None:  # nobody may look at values on a device: the distance says it, as NaN
+    if wrong is not None:  # reading values would wait for the device; the distance is NaN there
         states = torch.where(wrong.to(states.device)[..., None], torch.nan, states)
     return states, valid.to(states.device)
 
 
 def _check_finite(block: Block, index: int) -> None:
     v, t, vm, tm = block
-    if v.device.type != "cpu":  # nobody may look at values on a device: the distance is NaN and the trainer says so
+    if (
+        v.device.type != "cpu"
+    ):  # reading values would wait for the device; the distance is NaN there, which the trainer reports
         return
     for name, states, mask in (("video", v, vm), ("language", t, tm)):
         if not bool((states.isfinite().all(-1) | ~mask).all()):

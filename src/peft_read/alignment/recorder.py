@@ -170,7 +170,7 @@ class StreamPair:
             )
 
     def remove(self) -> None:
-        """Takes the hooks away."""
+        """Removes the hooks."""
         self._finalizer()
 
 

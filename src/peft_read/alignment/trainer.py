@@ -216,7 +216,7 @@ class PVLALossMixin(_Base):
         super().log(logs, *args, **kwargs)
 
     def _report_failures(self) -> None:
-        """Say what went wrong in the alignment since the last log; on a device nobody looked before.
+        """Report what went wrong in the alignment since the last log, when the device is read anyway.
 
         Raises:
             FloatingPointError: a distance was no number; the block is named.

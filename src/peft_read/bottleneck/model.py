@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -10,25 +9,23 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..peft_methods import AdapterModel
+from ..peft_methods.default_targets import default_targets
 from ..peft_methods.endings import (
     PARTS,
     attention_endings,
-    block_of,
     block_width,
-    default_targets,
     feed_forward_endings,
     in_and_out,
     is_inside_an_adapter,
-    kind_of,
     skips_its_last_layer,
 )
 from ..peft_methods.loaded import WeightsCheck
-from ..peft_methods.stacks import find_stack
 from ..peft_methods.tuner import in_layers
 from .config import CompacterConfig, HyperformerConfig
 from .hooks import generate_in, keep_tasks_in, remove_hooks
-from .hypernetwork import Hypernetworks, Position
+from .hypernetwork import Hypernetworks
 from .layer import Bottleneck, BottleneckLayer, CompacterLayer, GeneratedBottleneck, HyperformerLayer
+from .positions import positions_of, stacks_of
 from .shared import NAME, BottleneckState, CompacterShared, HyperformerShared, SharedRule
 
 __all__ = ["BottleneckModel", "CompacterModel", "HyperformerModel"]
@@ -135,7 +132,7 @@ class BottleneckModel(AdapterModel):
             peft_config.target_modules = default_targets(
                 self._injected, part, as_list=as_list, endings_of=endings_of, blocks=blocks, method=self.method
             )
-            if as_list:  # peft takes a name that is a whole path at its word, whatever the layer
+            if as_list:  # peft matches a name that is a whole path in every layer, layers_to_transform or not
                 peft_config.target_modules = in_layers(peft_config)
         return super()._prepare_adapter_config(peft_config, {"model_type": None, **model_config})
 
@@ -319,7 +316,20 @@ class HyperformerModel(BottleneckModel):
     cannot_add = CANNOT_ADD.format("Hyperformer")
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        self.__dict__["_positions"] = self._positions_of(peft_config, model)
+        self.__dict__["_positions"] = positions_of(self._target_widths(peft_config, model), peft_config, model)
+
+    def _target_widths(self, config: Any, model: nn.Module) -> dict[str, int]:
+        """The width d of the output of each target, by path."""
+        widths: dict[str, int] = {}
+        for path, module in model.named_modules():
+            if not path or not self._check_target_module_exists(config, path) or is_inside_an_adapter(model, path):
+                continue
+            base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            in_and_out_widths = in_and_out(base)
+            width = in_and_out_widths[1] if in_and_out_widths is not None else block_width(model, path)
+            if width is not None:
+                widths[path] = width
+        return widths
 
     def _create_and_replace(self, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         self.__dict__["_networks"] = self._shared(
@@ -341,100 +351,6 @@ class HyperformerModel(BottleneckModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put the adapter's layers into the model, and hooks on the stacks that generate their weights."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        stacks = self._stacks_of(list(self._positions), model)
+        stacks = stacks_of(list(self._positions), model)
         for path, position in self._positions.items():
             generate_in(model.get_submodule(stacks[path][0]), self._networks, position.stack)
-
-    def _stacks_of(self, paths: list[str], model: nn.Module) -> dict[str, tuple[str, str]]:
-        """The path and the key of the stack of each target."""
-        stacks = {path: _stack_of(model, path) for path in paths}
-        ends = Counter(name.rpartition(".")[2] for name in set(stacks.values()))
-        keys = {
-            name: (end if ends[end := name.rpartition(".")[2]] == 1 else name.replace(".", "_")) or "model"
-            for name in stacks.values()
-        }
-        return {path: (name, keys[name]) for path, name in stacks.items()}
-
-    def _positions_of(self, config: Any, model: nn.Module) -> dict[str, Position]:
-        """Where the adapters will stand, by the path of their module.
-
-        Raises:
-            ValueError: if one pair of generators would have to make adapters of several sizes.
-        """
-        widths: dict[str, int] = {}
-        for path, module in model.named_modules():
-            if not path or not self._check_target_module_exists(config, path) or is_inside_an_adapter(model, path):
-                continue
-            base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-            in_and_out_widths = in_and_out(base)
-            width = in_and_out_widths[1] if in_and_out_widths is not None else block_width(model, path)
-            if width is not None:
-                widths[path] = width
-        stacks = self._stacks_of(list(widths), model)
-        layers = _layers_of({path: stack for path, (stack, _) in stacks.items()}, model)
-        kinds = _kinds_of({path: (stacks[path][1], layers[path], widths[path]) for path in widths}, model)
-        positions = {
-            path: Position(stacks[path][1], kinds[path], layers[path], widths[path], config.width(widths[path], path))
-            for path in widths
-        }
-        if config.shared_generator:
-            for stack in {position.stack for position in positions.values()}:
-                sizes = sorted({(p.width, p.r) for p in positions.values() if p.stack == stack})
-                if len(sizes) > 1:
-                    raise ValueError(
-                        f"shared_generator=True makes adapters of one size per stack, and those of {stack!r} would "
-                        f"have (d, r) = {', '.join(map(str, sizes))}; choose `target_modules` of one width, or False"
-                    )
-        return positions
-
-
-def _stack_of(model: nn.Module, path: str) -> str:
-    """The path of the stack that a module's layer belongs to: what embeds the tokens, else the owner of the layers."""
-    stack = find_stack(model, path)
-    if stack is not None and stack[2]:
-        return stack[0]
-    parts = path.split(".")
-    first = next((depth for depth, part in enumerate(parts) if part.isdigit()), 1)
-    return ".".join(parts[: first - 1])
-
-
-def _layers_of(stacks: dict[str, str], model: nn.Module) -> dict[str, int]:
-    """The index of the layer of each path in its stack: the first number below it, or a count of blocks."""
-    layers: dict[str, int] = {}
-    for stack in set(stacks.values()):
-        paths = [path for path, around in stacks.items() if around == stack]
-        rests = {path: path[len(stack) :].strip(".").split(".") for path in paths}
-        numbers = {path: next((int(part) for part in rest if part.isdigit()), None) for path, rest in rests.items()}
-        # The same module of two blocks under one number: there are lists within lists (Swin's stages).
-        same = Counter((number, _numberless(rests[path])) for path, number in numbers.items())
-        if None in numbers.values() or max(same.values()) > 1:
-            blocks = list(dict.fromkeys(block_of(model, path) or path for path in paths))
-            numbers = {path: blocks.index(block_of(model, path) or path) for path in paths}
-        layers.update(numbers)  # type: ignore[arg-type]
-    return layers
-
-
-def _kinds_of(places: dict[str, tuple[str, int, int]], model: nn.Module) -> dict[str, str]:
-    """The key of the generators of each path: its kind of position, more where several of a kind stand in a layer."""
-    kinds = {path: kind_of(model, path) for path in places}
-    widths: dict[tuple[str, str], set[int]] = {}
-    for path, (stack, _, width) in places.items():
-        widths.setdefault((stack, kinds[path]), set()).add(width)
-    several = {
-        (place[0], kinds[path])
-        for path, place in places.items()
-        if sum(kinds[other] == kinds[path] and places[other][:2] == place[:2] for other in places) > 1
-    }
-    keys = {}
-    for path, (stack, _, width) in places.items():
-        key = kinds[path]
-        if (stack, key) in several:
-            key = "_".join((key, *_numberless(path.split("."))[-2:]))
-        if len(widths[stack, kinds[path]]) > 1:
-            key = f"{key}_{width}"
-        keys[path] = key
-    return keys
-
-
-def _numberless(parts: list[str]) -> tuple[str, ...]:
-    return tuple(part for part in parts if not part.isdigit())

@@ -32,7 +32,7 @@ def load_coco_people(
     Source: Lin et al., "Microsoft COCO", ECCV 2014; its captions and key points, joined by image.
 
     Args:
-        annotations: an object a line with `image_id`, `width`, `height`, `captions`, and `people`, a list of
+        annotations: an object per line with `image_id`, `width`, `height`, `captions`, and `people`, a list of
             {"box_cxcywh" in shares of the image, "keypoints" 17 x [x, y, visibility 0, 1 or 2]}, or null.
         each: a row for each "caption" (with a target), or for each "image" (with references only).
         require_people: leave out the images without persons; else their `people` is empty.

@@ -195,7 +195,7 @@ def parse_json(text: str, place: str) -> Any:
 
 
 def read_jsonl(path: str | Path, *, required: Iterable[str] = ()) -> list[Record]:
-    """The records of a file with one JSON object a line; empty lines are left out.
+    """The records of a file with one JSON object per line; empty lines are left out.
 
     Args:
         path: `.jsonl`, also with `.xz` or `.gz`.

@@ -28,8 +28,8 @@ def load_kilogram_captions(
     Source: Ji et al., "Abstract Visual Reasoning with Tangram Shapes", EMNLP 2022.
 
     Args:
-        annotations: an object a line with `tangram`, `whole`, `set`, and `part` {piece: name} or `part_names`.
-        shapes: an object a line with `tangram`, `viewbox` [x, y, width, height], `pieces` {number: [[x, y], ...]}.
+        annotations: an object per line with `tangram`, `whole`, `set`, and `part` {piece: name} or `part_names`.
+        shapes: an object per line with `tangram`, `viewbox` [x, y, width, height], `pieces` {number: [[x, y], ...]}.
         each: a row for each "annotation" (with a target), or for each "shape" (with references only).
         prompt: the whole text of the input.
 

@@ -21,7 +21,7 @@ BOXES = 3
 
 
 def load_nlvr(annotations: str | Path, *, prompt: str = TASK_PROMPTS["nlvr"]) -> Dataset:
-    """NLVR as it is published, an object a line.
+    """NLVR as it is published, an object per line.
 
     Source: Suhr et al., "A Corpus of Natural Language for Visual Reasoning", ACL 2017.
 

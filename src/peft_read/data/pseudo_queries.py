@@ -81,7 +81,7 @@ def pseudo_queries(
         captions: by video, one sentence a clip.
         features: by video, (clips, width).
         videos: which to use: those of the training side only, or the later evaluation is no evaluation.
-        per_video: queries a video, at most.
+        per_video: queries per video, at most.
         threshold: of `moments_of_similar_clips`.
         max_gap: of `moments_of_similar_clips`.
         min_clips: length of the longest moment, at least; shorter moments beside it are left out.

@@ -183,7 +183,7 @@ def read_records(path: str | Path, *, key: str | None = None) -> list[Record]:
     if _is_one_record(beginning):
         return list(iterate_jsonl(path))
     if key is None:
-        raise ValueError(f"{path}: a JSON array, or a JSON object a line, was expected, not {shown(beginning[:40])}")
+        raise ValueError(f"{path}: a JSON array, or a JSON object per line, was expected, not {shown(beginning[:40])}")
     return [Record({key: name, **record}, record.place) for name, record in iterate_members(path)]
 
 

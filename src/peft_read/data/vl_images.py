@@ -110,8 +110,8 @@ def load_nlvr2(annotations: str | Path, *, prompt: str = TASK_PROMPTS["nlvr"]) -
 
     Args:
         annotations: a JSON array of objects with `identifier`, `img0`, `img1`, `sent`, `uid`, `label` 0 or 1; or the
-            official file, an object a line with `identifier`, `sentence`, `label` "True" or "False", whose images are
-            `<identifier without its last part>-img0` and `-img1`.
+            official file, an object per line with `identifier`, `sentence`, `label` "True" or "False", whose images
+            are `<identifier without its last part>-img0` and `-img1`.
         prompt: before the statement.
 
     Returns:

@@ -28,7 +28,7 @@ def write_predictions(
     | nlvr | lines `<identifier>,True` or `False` |
     | caption | JSON array of {"image_id": int, "caption"} |
     | tvqa, how2qa | JSON object {question id: number of the choice} |
-    | tvc, yc2c | a JSON object a line: {"vid_name", "clip_id", "descs": [{"desc"}]}, tvc with "ts" |
+    | tvc, yc2c | a JSON object per line: {"vid_name", "clip_id", "descs": [{"desc"}]}, tvc with "ts" |
 
     Args:
         path: the file; it holds all predictions or what it held before.

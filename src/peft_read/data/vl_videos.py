@@ -50,7 +50,7 @@ def load_tvqa(annotations: str | Path, subtitles: Subtitles, *, prompt: str = TA
     """TVQA (Lei et al., EMNLP 2018): five answers to a question about a moment of an episode.
 
     Args:
-        annotations: an object a line with `qid`, `vid_name`, `q`, `a0` ... `a4`, `ts` "start-end", `show_name`, and
+        annotations: an object per line with `qid`, `vid_name`, `q`, `a0` ... `a4`, `ts` "start-end", `show_name`, and
             `answer_idx` where it is told.
         subtitles: the file of `read_subtitles`, or words by video; None: the text has no subtitles.
         prompt: the end of the text.
@@ -94,7 +94,7 @@ def load_tvc(annotations: str | Path, subtitles: Subtitles, *, prompt: str = TAS
     """TVC (Lei et al., ECCV 2020): captions of moments of episodes.
 
     Args:
-        annotations: an object a line with `clip_id`, `vid_name`, `ts` [start, end], and `descs`
+        annotations: an object per line with `clip_id`, `vid_name`, `ts` [start, end], and `descs`
             [{"desc_id", "desc", "type"}] where they are told.
         subtitles: see `load_tvqa`.
         prompt: the end of the text.

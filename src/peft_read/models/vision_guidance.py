@@ -70,7 +70,7 @@ class VisualTransformerLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.img_trans_dropout)
 
     def forward(self, hidden_states: Tensor, padding_mask: Tensor | None) -> Tensor:
-        """Map (B, F, D) to (B, F, D); `padding_mask` (B, F) is True at padding, which is attended to by nobody."""
+        """Map (B, F, D) to (B, F, D); `padding_mask` (B, F) is True at padding, which no frame attends to."""
         attended, _ = self.self_attn(hidden_states, hidden_states, hidden_states, key_padding_mask=padding_mask)
         hidden_states = self.norm1(hidden_states + self.dropout(attended))
         fed_forward = self.linear2(self.dropout(torch.relu(self.linear1(hidden_states))))
@@ -99,7 +99,7 @@ class VisualTransformerStack(nn.Module):
 class VisualTransformer(nn.Module):
     """The visual transformer of VG-GPLMs: scaled frame features, sine positions, post-norm layers.
 
-    Padded frames are attended to by nobody, yet they are transformed like the others and leave as non-zero states.
+    No frame attends to padded frames, yet they are transformed like the others and leave as non-zero states.
 
     Args:
         config: a configuration with the fields of `VisionGuidanceOptions`.

@@ -26,7 +26,7 @@ class ScopedCheckpoint:
     Args:
         checkpoint: the function.
         capture: notes in the forward pass what the layers need.
-        owner: who has put it there, to be found again.
+        owner: the method that wrapped it, by which it is removed again.
     """
 
     def __init__(self, checkpoint: Any, capture: Capture, owner: object) -> None:

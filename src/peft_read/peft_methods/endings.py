@@ -1,10 +1,9 @@
-"""Where a model's feed-forward and attention blocks end, found from its structure: the default targets."""
+"""Where a model's feed-forward and attention blocks end, told by its structure."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .stacks import EXPERTS, blocks_around, is_causal
+from .stacks import EXPERTS, blocks_around
 
 __all__ = [
     "PARTS",
@@ -21,12 +20,11 @@ __all__ = [
     "attention_endings",
     "block_of",
     "block_width",
-    "default_targets",
+    "config_around",
     "feed_forward_endings",
     "in_and_out",
     "is_inside_an_adapter",
     "kind_of",
-    "names_of",
     "part_of",
     "skips_its_last_layer",
 ]
@@ -319,12 +317,12 @@ def block_width(model: nn.Module, path: str) -> int | None:
 
 
 def _hidden_size(model: nn.Module, path: str) -> int | None:
-    config = _config_around(model, path)
+    config = config_around(model, path)
     width = getattr(config.get_text_config() if config is not None else None, "hidden_size", None)
     return width if isinstance(width, int) else None
 
 
-def _config_around(model: nn.Module, path: str) -> Any:
+def config_around(model: nn.Module, path: str) -> Any:
     """The configuration of the nearest model around a module; None if there is none."""
     parts = path.split(".")
     around = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) - 1, -1, -1))
@@ -338,7 +336,7 @@ def part_of(model: nn.Module, path: str) -> str:
     for part, pattern in NAMED_PARTS:
         if pattern.search(path):
             return part
-    config = _config_around(model, path)
+    config = config_around(model, path)
     if config is not getattr(model, "config", None) and SOUND_ENCODER.search(getattr(config, "model_type", "")):
         return "audio"
     parts = path.split(".")
@@ -349,119 +347,3 @@ def part_of(model: nn.Module, path: str) -> str:
             several = len(getattr(around, "input_modalities", None) or ()) > 1 and depth == 0
             return "language" if several else INPUTS.get(name, "language")
     return "language"
-
-
-def default_targets(
-    model: nn.Module,
-    part: str | None = None,
-    *,
-    as_list: bool = False,
-    endings_of: Callable[[nn.Module], list[Ending]] = feed_forward_endings,
-    blocks: str = "feed-forward blocks",
-    method: str = "READ",
-) -> set[str] | str:
-    """The names of the modules that a method adapts unless it is told which.
-
-    Args:
-        model: the model.
-        part: "language", "vision" or "audio": the blocks of that part; "all": every one. If absent, those of the
-            language model of a model that generates text, every one but connectors of other models.
-        as_list: whether a list of names is needed, which `layers_to_transform` goes with.
-        endings_of: finds the modules that end the blocks.
-        blocks: what these are called, for the message.
-        method: what the method is called, for the message.
-
-    Returns:
-        `target_modules`: names, or a regular expression where no names select these modules alone.
-
-    Raises:
-        ValueError: if no such block is found, with the names of the linear layers that there are.
-    """
-    endings = endings_of(model)
-    parts = {ending.part for ending in endings}
-    if part in ("language", "vision", "audio"):
-        chosen = [ending for ending in endings if ending.part == part]
-    elif part == "all":
-        chosen = endings
-    else:
-        chosen = [ending for ending in endings if ending.part != "connector"]
-        language = [ending for ending in chosen if ending.part == "language"]
-        if len(parts) > 1 and language and _writes_text(model, language):
-            chosen = [ending for ending in chosen if ending in language or _is_no_model_of_its_own(model, ending.path)]
-    if not chosen:
-        raise ValueError(_nothing_found(model, part, parts, blocks, method))
-    paths = [ending.path for ending in chosen]
-    return names_of(paths, [name for name, _ in model.named_modules()], as_list=as_list)
-
-
-def _is_no_model_of_its_own(model: nn.Module, path: str) -> bool:
-    """Whether a part has the configuration of the whole, as the encoder of a speech recogniser has."""
-    config = _config_around(model, path)
-    return config is not None and config is getattr(model, "config", None)
-
-
-def _writes_text(model: nn.Module, language: list[Ending]) -> bool:
-    can_generate = getattr(model, "can_generate", None)
-    return bool(can_generate and can_generate()) or any(is_causal(model, ending.path) for ending in language)
-
-
-def _nothing_found(model: nn.Module, part: str | None, parts: set[str], blocks: str, method: str) -> str:
-    family = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
-    linear = Counter(
-        re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name) for name, module in model.named_modules() if in_and_out(module)
-    )
-    names = ", ".join(f"'{name}'" for name, _ in linear.most_common(12)) or "none"
-    if part in ("language", "vision", "audio") and parts:
-        reason = f"has no {blocks} in a part {part!r}, only in {', '.join(map(repr, sorted(parts)))}"
-    else:
-        reason = f"has no {blocks} that {method} knows by their structure"
-    return (
-        f"Please specify `target_modules` in `peft_config`: {family!r} {reason}. Its linear layers are {names}; name "
-        f"those that end {'a feed-forward block' if blocks == 'feed-forward blocks' else 'a block'}."
-    )
-
-
-def names_of(paths: list[str], everything: list[str], *, as_list: bool) -> set[str] | str:
-    """Paths as `target_modules` takes them.
-
-    Returns:
-        The shortest endings of the paths that select these modules and nothing else, by peft's rule for lists; where
-        there are none, a regular expression with the same property, or the paths themselves if a list is needed.
-    """
-    chosen = set(paths)
-    by_ending: dict[str, set[str]] = {}
-    for name in everything:
-        for ending in _endings(name):
-            by_ending.setdefault(ending, set()).add(name)
-    shortest = {
-        path: next((e for e in _endings(path) if by_ending[e] <= chosen and not _has_number(e)), None)
-        for path in paths
-    }
-    if None not in shortest.values():
-        return set(shortest.values())  # type: ignore[arg-type]
-    if as_list:
-        return chosen
-    by_pattern: dict[str, set[str]] = {}
-    for name in everything:
-        for ending in _endings(name):
-            by_pattern.setdefault(_any_number(ending), set()).add(name)
-    patterns = {
-        next((p for p in map(_any_number, _endings(path)) if by_pattern[p] <= chosen), re.escape(path))
-        for path in paths
-    }
-    return rf"(.*\.)?({'|'.join(sorted(patterns))})"
-
-
-def _endings(name: str) -> list[str]:
-    """`a.b.c` -> `c`, `b.c`, `a.b.c`."""
-    parts = name.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
-
-
-def _has_number(name: str) -> bool:
-    return any(part.isdigit() for part in name.split("."))
-
-
-def _any_number(name: str) -> str:
-    """A pattern of a path with any number in the place of each number."""
-    return r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in name.split("."))

@@ -9,7 +9,7 @@ __all__ = ["extend_str_enum"]
 
 
 def extend_str_enum(enumeration: type[Enum], name: str, value: str) -> Enum:
-    """Give a `class E(str, Enum)` one more member, which behaves like those it was born with.
+    """Give a `class E(str, Enum)` one more member, which behaves like the members of its definition.
 
     The enum module offers no way to do this, so its own tables are filled here. CPython 3.10 to 3.13 were tested;
     `tests/test_adapter_registration.py` holds what must be true afterwards.

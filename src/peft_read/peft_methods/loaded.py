@@ -15,7 +15,7 @@ __all__ = ["WeightsCheck"]
 class WeightsCheck:
     """Refuses weights that do not belong to the adapters of a model; a hook before `load_state_dict`.
 
-    torch leaves unknown keys out without a word where the loading is not strict, which is how peft loads adapters:
+    torch silently skips unknown keys where the loading is not strict, which is how peft loads adapters:
     a checkpoint of a deeper base, of another choice of layers or of other settings would be applied in part. Missing
     weights are a warning, as in peft.
 

@@ -94,7 +94,7 @@ def keep_cards_on_upload() -> None:
 def refuse_unknown_weights() -> None:
     """Let `PeftModel.load_adapter` refuse an adapter of this package with weights outside the base model.
 
-    The hooks of the base model see its own keys only, and peft drops what else a file holds without a word; other
+    The hooks of the base model see its own keys only, and peft silently drops what else a file holds; other
     methods pass through unchanged.
     """
     load = PeftModel.load_adapter

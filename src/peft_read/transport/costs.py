@@ -88,7 +88,7 @@ def _without_padding(features: Tensor, mask: Tensor | None, name: str) -> Tensor
     if mask is None:
         return features
     valid, wrong = real_entries(name, mask, tuple(features.shape[:-1]))
-    if wrong is not None:  # nobody may look at values on a device: the cost says it, as NaN
+    if wrong is not None:  # reading values would wait for the device; the cost is NaN there
         features = torch.where(wrong.unsqueeze(-1), math.nan, features)
     # `where`, not a product: padding may hold NaN, and NaN * 0 is NaN in both directions.
     return torch.where(valid.unsqueeze(-1), features, features.new_zeros(()))

@@ -1,4 +1,4 @@
-"""Dykstra's projections for partial transport: three vectors, two products a sweep, nothing clever.
+"""Dykstra's projections for partial transport: three vectors, two products per sweep, in plain torch.
 
 The readable reference of the folder. POT's `entropic_partial_wasserstein` (Benamou et al. 2015, section 5) keeps
 three dense correction matrices; each of them has rank one, so that its iteration is exactly

@@ -1,4 +1,4 @@
-"""The linear program without entropy, by POT's network simplex: the yardstick, one problem at a time on the CPU.
+"""The linear program without entropy, by POT's network simplex: the reference, one problem at a time on the CPU.
 
 An extra row and an extra column take up what stays where it is: they turn the partial problem into a balanced one
 (Chapel, Alaya and Gasso 2020).
@@ -36,7 +36,7 @@ def solve_exact(problem: Problem) -> Tensor:
         extended = np.zeros((len(rows) + 1, len(cols) + 1))
         extended[:-1, :-1] = cost - (problem.penalty or 0.0)
         if problem.penalty is None:
-            # Dearer than any two real cells: nothing goes from the extra row to the extra column.
+            # More expensive than any two real cells: nothing goes from the extra row to the extra column.
             extended[-1, -1] = 2 * np.abs(cost).max() + 1
         sources, targets = np.append(rows, staying_rows), np.append(cols, staying_cols)
         targets *= sources.sum() / targets.sum()

@@ -1,4 +1,4 @@
-"""Masks as the whole package means them: non-zero is real, zero is padding, and nothing is added to anything."""
+"""Masks as the whole package means them: non-zero is real, zero is padding; none is added to scores."""
 
 import torch
 from torch import Tensor

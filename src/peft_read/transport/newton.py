@@ -214,8 +214,8 @@ def solve_newton(
 def _price(dual: _Dual, chosen: Tensor, log_u_full: Tensor, log_mass: Tensor, y: Tensor) -> Tensor:
     """How much tighter the tolerance of some problems must be because misplaced mass costs more than the mean.
 
-    A cheap plan in a matrix of dear entries is the hard case: there a little mass in the wrong place is a large share
-    of the cost.
+    A plan of low cost in a matrix of high costs is the hard case: there a little mass in the wrong place is a large
+    share of the cost.
     """
     problem, index = dual.problem, dual.index[chosen]
     plan = dual.kernel.plan(dual.left(log_u_full, log_mass)[chosen], y[chosen], chosen)
@@ -227,7 +227,7 @@ def _price(dual: _Dual, chosen: Tensor, log_u_full: Tensor, log_mass: Tensor, y:
 def _line_search(dual: _Dual, y: Tensor, direction: Tensor, cols: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:
     """Goes up along a direction, and returns log w and log(K' w u) at the point reached.
 
-    The dual is concave, so its slope says it all: where the slope is still positive the dual has only risen, and a
+    The dual is concave, so its slope is enough: where the slope is still positive the dual has only risen, and a
     slope of nearly 0 is the top. Slopes stand above rounding where differences of the dual itself do not. The full
     step is nearly always taken; a kink on the way, where a row fills or opens, is found by secants and bisections of
     the logarithm.
@@ -246,7 +246,7 @@ def _line_search(dual: _Dual, y: Tensor, direction: Tensor, cols: Tensor, log_ma
         point = torch.where(inside, free, 0)
         _, log_mass, log_ktu = dual.rows_at(point, log_mass)
         slope = (dual.cols - (point + log_ktu).exp()) * direction
-        # A column that stopped at its bound moves no further; but if the dual falls there, it should not have come.
+        # A column that stopped at its bound moves no further; but if the dual falls there, the step was too long.
         slope = torch.where(inside, slope, slope.clamp_max(0)).sum(-1)
         top = slope.abs() <= FLAT * first + noise
         rising = slope > 0

@@ -214,7 +214,7 @@ def _mixed_sweeps(k, c, a, b, total, spread, full, settings, y, v, r, scale, ktu
                 products[h, slot] = product
                 products[slot, h] = product
             slot = (slot + 1) % MEMORY
-        if moved > 2 * best:  # the mixing went astray: forget, and sweep plainly
+        if moved > 2 * best:  # the mixing diverged: drop its history, and sweep without it
             known, slot = 0, 0
         best = min(best, moved)
         last_y[:] = y

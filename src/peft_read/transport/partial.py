@@ -143,7 +143,7 @@ def partial_optimal_transport(
 
 
 NOT_FINITE = "cost must be finite on every real row and column, got NaN or infinity."
-Solved = tuple[Problem, Tensor, Scaling]  # the problems, their plans with the gradient asked for, and how they came
+Solved = tuple[Problem, Tensor, Scaling]  # the problems, their plans with the gradient asked for, and the scalings
 
 
 def _by_kernel(
@@ -301,7 +301,7 @@ def _result(
     problem: Problem, plan: Tensor, scaling: Scaling, unit: Tensor | None, poison: Tensor | None, leading: torch.Size,
     method: str, tol: float, *, warn: bool,
 ) -> TransportPlan:  # fmt: skip
-    """What the caller gets; whether a problem converged is read off the plan, whatever its solver says."""
+    """What the caller gets; whether a problem converged is read off the plan, whatever its solver reports."""
     certificate = keeps_promises(problem, plan.detach(), scaling, tol)
     converged, mass, excess = certificate.converged, certificate.mass, certificate.excess
     if unit is not None:
@@ -400,7 +400,7 @@ def _weights(
 def _fraction(
     mass: float | Tensor, leading: torch.Size, device: torch.device, check: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The fraction of each problem (P,), and where it is wrong, if nobody may look."""
+    """The fraction of each problem (P,), and where it is wrong, if values are not read."""
     if isinstance(mass, int | float) and 0 < mass <= 1:
         return torch.full((math.prod(leading),), mass, dtype=torch.float64, device=device), None
     fraction = torch.as_tensor(mass, dtype=torch.float64, device=device).detach()

@@ -3,8 +3,8 @@
 Ascent sweeps with Anderson's mixing of the last two changes, to the stopping rule of `newton.py`. The first launch
 exponentiates in float32 and solves nearly everything in some ten sweeps; what it leaves, because the cost ranges too
 far for exponentials or the dual is flat, a second launch solves with logarithms in float64, going down to the
-temperature in halves. Programs with nothing left to do end at once, so that the host is never asked. The cost is read
-tile by tile, from the cache after the first sweep. Optional: needs triton, which comes with torch for CUDA.
+temperature in halves. Programs with nothing left to do end at once, without a synchronisation with the host. The cost
+is read tile by tile, from the cache after the first sweep. Optional: needs triton, which comes with torch for CUDA.
 """
 
 # mypy: allow-untyped-defs
@@ -251,7 +251,7 @@ def sweeps(
             done = (moved <= tl.maximum(tol * price, floor)).to(tl.int32)
         if (done == 0) & (sweep < limit):
             f = target - y
-            if moved > 2 * best:  # the mixing went astray: forget, and sweep plainly
+            if moved > 2 * best:  # the mixing diverged: drop its history, and sweep without it
                 known = known * 0
             best = tl.minimum(best, moved)
             # The least-squares combination of the last one or two changes, columns weighted by their mass.

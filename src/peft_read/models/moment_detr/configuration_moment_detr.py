@@ -92,7 +92,7 @@ class MomentDetrConfig(PretrainedConfig):
 
     model_type = "moment_detr"
     attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "encoder_layers"}
-    # A Trainer that collects predictions can concatenate only what is one tensor a batch.
+    # A Trainer that collects predictions can concatenate only what is one tensor per batch.
     keys_to_ignore_at_inference = [
         "loss_dict",
         "auxiliary_outputs",

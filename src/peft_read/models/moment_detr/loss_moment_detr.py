@@ -33,11 +33,11 @@ def match_queries(
     Args:
         logits: (B, Q, 2).
         spans: (B, Q, 2) or (B, Q, 2 bins).
-        targets: one (n, 2) an example.
+        targets: one (n, 2) per example.
         config: the configuration.
 
     Returns:
-        One pair of indices (queries, targets) an example.
+        One pair of indices (queries, targets) per example.
     """
     labels, mask = _padded(targets, None, logits.device)
     ((examples, queries, chosen),) = _match([{"pred_logits": logits, "pred_spans": spans}], labels, mask, config)
@@ -53,7 +53,7 @@ def _match(
     Raises:
         ValueError: labels that are not finite or not in the unit of the configuration, or outputs that are NaN.
     """
-    # Padded rows get costs like others, which nobody reads: the first clip names them, and the unit interval.
+    # Padded rows get costs too, which are not read; their labels become the first clip, or the unit interval.
     targets = labels.where(mask.unsqueeze(-1), 0)
     cost = torch.stack([_costs(layer, targets, config) for layer in layers])  # (layers, B, Q, n)
     parts = [cost.flatten(), mask.flatten().float(), labels.flatten().float()]
@@ -89,7 +89,7 @@ def _costs(layer: Mapping[str, Tensor], targets: Tensor, config: MomentDetrConfi
         )
         cost = config.span_cost * distance - config.giou_cost * overlap
     else:
-        # An index behind the last bin is told by _check_values, once it is on the host.
+        # An index behind the last bin is reported by _check_values, once it is on the host.
         target = targets.clamp(0, config.num_span_bins - 1)
         first, last = spans.unflatten(-1, (2, -1)).softmax(-1).unbind(2)  # (B, Q, bins)
         picked = [
@@ -120,7 +120,7 @@ def moment_detr_losses(
             in order: `pred_logits` (B, Q, 2), `pred_spans`, and for the contrastive loss `proj_queries`,
             `proj_txt_mem`.
         config: the configuration.
-        span_labels: (B, n, 2), or one (n, 2) an example; None: no moments are known, and their terms are left out.
+        span_labels: (B, n, 2), or one (n, 2) per example; None: no moments are known, and their terms are left out.
         saliency_scores: (B, L).
         saliency_pos_labels: (B, P) indices of salient clips, or None: the term is 0. Negative = no pair.
         saliency_neg_labels: (B, P) indices of clips that are less so.

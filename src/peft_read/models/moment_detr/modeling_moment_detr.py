@@ -243,7 +243,7 @@ class MomentDetrForTemporalGrounding(PreTrainedModel):
         return features.to(self.dtype), mask.to(features.device).ne(0)
 
     def _predictions(self, states: Tensor, text_memory: Tensor) -> list[dict[str, Tensor]]:
-        """One dict a decoder layer, from the normalised states (layers, B, Q, d)."""
+        """One dict per decoder layer, from the normalised states (layers, B, Q, d)."""
         spans = in_float32(self.span_embed, states)
         predictions = {
             "pred_logits": in_float32(self.class_embed, states),

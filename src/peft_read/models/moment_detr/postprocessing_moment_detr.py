@@ -44,10 +44,10 @@ def ranked_windows(
         nms_threshold: drop windows that overlap a better one by more (see `temporal_nms`); None: keep all.
 
     Returns:
-        A list of rows [start, end, score] a video.
+        A list of rows [start, end, score] per video.
 
     Raises:
-        ValueError: there is not one duration a video, or `"ce"` spans come without a clip length.
+        ValueError: there is not one duration per video, or `"ce"` spans come without a clip length.
     """
     if len(duration_seconds) != len(pred_logits):
         raise ValueError(f"{len(duration_seconds)} durations for {len(pred_logits)} videos")
