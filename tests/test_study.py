@@ -305,7 +305,7 @@ with Workers(1) as queue:
     wait_for(lambda: not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2])
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=300):
     import time
 
     ends = time.monotonic() + seconds

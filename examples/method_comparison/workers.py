@@ -9,6 +9,7 @@ worker goes on, a worker that dies is replaced. When the parent ends, its pipes 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import queue
@@ -114,7 +115,9 @@ class _Worker:
             self.process.stdin.flush()
         except BrokenPipeError:
             return None
-        answer = self.process.stdout.readline().split()  # empty where the process has ended
+        answer = self.process.stdout.readline().split()
+        if not answer:
+            self.process.wait()  # it has ended; the next run gets another
         return float(answer[1]) if answer[:1] == ["done"] else None
 
     def end(self) -> None:
@@ -129,9 +132,6 @@ class _Worker:
 def main() -> None:
     """The worker's side."""
     sys.path.insert(0, str(REPRODUCTION))
-    from progress import be_quiet
-
-    be_quiet()
     answers = os.fdopen(os.dup(1), "w")
     jobs: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(jobs,), daemon=True).start()
@@ -155,8 +155,12 @@ def _listen(jobs: queue.SimpleQueue[str]) -> None:
 
 def _run(script: str, arguments: list[str]) -> bool:
     try:
-        __import__(script)
-        sys.modules[script].main(arguments)
+        module = importlib.import_module(script)
+        if "transformers" in sys.modules:  # of the script; without it nothing is to be made quiet
+            from progress import be_quiet
+
+            be_quiet()
+        module.main(arguments)
         return True
     except (Exception, SystemExit):
         traceback.print_exc()
