@@ -202,6 +202,32 @@ def test_a_run_of_another_protocol_has_another_folder_and_names_its_data(places)
     assert places.fill("{qvhighlights/highlight_test_with_gt.jsonl}")[0].endswith(".jsonl.xz")
 
 
+def test_summaries_of_moments_are_divided_by_source(tmp_path):
+    from moments_by_source import write_moments_by_source
+
+    from peft_read.data import load_how2
+
+    row = {"query": "a", "duration": 20, "relevant_windows": [[4, 8]], "relevant_clip_ids": [2]}
+    rows = [{**row, "qid": i, "vid": f"s{i // 3}_{i % 3}.0_9.0", "saliency_scores": [[1, 2, 3]]} for i in range(60)]
+    (tmp_path / "val.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    for split, ids in (("sum_train", range(0, 60, 2)), ("sum_val", range(1, 60, 2)), ("sum_test", range(100, 104))):
+        (tmp_path / "moments" / split).mkdir(parents=True)
+        for name, text in (("tran.tok.txt", "what is seen"), ("desc.tok.txt", "a query")):
+            lines = "".join(f"qvh{i} {text} {i}\n" for i in ids)
+            (tmp_path / "moments" / split / name).write_text(lines)
+    arguments = (tmp_path / "moments", tmp_path / "val.jsonl")
+    sizes = write_moments_by_source(*arguments, tmp_path / "new", num_train=31, num_validation=20)
+    assert sizes == {"sum_train": 31, "sum_val": 20, "sum_test": 4}
+    train, validation, test = (load_how2(tmp_path / "new", split) for split in sizes)
+    sources = [{int(i.removeprefix("qvh")) // 3 for i in part["video_id"]} for part in (train, validation)]
+    assert not sources[0] & sources[1]
+    assert all(row["summary"] == f"a query {row['video_id'].removeprefix('qvh')}" for row in train)
+    assert test["video_id"][:] == [f"qvh{i}" for i in range(100, 104)]
+    (tmp_path / "val.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:-2]))
+    with pytest.raises(ValueError, match=r"2 items of .* are no queries of"):
+        write_moments_by_source(*arguments, tmp_path / "other", num_train=31, num_validation=20)
+
+
 # --- the queue ----------------------------------------------------------------------------------------------------
 
 SCRIPT = """
@@ -279,7 +305,7 @@ with Workers(1) as queue:
     wait_for(lambda: not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2])
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=300):
     import time
 
     ends = time.monotonic() + seconds

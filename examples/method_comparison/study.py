@@ -170,27 +170,28 @@ class Study:
         return 1 if failed else 0
 
     def _run(self, workers: Workers) -> list[str]:
-        self._prepare()
-        failed = workers.run(run.job() for run in self._backbones() if not run.is_done)
-        if failed:
-            return failed
+        failed: list[str] = []
         for name, plan in self.plans.items():
-            for stage, rounds in (("tune", (plan.first_round, plan.second_round)), ("main", (plan.main_runs,))):
-                for runs in rounds:
-                    if workers.time_is_over or not all(run.is_done for run in self._backbones()):
-                        return failed
-                    _say(f"{name}, {stage}")
-                    failed += workers.run(run.job() for run in self._left(runs()))
+            if workers.time_is_over:
+                break
+            self._prepare(plan)
+            backbone = BackboneRun(plan.setting.backbone, self.places)
+            if not backbone.is_done and (message := workers.run([backbone.job()])):
+                failed += message  # the settings with other backbones go on
+            if not backbone.is_done:
+                continue
+            for runs in (plan.first_round, plan.second_round, plan.main_runs):
+                _say(f"{name}, {runs.__name__.replace('_', ' ')}")
+                failed += workers.run(run.job() for run in self._left(runs()))
             write_results(self.places.output / RESULTS, collect(self.plans))
         return failed
 
-    def _prepare(self) -> None:
+    def _prepare(self, plan: Plan) -> None:
         """Data that is made of the data."""
+        if "{moments_by_source}" not in plan.setting.arguments:
+            return
         folder = self.places.output / "moments_by_source"
-        if (
-            any("{moments_by_source}" in plan.setting.arguments for plan in self.plans.values())
-            and not folder.exists()
-        ):
+        if not (folder / "sum_val" / "tran.tok.txt").exists():  # the file that is written last
             from moments_by_source import write_moments_by_source
 
             [annotations] = self.places.fill("{qvhighlights/highlight_val_release.jsonl}")

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import lzma
+import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from run_folder import versions
 from study_runs import Plan, Run
@@ -30,9 +33,18 @@ def collect(plans: Mapping[str, Plan]) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "versions": versions(),
-        "hardware": f"{platform.machine()}, {platform.system()}",
+        "hardware": hardware(),
         "settings": {name: numbers for name, numbers in found.items() if numbers["tuning"] or numbers["main"]},
     }
+
+
+def hardware() -> str:
+    """The name of the GPU, where there is one, or of the processor."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpus = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.*)$", cpus.read_text(), re.MULTILINE) if cpus.exists() else []
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} logical processors"
 
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ worker goes on, a worker that dies is replaced. When the parent ends, its pipes 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import queue
@@ -80,12 +81,15 @@ class Workers:
             return None
         worker, started = self.free.get(), time.monotonic()
         try:
-            done = worker.do(job)
+            processor_seconds = worker.do(job)
         finally:
             self.free.put(worker)
         seconds = time.monotonic() - started
-        self.say(f"{job.name}: {'done' if done else 'FAILED'} in {seconds:.0f} s")
-        return None if done else f"{job.name} failed, see {job.log}"
+        if processor_seconds is None:
+            self.say(f"{job.name}: FAILED in {seconds:.0f} s")
+            return f"{job.name} failed, see {job.log}"
+        self.say(f"{job.name}: done in {seconds:.0f} s, {processor_seconds:.0f} s of processor time")
+        return None
 
 
 class _Worker:
@@ -94,8 +98,8 @@ class _Worker:
     def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None
 
-    def do(self, job: Job) -> bool:
-        """Whether the run ended well."""
+    def do(self, job: Job) -> float | None:
+        """Seconds of processor time, which say more on a busy machine; None where the run has failed."""
         if self.process is None or self.process.poll() is not None:
             self.process = subprocess.Popen(
                 [sys.executable, __file__],
@@ -110,8 +114,11 @@ class _Worker:
             self.process.stdin.write(json.dumps(line) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            return False
-        return self.process.stdout.readline() == "done\n"  # an empty line: the process has ended
+            return None
+        answer = self.process.stdout.readline().split()
+        if not answer:
+            self.process.wait()  # it has ended; the next run gets another
+        return float(answer[1]) if answer[:1] == ["done"] else None
 
     def end(self) -> None:
         if self.process is not None:
@@ -125,9 +132,6 @@ class _Worker:
 def main() -> None:
     """The worker's side."""
     sys.path.insert(0, str(REPRODUCTION))
-    from progress import be_quiet
-
-    be_quiet()
     answers = os.fdopen(os.dup(1), "w")
     jobs: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(jobs,), daemon=True).start()
@@ -136,7 +140,9 @@ def main() -> None:
         with open(job["log"], "ab") as log:
             for stream in (1, 2):
                 os.dup2(log.fileno(), stream)
-        answers.write("done\n" if _run(job["script"], job["arguments"]) else "failed\n")
+        before = time.process_time()
+        done = _run(job["script"], job["arguments"])
+        answers.write(f"done {time.process_time() - before:.1f}\n" if done else "failed\n")
         answers.flush()
 
 
@@ -149,8 +155,12 @@ def _listen(jobs: queue.SimpleQueue[str]) -> None:
 
 def _run(script: str, arguments: list[str]) -> bool:
     try:
-        __import__(script)
-        sys.modules[script].main(arguments)
+        module = importlib.import_module(script)
+        if "transformers" in sys.modules:  # of the script; without it nothing is to be made quiet
+            from progress import be_quiet
+
+            be_quiet()
+        module.main(arguments)
         return True
     except (Exception, SystemExit):
         traceback.print_exc()
