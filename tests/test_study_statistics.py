@@ -104,3 +104,4 @@ def test_a_correlation_of_ranks():
     generator = np.random.default_rng(4)
     noise, p = correlation(generator.normal(size=200), generator.normal(size=200))
     assert noise.low < 0 < noise.high and p > 0.05
+    assert np.isnan([*correlation(x, np.ones(30))[0], correlation(np.ones(30), x)[1]]).all()

@@ -167,6 +167,8 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 def correlation(x: ArrayLike, y: ArrayLike, *, level: float = 0.95, resamples: int = 2_000) -> tuple[Interval, float]:
     """Spearman's rank correlation, its bootstrap interval over pairs, and the two-sided p-value.
 
+    NaN where one side does not vary.
+
     Args:
         x: (pairs,).
         y: (pairs,).
@@ -174,6 +176,8 @@ def correlation(x: ArrayLike, y: ArrayLike, *, level: float = 0.95, resamples: i
         resamples: of the bootstrap.
     """
     a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    if not np.ptp(a) or not np.ptp(b):
+        return Interval(np.nan, np.nan, np.nan), np.nan
     found = stats.spearmanr(a, b)
     spread = stats.bootstrap(
         (a, b),
