@@ -222,6 +222,22 @@ def test_weights_read_without_a_call_are_no_positions():
         get_peft_model(model, BottleneckConfig(r=2, target_modules=["out_proj"]))
 
 
+def test_a_packed_attention_that_calls_its_last_layer_has_a_position():
+    from peft_read.models import MomentDetrConfig, MomentDetrForTemporalGrounding
+
+    config = MomentDetrConfig(video_feature_dim=8, text_feature_dim=8, d_model=8, ffn_dim=8, encoder_layers=1)
+    model = get_peft_model(MomentDetrForTemporalGrounding(config), BottleneckConfig(r=2, init_weights=False))
+    found = [name for name in model.base_model.targeted_module_names if name.endswith("out_proj")]
+    assert len(found) == 1 + 2 * 2, "self-attention of the encoder, and both attentions of two decoder layers"
+    batch = {"video_features": torch.randn(1, 3, 8), "video_mask": torch.ones(1, 3)}
+    batch |= {"text_features": torch.randn(1, 2, 8), "text_mask": torch.ones(1, 2)}
+    sum(output.sum() for output in model(**batch).values() if torch.is_tensor(output)).backward()
+    weights = [
+        p for n, p in model.named_parameters() if "encoder" in n and "out_proj.bottleneck" in n and "weight" in n
+    ]
+    assert weights and all(weight.grad is not None and weight.grad.any() for weight in weights)
+
+
 # The original's figures
 
 

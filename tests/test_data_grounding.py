@@ -118,6 +118,21 @@ def test_the_low_resource_split_keeps_sources_apart(tmp_path):
         low_resource_split(data, num_train=31, num_validation=40)
 
 
+def test_training_parts_of_several_sizes_are_nested_and_share_one_validation_part(tmp_path):
+    rows = [{**ROW, "qid": i, "vid": f"source{i // 3}_{i % 3}.0_9.0"} for i in range(90)]
+    data = load_qvhighlights(write_jsonl(tmp_path / "a.jsonl", rows))
+    parts = {n: low_resource_split(data, num_train=n, num_validation=20, seed=3, pool=31) for n in (5, 17, 31)}
+    small, middle, large = (set(train["qid"]) for train, _ in parts.values())
+    assert small < middle < large and (len(small), len(middle), len(large)) == (5, 17, 31)
+    selected = [validation["qid"][:] for _, validation in parts.values()]
+    assert selected[0] == selected[1] == selected[2]
+    sources = [{vid.split("_")[0] for vid in part["vid"]} for part in parts[31]]
+    assert not sources[0] & sources[1]
+    assert parts[31][0]["qid"][:] == low_resource_split(data, num_train=31, num_validation=20, seed=3)[0]["qid"][:]
+    with pytest.raises(ValueError, match="pool=4 is smaller than num_train=5"):
+        low_resource_split(data, num_train=5, pool=4)
+
+
 def test_tvsum_is_read_from_both_formats(tmp_path):
     label = [[1, 5, 3], [5, 5, 5], [1, 1, 1]]
     record = {"vid": "a", "query": "cars", "domain": "VT", "label": label, "duration": 6, "qid": "a"}
@@ -394,6 +409,9 @@ def test_the_official_annotations_and_the_caption_features_fit(reference_data):
     assert len(data) == 1550
     train, validation = low_resource_split(data)
     assert (len(train), len(validation)) == (700, 150)
+    _, more = low_resource_split(data, num_train=100, num_validation=500, pool=700)
+    assert set(validation["qid"]) < set(more["qid"])
+    assert not {vid.rsplit("_", 2)[0] for vid in train["vid"]} & {vid.rsplit("_", 2)[0] for vid in more["vid"]}
     store = FeatureStore(reference_data("data/features/qvhighlights_val_captions.npz"))
     assert ClipFeatures([store]).check(data) == 130
     perfect = [

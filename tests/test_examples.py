@@ -272,6 +272,17 @@ def test_the_alignment_picture_and_the_loop_without_trainer(how2, tmp_path, monk
     assert "last task loss" in capsys.readouterr().out
 
 
+def test_the_mean_of_the_last_checkpoints_and_the_figures_of_every_item(how2, tmp_path, summarize):
+    given = ("--num_train_samples", 8, "--num_test_samples", 4, "--measure_before", "false", "--no_pvla")
+    arguments = ("--compare_zero_video", "false", "--num_train_epochs", 3, "--average_checkpoints", 2, *given)
+    result = summarize("--data_dir", how2, "--output_dir", tmp_path, "--method", "bottleneck", *arguments)
+    assert result["averaged_steps"] == [2, 3] and result["reloaded_is_identical"]
+    each = json.loads((tmp_path / "each_test.json").read_text())
+    assert len(each["ids"]) == 4
+    for name, values in each["figures"].items():
+        assert sum(values) / 4 == pytest.approx(result["rouge_after"]["rouge_score"][name], abs=0.01)
+
+
 def test_the_comparison_runs_once_and_resumes(how2, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES / "reproduction"))
     monkeypatch.syspath_prepend(str(EXAMPLES / "method_comparison"))

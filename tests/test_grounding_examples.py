@@ -264,3 +264,132 @@ def test_select_seeds_chooses_with_the_first_seeds_and_runs_the_others_at_the_ch
     assert (row["learning_rate"], row["selected_on"]) == (1e-3, [0, 1, 2])
     with pytest.raises(SystemExit):
         grounding.main(["--output_dir", str(tmp_path), *options, "--select_seeds", "4"])
+
+
+AVERAGED = (
+    "--max_steps 6 --save_strategy steps --save_steps 2 --average_checkpoints 2 --pictures 0 --no_measure_before"
+)
+
+
+def test_the_mean_of_the_last_checkpoints_is_measured_and_an_interrupted_run_has_the_same(
+    world, backbone, tmp_path, monkeypatch
+):
+    arguments = ["--model_name_or_path", str(backbone), "--method", "read", "--pvla", "--r", "2", *AVERAGED.split()]
+    arguments = qvhighlights(world, *arguments, "--bidirectional", "--learning_rate", "0.1")
+    whole = ground_moments.main([*arguments, "--output_dir", str(tmp_path / "whole")])
+    assert whole["averaged_steps"] == [4, 6] and whole["before"] == {} and whole["test"] == {}
+    assert whole["reloaded_is_identical"]
+    trainer = ground_moments.GroundingTrainer
+
+    class Cut(trainer):
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step == 5:
+                raise KeyboardInterrupt
+            return super().training_step(*args, **kwargs)
+
+    cut = [*arguments, "--output_dir", str(tmp_path / "cut")]
+    monkeypatch.setattr(ground_moments, "GroundingTrainer", Cut)
+    with pytest.raises(KeyboardInterrupt):
+        ground_moments.main(cut)
+    monkeypatch.setattr(ground_moments, "GroundingTrainer", trainer)
+    again = ground_moments.main(cut)
+    assert again["averaged_steps"] == [4, 6]
+    assert again["validation"] == whole["validation"]
+    weights = [(tmp_path / name / "trained/adapter_model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert weights[0] == weights[1]
+
+
+def test_the_figures_of_each_query_have_the_mean_of_the_split(world, backbone, tmp_path):
+    arguments = ["--model_name_or_path", str(backbone), "--method", "none", "--test_file", world["test"]]
+    result = ground_moments.main(qvhighlights(world, *arguments, "--output_dir", str(tmp_path)))
+    for part, ids in (("test", list(range(18, 24))), ("validation", None)):
+        each = json.loads((tmp_path / f"each_{part}.json").read_text())
+        assert ids is None or each["ids"] == ids
+        assert set(each["figures"]) == set(grounding.SHOWN["qvhighlights"].values())
+        for name, values in each["figures"].items():
+            assert np.mean(values) == pytest.approx(result[part][name], abs=0.01)
+
+
+def test_averaging_takes_checkpoints_at_equal_distances_only(world, tmp_path):
+    def fails(arguments, match):
+        with pytest.raises(ValueError, match=match):
+            ground_moments.main(qvhighlights(world, *arguments.split(), "--output_dir", str(tmp_path)))
+
+    fails("--average_checkpoints 3 --num_train_epochs 2", "but the training writes 2")
+    fails("--average_checkpoints 2 --save_strategy no", "checkpoints at equal distances")
+    fails("--average_checkpoints 2 --save_strategy steps --max_steps 7 --save_steps 2", "equal distances")
+    fails("--method adapter --bidirectional", "--bidirectional is READ's")
+    fails("--method full --target_modules x", "no meaning with --method full")
+    fails("--method bottleneck --adapter_after both_sides", "is not one of both, feed_forward, attention")
+    fails("--pvla --pvla_schedule never", "'never' is not one of constant, decay, grow")
+    fails("--backbone umt --pvla --pvla_modules linear", "a sequence for each")
+    fails("--train_pool 8 --num_train_samples 9", "pool=8 is smaller")
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_the_mean_of_checkpoints_is_that_of_their_trained_weights(tmp_path):
+    import torch
+    from safetensors.torch import save_model
+
+    from peft_read.baselines import train_only
+
+    averaging = importlib.import_module("averaging")
+    model = torch.nn.Linear(1, 1)
+    for step, value in ((2, 7.0), (10, 1.0), (9, 2.0)):
+        torch.nn.init.constant_(model.weight, value)
+        torch.nn.init.constant_(model.bias, value)
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        save_model(model, tmp_path / f"checkpoint-{step}" / "model.safetensors")
+    train_only(model, "bias")
+    assert averaging.average_checkpoints(model, tmp_path, 2) == [9, 10]
+    assert (model.bias.item(), model.weight.item()) == (1.5, 1.0)
+    with pytest.raises(ValueError, match=r"has the checkpoints \[2, 9, 10\], and 4 are to be averaged"):
+        averaging.average_checkpoints(model, tmp_path, 4)
+
+
+@pytest.mark.parametrize("kind", ["moment_detr", "umt"])
+def test_a_bottleneck_after_attention_and_feed_forward_blocks_of_every_stack(world, tmp_path, kind):
+    options = '{"decoder_layers": 1}' if kind == "umt" else '{"encoder_layers": 1, "decoder_layers": 1}'
+    arguments = ["--backbone", kind, "--method", "bottleneck", "--r", "2", "--max_steps", "1", "--eval_strategy", "no"]
+    arguments += ["--model_options", options, "--save_strategy", "no"]
+    counts = {}
+    for place in ("both", "attention", "feed_forward"):
+        folder = tmp_path / place
+        result = ground_moments.main(
+            qvhighlights(world, *arguments, "--adapter_after", place, "--output_dir", str(folder))
+        )
+        assert result["reloaded_is_identical"]
+        weights = json.loads((folder / "trained/adapter_config.json").read_text())
+        assert weights["peft_type"] == "BOTTLENECK"
+        counts[place] = result["trainable"]
+    heads = counts["attention"] + counts["feed_forward"] - counts["both"]
+    one = 2 * 2 * 16 + 2 + 16
+    assert (counts["attention"] - heads) % one == (counts["feed_forward"] - heads) % one == 0
+    places = (counts["attention"] - heads) // one, (counts["feed_forward"] - heads) // one
+    assert places == ((3, 2) if kind == "moment_detr" else (4, 2))
+
+
+def test_distance_and_precision_over_the_test_split(world, backbone, tmp_path, capsys):
+    distance_and_precision = importlib.import_module("distance_and_precision")
+    arguments = ["--model_name_or_path", str(backbone), "--method", "read", "--pvla", "--r", "2", "--max_steps", "2"]
+    arguments += ["--test_file", world["test"], "--output_dir", str(tmp_path / "run"), "--save_strategy", "no"]
+    result = ground_moments.main(qvhighlights(world, *arguments, "--eval_strategy", "no", "--pictures", "0"))
+    options = ["--run", str(tmp_path / "run"), "--output_dir", str(tmp_path / "out"), "--batch_size", "4"]
+    numbers = distance_and_precision.main([*options, "--query", "20"])
+    (right, precision), (wrong, _) = numbers["right"], numbers["wrong"]
+    assert precision.mean == pytest.approx(result["test"]["MR-full-mAP"], abs=0.01)
+    assert right.mean != wrong.mean and numbers["gap"][0].mean == pytest.approx(wrong.mean - right.mean)
+    page = (tmp_path / "out" / "table7.md").read_text()
+    assert page in capsys.readouterr().out and "| own query | " in page and page.startswith("6 test queries")
+    assert all((tmp_path / "out" / name).stat().st_size > 5_000 for name in ("table7.png", "plan.png"))
+    rows = [{"qid": i, "vid": f"s{i // 2}_0_1", "query": str(i)} for i in range(6)]
+    replaced = distance_and_precision.mismatched(rows)
+    assert all(
+        a["vid"] == b["vid"] and int(a["query"]) // 2 != int(b["query"]) // 2
+        for a, b in zip(rows, replaced, strict=True)
+    )
+    with pytest.raises(ValueError, match="all test queries are of one source"):
+        distance_and_precision.mismatched(rows[:2])
+    for wrong_options in (["--query", "999"], ["--run", str(tmp_path)]):
+        with pytest.raises(SystemExit):
+            distance_and_precision.main([*options, *wrong_options])

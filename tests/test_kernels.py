@@ -195,7 +195,7 @@ def recurrence_jobs(card):
                     warps = settings.pop("num_warps")
                     fixed = {"MASKED": masked, "CONTINUED": masked, **settings}
                     jobs.append({"module": scan.__name__, "name": name, "source": None, "fixed": fixed, "card": card,
-                                 "types": SIZES | {"real": "*u8"}, "warps": warps})  # fmt: skip
+                                 "types": SIZES | {"valid": "*u8"}, "warps": warps})  # fmt: skip
     half = "*fp16" if card < 80 else "*bf16"
     for k in (1, 4, 8, 16):
         for d in (24, 768):
@@ -204,7 +204,7 @@ def recurrence_jobs(card):
                     continue
                 settings = launch.tile_settings(k, d)
                 warps = settings.pop("num_warps")
-                types = SIZES | {"real": "*u8"} | dict.fromkeys(("x", "out", "grad", "grad_x"), kind)
+                types = SIZES | {"valid": "*u8"} | dict.fromkeys(("x", "out", "grad", "grad_x"), kind)
                 options = {"MASKED": True, "SHIFTED": True, "BIASED": True, "LIFTED": True, "SEEN": True, **settings}
                 for name in adapter.__all__:
                     jobs.append({"module": adapter.__name__, "name": name, "source": None, "fixed": options,

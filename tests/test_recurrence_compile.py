@@ -58,7 +58,7 @@ def test_a_compiled_cell_is_the_eager_one(kind):
         outputs, states = run(x, state, mask, keep_states=True)
         total = outputs[:, -1].sum() + states.square().sum()
         found.append((outputs, states, *torch.autograd.grad(total, [x, state, *cell.parameters()])))
-    assert "peft_read.scan" in graphs.seen[0]
+    assert ("peft_read.scan" in graphs.seen[0]) is (kind != "lstm")
     for number, (eager, compiled) in enumerate(zip(*found, strict=True)):
         torch.testing.assert_close(compiled, eager, rtol=1e-6 if number < 2 else 1e-5, atol=1e-6)
     with torch.no_grad():  # goes on from a state
@@ -69,7 +69,7 @@ def test_a_compiled_cell_is_the_eager_one(kind):
         torch.testing.assert_close(torch.cat((first, second), dim=1), whole, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(("kind", "masked"), [("rnn", False), ("gru", True), ("lstm", True)])
+@pytest.mark.parametrize(("kind", "masked"), [("rnn", False), ("gru", True)])
 def test_the_operator_keeps_torchs_rules(kind, masked):
     cell = a_cell(kind)
     x, state, mask = inputs_of(cell)
@@ -112,9 +112,9 @@ def test_exported_programs_need_nothing_of_this_package():
 
 def test_a_compiled_adapter_is_the_eager_one():
     graphs, no_dropout = Graphs(), nn.Identity()
-    down, cell, up = nn.Linear(24, 4), a_cell("rnn"), nn.Linear(4, 24)
+    down, cell, up = nn.Linear(32, 4), a_cell("rnn"), nn.Linear(4, 32)
     mask = inputs_of(cell)[2]
-    output, state = torch.randn(3, 9, 24, requires_grad=True), torch.randn(3, 4).tanh().requires_grad_()
+    output, state = torch.randn(3, 9, 32, requires_grad=True), torch.randn(3, 4).tanh().requires_grad_()
     leaves = [output, state, *down.parameters(), *cell.parameters(), *up.parameters()]
 
     def adapter(output, state):

@@ -1,5 +1,6 @@
 """The multi-task example and its comparison, run as a user runs them, on generated scenes and on tiny real formats."""
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -253,3 +254,37 @@ def test_scores_by_hand(scripts):
     assert data.exact_match(["true", "False"], [{"target": "true"}, {"target": "false"}]) == [100, 0]
     assert data.soft_accuracy(["net", "no"], [{"answers": ["net", "mesh"], "scores": [1.0, 0.3]}] * 2) == [100, 0]
     assert data.words("A man's dog, No. 2!") == "a man s dog no 2"
+
+
+def test_the_comparison_tells_differences_from_chance(monkeypatch):
+    """A method that is 10 points better on every example, and one that differs by a coin's toss."""
+    for folder in ("reproduction", "method_comparison"):
+        monkeypatch.syspath_prepend(str(EXAMPLES / folder))
+    spec = importlib.util.spec_from_file_location(
+        "compare_tasks", EXAMPLES / "method_comparison" / "multitask.py"
+    )  # the module of the runs has the same name
+    compare_tasks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(compare_tasks)
+    rng = np.random.default_rng(0)
+    full = rng.choice([0.0, 50.0], size=(3, 200))
+    tables = {"full": full, "better": full + 10, "chance": rng.choice([0.0, 50.0], size=(3, 200))}
+
+    def result(scores):
+        base = {"metrics": {"nlvr": "accuracy"}, "trainable": 1, "parameters": 10, "seconds": 1.0}
+        entry = {"eval_nlvr_loss": 1.0}
+        after, each = {"nlvr": float(scores.mean())}, {"nlvr": scores.tolist()}
+        return base | {"log": [entry], "after": after, "scores": each, "units": {"nlvr": [i // 2 for i in range(200)]}}
+
+    choices = {
+        name: compare_tasks.Choice(1e-3, [1e-3], [], {seed: [result(table[seed])] for seed in range(3)})
+        for name, table in tables.items()
+    }
+    rows = [compare_tasks.table_row(name, choice) for name, choice in choices.items()]
+    compare_tasks.add_differences(rows, choices)
+    of = {row["name"]: row.get("against_full", {}).get("nlvr") for row in rows}
+    assert of["full"] is None
+    assert of["better"]["mean"] == pytest.approx(10) and of["better"]["low"] == pytest.approx(10)
+    assert of["better"]["p"] < 0.001 and of["chance"]["p"] > 0.05
+    assert of["chance"]["low"] < 0 < of["chance"]["high"]
+    page = compare_tasks.markdown(rows)
+    assert "| better | +10.0 [+10.0, +10.0], p < 0.001 |" in page and page.count("| full |") == 1

@@ -50,6 +50,11 @@ class Choice:
     selected_on: list[int]  # the seeds that the choice rests on; empty where there was none
     seeds: dict[int, list[Result]]  # seed: one result a domain
 
+    @property
+    def results(self) -> list[Result]:
+        """Of all seeds and domains."""
+        return [result for found in self.seeds.values() for result in found]
+
 
 def build_parser(description: str | None, suites: Suites, script: Path) -> argparse.ArgumentParser:
     """The options that every comparison has."""
@@ -271,6 +276,26 @@ def choose(
     if sum(map(len, seeds.values())) != wanted:
         return None
     return Choice(rate, sorted(candidates), judged if len(candidates) > 1 else [], seeds)
+
+
+def described(name: str, chosen: Choice) -> Result:
+    """What every comparison's table says of a row, whatever it measures."""
+    first = chosen.results[0]
+    return {
+        "name": name,
+        "learning_rate": chosen.rate,
+        "rates_tried": chosen.rates_tried,
+        "selected_on": chosen.selected_on,
+        "trainable": first["trainable"],
+        "share": first["trainable"] / first["parameters"],
+        "seconds": mean(result["seconds"] for result in chosen.results),
+        "seeds": sorted(chosen.seeds),
+    }
+
+
+def loss_cell(row: Result) -> str:
+    """The validation loss, where there is one."""
+    return f"{row['validation_loss']:.3f}" if row["validation_loss"] else "–"
 
 
 def markdown(head: Sequence[str], rows: Sequence[Result], cells: Callable[[Result], Sequence[str]]) -> str:

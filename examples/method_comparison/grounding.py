@@ -21,8 +21,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from comparison import Choice, Comparison, Experiment, Results, build_parser, choose, spread
+from comparison import Choice, Comparison, Experiment, Results, build_parser, choose, described, spread
 from comparison import markdown as table
+from paper_rows import distances, nine_methods
 
 from peft_read.data import TVSUM_DOMAINS
 
@@ -42,18 +43,16 @@ SHOWN = {
 
 
 ADAPTER_RATES, FULL_RATES = (1e-3, 3e-3), (1e-4, 4e-4)
-METHODS = {
-    "no adaptation": Experiment("--method none", (0.0,)),
-    "full": Experiment("--method full", FULL_RATES),
-    "bias": Experiment("--method bias", ADAPTER_RATES),
-    "partial": Experiment("--method partial", FULL_RATES),
-    "proj": Experiment("--method proj", ADAPTER_RATES),
-    "lora": Experiment("--method lora", ADAPTER_RATES),
-    "prompt": Experiment("--method prompt", ADAPTER_RATES),
-    "adapter": Experiment("--method adapter", ADAPTER_RATES),
-    "read": Experiment("--method read", ADAPTER_RATES),
-    "read_pvla": Experiment("--method read --pvla", ADAPTER_RATES),
-}
+METHODS = nine_methods(
+    {
+        "full": FULL_RATES,
+        "bias": ADAPTER_RATES,
+        "partial": FULL_RATES,
+        **dict.fromkeys(("proj", "lora", "prompt", "adapter", "read"), ADAPTER_RATES),
+    },
+    frozen="no adaptation",
+    aligned="--pvla",
+)
 SUITES = {
     "methods": METHODS,
     "main": {name: METHODS[name] for name in ("no adaptation", "full", "lora", "adapter", "read", "read_pvla")},
@@ -92,13 +91,7 @@ SUITES = {
         **{cell: Experiment(f"--method read --cell {cell}", ADAPTER_RATES) for cell in ("gru", "lstm")},
     },
     # Table 9: the distance that is minimised
-    "distance": {
-        "POT": METHODS["read_pvla"],
-        **{
-            name: Experiment(f"--method read --pvla --pvla_distance {name}", ADAPTER_RATES)
-            for name in ("avg_cosine", "max_cosine", "avg_l2", "max_l2")
-        },
-    },
+    "distance": distances(METHODS["read_pvla"]),
 }
 
 
@@ -130,19 +123,11 @@ def table_row(
     chosen = choose(name, results, wanted, score, selection=selection)
     if chosen is None:
         return None
-    first = next(iter(chosen.seeds.values()))[0]
+    first = chosen.results[0]
     keys = SHOWN[first["arguments"]["dataset"]]
-    return {
-        "name": name,
+    return described(name, chosen) | {
         "dataset": first["arguments"]["dataset"],
-        "learning_rate": chosen.rate,
-        "rates_tried": chosen.rates_tried,
-        "selected_on": chosen.selected_on,
-        "trainable": first["trainable"],
-        "share": first["trainable"] / first["parameters"],
-        "seeds": sorted(chosen.seeds),
         "runs": wanted,
-        "seconds": mean(result["seconds"] for found in chosen.seeds.values() for result in found),
         "validation": average(chosen, "validation", SELECTION) if first.get("validation") else None,
         "test": {shown: average(chosen, "test", key) for shown, key in keys.items()},
     }

@@ -15,25 +15,26 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from comparison import Comparison, Experiment, Results, build_parser, choose, spread
+from comparison import Comparison, Experiment, Results, build_parser, choose, described, loss_cell, spread
 from comparison import markdown as table
+from paper_rows import distances, nine_methods
 
 SCRIPT = Path(__file__).parents[1] / "how2_summarize.py"
 FIXED = ("--compare_zero_video", "false", "--measure_before", "false")
 FIGURES = {"ROUGE-1": "rouge1", "ROUGE-2": "rouge2", "ROUGE-L": "rougeL"}
 ADAPTER_RATES, LORA_RATES, FULL_RATES = (1e-2, 3e-2), (3e-3, 1e-2), (3e-4, 1e-3)
-METHODS = {
-    "frozen": Experiment("--method none", (0.0,)),
-    "full": Experiment("--method full --no_pvla", FULL_RATES),
-    "bias": Experiment("--method bias --no_pvla", ADAPTER_RATES),
-    "partial": Experiment("--method partial --no_pvla", FULL_RATES),
-    "proj": Experiment("--method proj --no_pvla", FULL_RATES),
-    "lora": Experiment("--method lora --no_pvla", LORA_RATES),
-    "prompt": Experiment("--method prompt --no_pvla", ADAPTER_RATES),
-    "adapter": Experiment("--method adapter --no_pvla", ADAPTER_RATES),
-    "read": Experiment("--method read --no_pvla", ADAPTER_RATES),
-    "read_pvla": Experiment("--method read", ADAPTER_RATES),
-}
+METHODS = nine_methods(
+    {
+        "full": FULL_RATES,
+        "bias": ADAPTER_RATES,
+        "partial": FULL_RATES,
+        "proj": FULL_RATES,
+        "lora": LORA_RATES,
+        **dict.fromkeys(("prompt", "adapter", "read"), ADAPTER_RATES),
+    },
+    frozen="frozen",
+    alone="--no_pvla",
+)
 SUITES = {
     "methods": METHODS,
     "main": {name: METHODS[name] for name in ("frozen", "full", "lora", "adapter", "read", "read_pvla")},
@@ -44,13 +45,7 @@ SUITES = {
         "PVLA": METHODS["read_pvla"],
     },
     # Table 9: the distance that is minimised
-    "table9": {
-        "POT": METHODS["read_pvla"],
-        **{
-            name: Experiment(f"--method read --pvla_distance {name}", ADAPTER_RATES)
-            for name in ("avg_cosine", "max_cosine", "avg_l2", "max_l2")
-        },
-    },
+    "table9": distances(METHODS["read_pvla"]),
 }
 
 
@@ -76,19 +71,11 @@ def table_row(
     chosen = choose(name, results, wanted, score, selection=selection)
     if chosen is None:
         return None
-    found = [result for results_of_seed in chosen.seeds.values() for result in results_of_seed]
-    return {
-        "name": name,
-        "learning_rate": chosen.rate,
-        "rates_tried": chosen.rates_tried,
-        "selected_on": chosen.selected_on,
-        "trainable": found[0]["trainable"],
-        "share": found[0]["trainable"] / found[0]["parameters"],
-        "validation_loss": 0.0 - mean(map(score, found)),
-        "seconds": mean(result["seconds"] for result in found),
-        "seeds": sorted(chosen.seeds),
+    runs = chosen.results
+    return described(name, chosen) | {
+        "validation_loss": 0.0 - mean(map(score, runs)),
         "rouge": {
-            variant: {key: [result["rouge_after"][variant][key] for result in found] for key in FIGURES.values()}
+            variant: {key: [result["rouge_after"][variant][key] for result in runs] for key in FIGURES.values()}
             for variant in ("rouge_score", "easy_rouge")
         },
     }
@@ -98,9 +85,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     """The table: mean ± standard deviation over the seeds."""
 
     def cells(row: dict[str, Any]) -> list[str]:
-        loss = f"{row['validation_loss']:.3f}" if row["validation_loss"] else "–"
         rouge = [spread(row["rouge"]["rouge_score"][key]) for key in FIGURES.values()]
-        return [loss, *rouge, f"{row['seconds']:.0f}"]
+        return [loss_cell(row), *rouge, f"{row['seconds']:.0f}"]
 
     return table(["validation loss", *FIGURES, "seconds"], rows, cells)
 

@@ -10,13 +10,12 @@
 docs/data.md says where the data is published. Without `--model_name_or_path` the backbone starts from random weights.
 QVHighlights: the best checkpoint by validation mAP, predictions in the official submission format, a picture. TVSum:
 leave-one-video-out in one domain. YouTube Highlights: the test split of one domain. The last two: the last epoch.
+`--average_checkpoints N` takes the mean of the weights at the last N checkpoints instead, on every dataset.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -26,8 +25,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from alignment_arguments import AlignmentArguments, alignment, check_alignment
+from averaging import AveragingArguments, average_checkpoints, check_averaging
 from datasets import Dataset
 from grounding_data import DataArguments, Fold, GroundingData, check_data_arguments
+from grounding_measures import figures, figures_of_each
 from grounding_report import describe, draw
 from methods import PEFT_METHODS, MethodArguments, apply_method, check_method
 from peft import PeftModel
@@ -39,35 +41,32 @@ from torch import nn
 from training_defaults import GroundingArguments
 from transformers import AutoModel, Trainer, set_seed
 
-from peft_read import PVLAConfig, PVLALossMixin
+from peft_read import PVLALossMixin
 from peft_read.alignment import last_whole_checkpoint
 from peft_read.baselines import HEADS, add_prompts
-from peft_read.data import ground_truth_records
 from peft_read.files import safe_name
-from peft_read.metrics import evaluate_qvhighlights, tvsum_map, youtube_highlights_map
 from peft_read.models import grounding_records, write_submission
 
 LORA_TARGETS = {"moment_detr": r"transformer\..*\.linear[12]", "umt": r".*(att\d?|query_gen\.encoder)\.[qv]"}
+# The last linear layers of attention and feed-forward blocks.
+BLOCK_ENDS = {
+    "moment_detr": {"attention": r"transformer\..*attn\.out_proj", "feed_forward": r"transformer\..*\.linear2"},
+    "umt": {"attention": r".*(att\d?|query_gen\.encoder)\.m", "feed_forward": r".*ffn\.mapping\.3"},
+}
 SELECTION = "MR-full-mAP"
 RUN_ARGUMENTS = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "seed")
 
 
 @dataclass
-class ScriptArguments(MethodArguments, DataArguments):
+class ScriptArguments(MethodArguments, AlignmentArguments, AveragingArguments, DataArguments):
     """The data, the model and the method."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "a pretrained backbone"})
-    target_modules: str | None = field(
-        default=None, metadata={"help": "regular expression; default: every feed-forward block, of LoRA see above"}
-    )
     train_heads: bool = field(
         default=True, metadata={"help": "train the output layers with every method; --no_train_heads"}
     )
     pvla: bool = field(default=False, metadata={"help": "the alignment loss"})
-    pvla_weight: float = 0.1
-    pvla_mass: float = 0.5
-    pvla_distance: str = "partial_ot"
-    pvla_blocks: str = field(default="all", metadata={"help": "all, or comma-separated indices"})
+    measure_before: bool = field(default=True, metadata={"help": "also measure the backbone before adaptation"})
     nms_threshold: float | None = field(default=None, metadata={"help": "drop windows that overlap a better one"})
     pictures: int = field(default=6, metadata={"help": "queries in the picture"})
     predict: str | None = field(default=None, metadata={"help": "a query to answer with the result of --output_dir"})
@@ -103,11 +102,12 @@ def prepare(argv: list[str]) -> Grounding | Answer:
         return Answer(script, Path(training.output_dir))
     check_arguments(script)
     check_training(training)
+    check_averaging(script, training)
     data = GroundingData(script)
     # Once before anything is written: a method that does not fit the backbone ends here.
-    adapted(load_backbone(script, data), script)
+    model = adapted(load_backbone(script, data), script)
     if script.pvla:
-        alignment(script)
+        alignment(script, model)
     return Grounding(script, training, data)
 
 
@@ -173,18 +173,10 @@ def check_arguments(script: ScriptArguments) -> None:
             + ("nothing is trained" if script.method == "none" else "the prompts would be aligned as clips and words")
         )
     check_numbers(script)
-    check_at_least(script, {"pictures": 0, "pvla_weight": 0, "nms_threshold": 0})
+    check_alignment(script)
+    check_at_least(script, {"pictures": 0, "nms_threshold": 0})
     if script.nms_threshold is not None and script.nms_threshold > 1:
         raise ValueError(f"--nms_threshold {script.nms_threshold} must be at most 1")
-    if not re.fullmatch(r"all|-?\d+(,-?\d+)*", script.pvla_blocks):
-        raise ValueError(f"--pvla_blocks {script.pvla_blocks!r} is neither 'all' nor comma-separated indices")
-    if script.target_modules is not None:
-        try:
-            re.compile(script.target_modules)
-        except re.error as error:
-            raise ValueError(
-                f"--target_modules {script.target_modules!r} is no regular expression: {error}"
-            ) from error
     if script.video is not None or script.predict_features:
         raise ValueError("--video and --predict_features have no meaning without --predict")
     check_data_arguments(script)
@@ -205,23 +197,16 @@ def combine(dataset: str, results: dict[str, Any]) -> dict[str, Any]:
 def adapted(model: nn.Module, script: ScriptArguments) -> nn.Module:
     """The backbone with the method of the arguments, its output layers trained with it unless told not to."""
     model_type = model.config.model_type
+    ends = BLOCK_ENDS[model_type]
     heads = [name for name in HEADS[model_type] if any(full.endswith(name) for full, _ in model.named_modules())]
     return apply_method(
         model,
         script,
         also=heads if script.train_heads else [],
         lora_targets=LORA_TARGETS[model_type],
+        bottleneck_targets=ends | {"both": "|".join(ends.values())},
         lora_alpha=script.r,
-        target_modules=script.target_modules,
     )
-
-
-def alignment(script: ScriptArguments) -> PVLAConfig:
-    """The alignment of the backbone's preset streams."""
-    blocks: Any = script.pvla_blocks
-    if blocks != "all":
-        blocks = [int(index) for index in blocks.split(",")]
-    return PVLAConfig(weight=script.pvla_weight, mass=script.pvla_mass, distance=script.pvla_distance, blocks=blocks)
 
 
 class Run:
@@ -232,6 +217,7 @@ class Run:
     ) -> None:
         self.script, self.data, self.fold, self.folder = script, data, fold, folder
         selects = fold.validation is not None and script.method != "none" and script.dataset == "qvhighlights"
+        selects = selects and not script.average_checkpoints
         changes = {
             "output_dir": str(folder),
             "load_best_model_at_end": selects,
@@ -258,7 +244,7 @@ class Run:
             eval_dataset=fold.validation,
             data_collator=collator,
             compute_metrics=self.validation_metrics if training.load_best_model_at_end else None,
-            pvla_config=alignment(script) if script.pvla else None,
+            pvla_config=alignment(script, model) if script.pvla else None,
             callbacks=[keep],
         )
         show_progress(trainer)
@@ -271,11 +257,15 @@ class Run:
                 for role, part in (("train", fold.train), ("validation", fold.validation), ("test", fold.test))
             },
         }
-        result["before"], _ = self.measure(trainer, fold.test)
+        result["before"], _ = self.measure(trainer, fold.test if script.measure_before else None)
         started = time.time()
         if script.method != "none":
             trainer.train(resume_from_checkpoint=last_whole_checkpoint(training.output_dir))
             result["log"] = trainer.state.log_history
+            if script.average_checkpoints:
+                trained = trainer.accelerator.unwrap_model(trainer.model)
+                count = script.average_checkpoints
+                result["averaged_steps"] = average_checkpoints(trained, training.output_dir, count)
         result["training_seconds"] = time.time() - started
         result["validation"], _ = self.measure(trainer, fold.validation, "validation")
         result["test"], records = self.measure(trainer, fold.test, "test")
@@ -290,24 +280,12 @@ class Run:
         return grounding_records(outputs, list(rows), self.config, clip_seconds=seconds, nms_threshold=threshold)
 
     def metrics(self, records: list[dict[str, Any]], rows: Dataset) -> dict[str, float]:
-        """The dataset's official figures; nothing where it has no labels."""
-        scores = [record["pred_saliency_scores"] for record in records]
-        if self.script.dataset == "tvsum":
-            return {"top5-mAP": 100 * tvsum_map(scores, list(rows["label"]))}
-        if self.script.dataset == "youtube_highlights":
-            return {"mAP": 100 * youtube_highlights_map(scores, list(rows["match"]))}
-        if any(windows is None for windows in rows["relevant_windows"]):
-            return {}
-        if any(ids is None for ids in rows["relevant_clip_ids"]):  # moments without ratings
-            records = [{k: v for k, v in record.items() if k != "pred_saliency_scores"} for record in records]
-        truth, seconds = ground_truth_records(rows), self.data.clips.clip_seconds
-        brief = evaluate_qvhighlights(records, truth, clip_seconds=seconds)["brief"]
-        return {name: value for name, value in brief.items() if not math.isnan(value)}  # NaN: no window of that length
+        return figures(self.script.dataset, records, rows, self.data.clips.clip_seconds)
 
     def measure(
         self, trainer: Trainer, rows: Dataset | None, name: str | None = None
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Figures and records of one split; a name writes the records in the submission format."""
+        """Figures and records of one split; a name writes both, each query's figures and the official submission."""
         if rows is None:
             return {}, []
         compute, names = trainer.compute_metrics, trainer.label_names
@@ -318,6 +296,8 @@ class Run:
         records = self.records(outputs, rows)
         if name is not None and self.training.process_index == 0:
             write_submission(self.folder / f"submission_{name}.jsonl", records)
+            if each := figures_of_each(self.script.dataset, records, rows, self.data.clips.clip_seconds):
+                write_json(self.folder / f"each_{name}.json", each, indent=None)
         return self.metrics(records, rows), records
 
     def save(self, trainer: Trainer, records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import zlib
 from collections import ChainMap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -75,6 +76,9 @@ class DataArguments:
         default=None, metadata={"help": "draws training and validation from one file"}
     )
     num_validation_samples: int = 150
+    train_pool: int | None = field(
+        default=None, metadata={"help": "queries of the training side, of which --num_train_samples are the first"}
+    )
     subset_seed: int = field(default=0, metadata={"help": "of that draw; a pretrained backbone must have the same"})
     num_test_samples: int | None = field(default=None, metadata={"help": "the first so many, for a quick look"})
     domain: str | None = field(default=None, metadata={"help": "of TVSum or YouTube Highlights"})
@@ -93,6 +97,24 @@ class Fold:
     train: Dataset
     validation: Dataset | None
     test: Dataset | None
+
+
+class SeededByBatch(MomentDetrCollator):
+    """Draws pairs that depend on the seed and on the queries of the batch alone.
+
+    A generator that runs on from batch to batch is no part of a checkpoint, so that a training that goes on from one
+    would draw other pairs than an uninterrupted one.
+    """
+
+    def __init__(self, *args: Any, seed: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.seed = seed
+
+    def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
+        """The batch, see `MomentDetrCollator`."""
+        names = "\n".join(f"{row['vid']} {row['query']}" for row in rows)
+        self.generator = np.random.default_rng((self.seed, zlib.crc32(names.encode("utf-8", "surrogatepass"))))
+        return super().__call__(rows)
 
 
 class GroundingData:
@@ -155,12 +177,13 @@ class GroundingData:
             return UMTCollator(self.clips, audio=self.audio, text=self.text)
         if pairs is None:
             pairs = annotated_pairs if self.arguments.dataset == "qvhighlights" else ranked_pairs
-        return MomentDetrCollator(
+        return SeededByBatch(
             self.clips,
             self.text,
             pairs=pairs,
             span_loss_type=config.span_loss_type,
             generator=np.random.default_rng(seed),
+            seed=seed,
         )
 
     def build_model(self) -> nn.Module:
@@ -298,6 +321,7 @@ def model_options(arguments: DataArguments) -> dict[str, Any]:
 # What the other datasets do not read, and where an argument without its partner would be left aside.
 ONLY_WITH = {
     "num_train_samples": ("qvhighlights",),
+    "train_pool": ("qvhighlights",),
     "num_test_samples": ("qvhighlights",),
     "validation_file": ("qvhighlights", "youtube_highlights"),
     "test_file": ("qvhighlights", "youtube_highlights"),
@@ -308,6 +332,7 @@ LEAST = {
     "max_clips": 1,
     "max_tokens": 1,
     "num_train_samples": 1,
+    "train_pool": 1,
     "num_validation_samples": 1,
     "num_test_samples": 1,
     "subset_seed": 0,
@@ -345,6 +370,8 @@ def check_data_arguments(arguments: DataArguments) -> None:
         raise ValueError(
             "--num_train_samples draws the validation part from --train_file: leave out --validation_file"
         )
+    if arguments.train_pool is not None and arguments.num_train_samples is None:
+        raise ValueError("--train_pool has no meaning without --num_train_samples, the queries that are taken from it")
     if arguments.text_encoder and arguments.text_features:
         raise ValueError("--text_encoder and --text_features: pass one of them")
     for name in ("projection", "text_cache"):
@@ -380,6 +407,7 @@ def read_folds(arguments: DataArguments) -> list[Fold]:
             num_train=arguments.num_train_samples,
             num_validation=arguments.num_validation_samples,
             seed=arguments.subset_seed,
+            pool=arguments.train_pool,
         )
     elif arguments.validation_file is not None:
         validation = load_qvhighlights(arguments.validation_file, clip_seconds=seconds)

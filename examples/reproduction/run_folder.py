@@ -43,7 +43,10 @@ FREE_ARGUMENTS = frozenset(
         "dataloader_prefetch_factor",
     }
 )
-WRITTEN = ("run.json", "results.json", "report.md", "learning_curve.png", "command.json")
+WRITTEN = (
+    *("run.json", "results.json", "report.md", "learning_curve.png", "command.json"),
+    *("each_test.json", "each_validation.json"),
+)
 TIMES = re.compile(r".*(_runtime|_per_second|_preparation_time)")  # entries of the log that differ from run to run
 
 
@@ -186,10 +189,10 @@ def clear_finished(folder: Path) -> None:
         write_json(path, {**content, "checkpoints": []})
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
     """Writes a JSON file whole or not at all."""
     with write_whole(path) as file:
-        file.write(json.dumps(content, indent=2) + "\n")
+        file.write(json.dumps(content, indent=indent) + "\n")
 
 
 def lock_folder(folder: Path, name: str = ".lock") -> FileLock:

@@ -158,7 +158,14 @@ def generation_config(model: nn.Module, *, num_beams: int, max_length: int) -> G
 def adapted(model: nn.Module, new_modules: list[str], script: ModelArguments) -> nn.Module:
     """The backbone with the method of the arguments."""
     targets = BACKBONES[model.config.model_type].lora_targets
-    return apply_method(model, script, also=new_modules, lora_targets=targets, task_type="SEQ_2_SEQ_LM")
+    return apply_method(
+        model,
+        script,
+        also=new_modules,
+        lora_targets=targets,
+        bottleneck_targets={"both": None, "attention": "attention", "feed_forward": "feed_forward"},
+        task_type="SEQ_2_SEQ_LM",
+    )
 
 
 def save_prompts(model: nn.Module, folder: Path) -> None:

@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 import yaml
+from alignment_arguments import AlignmentArguments, alignment, check_alignment
+from averaging import AveragingArguments, average_checkpoints, check_averaging
 from how2_report import write_report
 from methods import check_method
 from peft import PeftModel
 from progress import show_progress
 from reported_run import claim_folder, execute_and_report
-from run_folder import KeepCheckpoints, RunFolder, log_without_times, written_whole
+from run_folder import KeepCheckpoints, RunFolder, log_without_times, write_json, written_whole
 from script_arguments import ScriptParser, check_at_least, check_numbers, check_training, check_world_size
 from summarisation_models import (
     BACKBONES,
@@ -37,7 +39,6 @@ from tqdm.auto import tqdm
 from training_defaults import AdaptationArguments
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
-from peft_read import PVLAConfig
 from peft_read.alignment import last_whole_checkpoint
 from peft_read.data import FeatureStore, How2Collator, generate_how2_mini, load_how2, write_how2_mini
 from peft_read.metrics import rouge_scores
@@ -46,7 +47,7 @@ VARIANTS = ("rouge_score", "easy_rouge")
 
 
 @dataclass
-class ScriptArguments(ModelArguments):
+class ScriptArguments(ModelArguments, AlignmentArguments, AveragingArguments):
     """The data and the training, beside the model and the method."""
 
     data_dir: str | None = field(default=None, metadata={"help": "folder in the How2 layout; default: How2-mini"})
@@ -59,9 +60,6 @@ class ScriptArguments(ModelArguments):
     num_test_samples: int | None = None
     subset: str = field(default="random", metadata={"help": "random (with --seed) or first lines"})
     pvla: bool = field(default=True, metadata={"help": "the alignment loss; --no_pvla switches it off"})
-    pvla_weight: float = 0.1
-    pvla_mass: float = 0.5
-    pvla_distance: str = "partial_ot"
     max_source_length: int = 511
     max_target_length: int = 63
     max_frames: int = 256
@@ -173,7 +171,8 @@ def check_arguments(script: ScriptArguments, training: TrainingArguments) -> Non
         raise ValueError(f"--subset {script.subset!r} is neither 'random' nor 'first'")
     if script.dropout is not None and not 0 <= script.dropout < 1:
         raise ValueError(f"--dropout {script.dropout} is outside [0, 1)")
-    PVLAConfig(weight=script.pvla_weight, mass=script.pvla_mass, distance=script.pvla_distance)
+    check_alignment(script)
+    check_averaging(script, training)
     if script.method == "prompt" and script.pvla:
         raise ValueError("--method prompt with the alignment would align the prompts as frames; add --no_pvla")
     if script.lr_step_epochs is not None and training.lr_scheduler_type != "constant":
@@ -288,7 +287,7 @@ class Run:
             eval_dataset=self.splits["validation"],
             data_collator=collator,
             processing_class=self.tokenizer,
-            pvla_config=self.pvla_config() if pvla else None,
+            pvla_config=alignment(script, model) if pvla else None,
             compute_metrics=self.validation_rouge if training.predict_with_generate else None,
             visual_lr_factor=script.visual_lr_factor,
             lr_step_epochs=script.lr_step_epochs,
@@ -316,6 +315,9 @@ class Run:
             print("adapting" if compare else "adapting once more, without the video, for comparison", flush=True)
         trainer.train(resume_from_checkpoint=last_whole_checkpoint(training.output_dir))
         result["log"] = log_without_times(trainer.state.log_history)
+        if script.average_checkpoints:
+            trained, count = trainer.accelerator.unwrap_model(trainer.model), script.average_checkpoints
+            result["averaged_steps"] = average_checkpoints(trained, training.output_dir, count)
         result["rouge_after"], after = self.measure(trainer, "after")
         result["examples"] = self.examples(before, after)
         result |= self.save(trainer, Path(training.output_dir) / "adapter", collator)
@@ -347,10 +349,6 @@ class Run:
             zero_video=zero_video,
         )
 
-    def pvla_config(self) -> PVLAConfig:
-        script = self.script
-        return PVLAConfig(weight=script.pvla_weight, mass=script.pvla_mass, distance=script.pvla_distance)
-
     def measure(self, trainer: SummarisationTrainer, what: str) -> tuple[dict[str, dict[str, float]], list[str]]:
         """ROUGE of the test split, both variants, and the summaries."""
         args, compute = trainer.args, trainer.compute_metrics
@@ -359,7 +357,17 @@ class Run:
         args.predict_with_generate, trainer.compute_metrics = generates, compute
         texts = self.decode(predictions, len(self.splits["test"]))
         references = list(self.splits["test"]["summary"])
+        if (what == "after" or self.script.method == "none") and self.folder is not None:
+            self.write_each(Path(args.output_dir), texts, references)
         return {variant: rouge_scores(texts, references, variant=variant) for variant in VARIANTS}, texts
+
+    def write_each(self, folder: Path, texts: list[str], references: list[str]) -> None:
+        """ROUGE of every item alone, by the conventions of rouge-score."""
+        pairs = zip(texts, references, strict=True)
+        each = [rouge_scores([text], [reference], variant=VARIANTS[0]) for text, reference in pairs]
+        columns = {name: [round(scores[name], 2) for scores in each] for name in each[0]}
+        ids = list(self.splits["test"]["video_id"])
+        write_json(folder / "each_test.json", {"ids": ids, "figures": columns}, indent=None)
 
     def validation_rouge(self, evaluation: Any) -> dict[str, float]:
         """ROUGE of the validation split, by which the best checkpoint can be chosen."""

@@ -24,7 +24,17 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["backend", "compiled_loop", "compiling", "is_forced", "passes", "say_once", "show_backends", "use_backend"]
+__all__ = [
+    "backend",
+    "compiled_loop",
+    "compiling",
+    "is_forced",
+    "passes",
+    "refuse",
+    "say_once",
+    "show_backends",
+    "use_backend",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +170,16 @@ def say_once(key: Hashable, message: str) -> None:
     if key not in _said:
         _said.add(key)
         warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def refuse(what: str, name: str, reason: str) -> None:
+    """Say once that a backend that somebody named cannot take a case; of its own choice the package says nothing."""
+    if name != "torch" and is_forced():
+        say_once(
+            (what, name, reason),
+            f'The backend "{name}" cannot take this {what}: {reason}. Torch takes it; '
+            'use_backend("auto") says nothing of such cases.',
+        )
 
 
 def compiled_loop(**options: Any) -> Callable[[Callable[..., Any]], Any]:

@@ -6,4 +6,4 @@ from peft_read.recurrence import RNN
 from peft_read.recurrence.numba_kernels import launch
 
 RNN(4)(torch.zeros(1, 2, 4))
-print(sum(launch._loops("rnn").rnn_forward.stats.cache_misses.values()))
+print(sum(launch._loops("scan").scan_forward.stats.cache_misses.values()))

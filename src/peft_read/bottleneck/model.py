@@ -17,6 +17,7 @@ from ..peft_methods.endings import (
     feed_forward_endings,
     in_and_out,
     is_inside_an_adapter,
+    skips_its_last_layer,
 )
 from ..peft_methods.loaded import WeightsCheck
 from ..peft_methods.tuner import in_layers
@@ -176,7 +177,7 @@ class BottleneckModel(AdapterModel):
         parent: nn.Module,
         current_key: str,
     ) -> None:
-        if isinstance(parent, nn.MultiheadAttention):
+        if skips_its_last_layer(parent):
             raise ValueError(
                 f"{self.method} cannot adapt {current_key!r}: torch.nn.MultiheadAttention reads the weights of its "
                 "last layer without calling it. Leave it out (exclude_modules)."

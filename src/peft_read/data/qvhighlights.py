@@ -133,7 +133,7 @@ def ground_truth_records(data: Dataset) -> list[dict[str, Any]]:
 
 
 def low_resource_split(
-    data: Dataset, *, num_train: int = 700, num_validation: int | None = 150, seed: int = 0
+    data: Dataset, *, num_train: int = 700, num_validation: int | None = 150, seed: int = 0, pool: int | None = None
 ) -> tuple[Dataset, Dataset]:
     """Draws the queries of a low-resource experiment from one split.
 
@@ -145,14 +145,19 @@ def low_resource_split(
         num_train: queries to train on; the last source that is drawn may give only some of its queries.
         num_validation: queries of the other sources to select on; None = all of them.
         seed: of the draw.
+        pool: queries of the training side, of which the first `num_train` are taken; None = `num_train`. Draws of
+            several sizes from one pool are nested, and their validation parts are the same.
 
     Returns:
-        Training and validation part, which share no source.
+        Training and validation part, which share no source, whatever of the pool is trained on.
 
     Raises:
-        ValueError: fewer queries than asked for, or a number that is not positive.
+        ValueError: fewer queries than asked for, a pool smaller than `num_train`, or a number that is not positive.
     """
     count(num_train, "num_train")
+    side = num_train if pool is None else count(pool, "pool")
+    if side < num_train:
+        raise ValueError(f"pool={pool} is smaller than num_train={num_train}, which is drawn from it")
     if num_validation is not None:
         count(num_validation, "num_validation")
     sources: dict[str, list[int]] = {}
@@ -163,14 +168,14 @@ def low_resource_split(
     order = [names[index] for index in generator.permutation(len(names))]
     training: list[int] = []
     drawn = 0
-    while drawn < len(order) and len(training) < num_train:
+    while drawn < len(order) and len(training) < side:
         training += generator.permutation(sources[order[drawn]]).tolist()
         drawn += 1
     others = [index for source in order[drawn:] for index in sources[source]]
     wanted = len(others) if num_validation is None else num_validation
-    if not 0 < num_train <= len(training) or not 0 < wanted <= len(others):
+    if not 0 < side <= len(training) or not 0 < wanted <= len(others):
         raise ValueError(
-            f"num_train={num_train} and num_validation={num_validation} cannot be drawn from {len(data)} queries of "
+            f"num_train={side} and num_validation={num_validation} cannot be drawn from {len(data)} queries of "
             f"{len(sources)} sources: after the training part {len(others)} queries are left"
         )
     validation = generator.permutation(others)[:wanted]

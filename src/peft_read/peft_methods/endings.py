@@ -26,6 +26,7 @@ __all__ = [
     "is_inside_an_adapter",
     "kind_of",
     "part_of",
+    "skips_its_last_layer",
 ]
 
 PARTS = ("language", "vision", "audio", "all")
@@ -146,6 +147,15 @@ def feed_forward_endings(model: nn.Module) -> list[Ending]:
     return sorted(endings.values(), key=lambda ending: order[ending.path])
 
 
+def skips_its_last_layer(attention: nn.Module) -> bool:
+    """Whether an attention reads the weights of its last layer without calling it, as torch's own does.
+
+    A class of the same parameters with a forward pass of its own, such as that of the project's grounding models, is
+    taken to call it.
+    """
+    return isinstance(attention, nn.MultiheadAttention) and type(attention).forward is nn.MultiheadAttention.forward
+
+
 def attention_endings(model: nn.Module) -> list[Ending]:
     """The last linear layer of every attention block of a model, in the model's order.
 
@@ -188,7 +198,7 @@ def _attention_around(model: nn.Module, path: str) -> str | None:
     attention = None
     for depth in range(block.count(".") + 1, len(parts)):
         module = model.get_submodule(".".join(parts[:depth]))
-        if isinstance(module, nn.MultiheadAttention):
+        if skips_its_last_layer(module):
             return None
         named = depth > block.count(".") + 1 and ATTENTION_NAME.search(parts[depth - 1])
         if attention is None and (named or ATTENTION_CLASS.search(type(module).__name__)):

@@ -6,13 +6,15 @@ for a GRU, 4 for an LSTM. What is absent is None. Gradients come in the classes 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
     "GATES",
+    "PLAIN",
     "Adapted",
     "AdapterArguments",
     "ScanArguments",
@@ -20,22 +22,16 @@ __all__ = [
     "numbers",
     "some_padding",
     "state_width",
-    "states_before",
+    "unfit",
 ]
 
+PLAIN = (Tensor, nn.Parameter)
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 
 
 def state_width(kind: str, width: int) -> int:
     """How many numbers the state of one token has: h, and c of an LSTM."""
     return 2 * width if kind == "lstm" else width
-
-
-def states_before(outputs: Tensor, state: Tensor | None) -> Tensor:
-    """h_{t-1} of every token, (B, T, k), from all h_t and the state before the first token."""
-    batch, _, width = outputs.shape
-    first = outputs.new_zeros(batch, width) if state is None else state[:, :width]
-    return torch.cat((first[:, None], outputs[:, :-1]), dim=1)
 
 
 def numbers(device: torch.device, *shape: int) -> Tensor:
@@ -48,11 +44,28 @@ def some_padding(device: torch.device) -> Tensor:
     return torch.tensor([[1, 1, 0, 1, 1], [0, 0, 1, 1, 1], [1, 1, 1, 0, 0]], device=device).bool()
 
 
+def unfit(tensors: Sequence[Tensor | None], mask: Tensor | None, x: Tensor) -> str:
+    """Why tensors cannot be handed to a loop or a kernel beside x, "" if they can."""
+    place = x.get_device()
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in PLAIN:
+            return "a tensor is of a subclass"
+        if tensor.dtype is not torch.float32:
+            return "a tensor is not float32"
+        if tensor.get_device() != place or tensor.layout is not torch.strided:
+            return "its tensors are not dense ones on one device"
+    if mask is not None and (mask.dtype is not torch.bool or mask.shape != x.shape[:2] or mask.get_device() != place):
+        return "the mask is not boolean, one entry per token"
+    return ""
+
+
 class ScanArguments(NamedTuple):
     """The recurrence of one direction over a batch of sequences."""
 
     x: Tensor  # (B, T, I), float32 on the fast paths
-    state: Tensor | None  # before the first token, (B, k) or (B, 2k) of an LSTM; zero if absent
+    state: Tensor | None  # before the first token, (B, k), or (B, 2 k) of an LSTM; zero if absent
     mask: Tensor | None  # (B, T) bool, True = a real token; every token is real if absent
     weight_ih: Tensor  # (G k, I), the gates in torch's order
     weight_hh: Tensor  # (G k, k)
@@ -64,15 +77,13 @@ class Scanned(NamedTuple):
     """The result of a scan. A token that is padding repeats the state before it."""
 
     outputs: Tensor  # h_t, (B, T, k)
-    cell_states: Tensor | None  # c_t of an LSTM, (B, T, k)
-    gates: Tensor | None = None  # what the backward pass of a GRU or LSTM needs, (B, T, 4 k)
 
 
 class AdapterArguments(NamedTuple):
     """O + GELU(RNN(O W_down)) W_up."""
 
     x: Tensor  # O, (B, T, d)
-    state: Tensor | None  # before the first token, (B, k), an earlier state: all of it in [-1, 1]
+    state: Tensor | None  # before the first token, (B, k)
     mask: Tensor | None  # (B, T) bool
     down: Tensor  # W_down, (k, d)
     down_bias: Tensor | None  # (k,)
@@ -82,6 +93,10 @@ class AdapterArguments(NamedTuple):
     bias_hh: Tensor | None  # (k,)
     up: Tensor  # W_up, (d, k)
     up_bias: Tensor | None  # (d,)
+
+    def within(self, x: Tensor) -> ScanArguments:
+        """The recurrence inside, of inputs x: O W_down + b_down, (B, T, k)."""
+        return ScanArguments(x, self.state, self.mask, *self[5:9])  # type: ignore[arg-type]
 
 
 class Adapted(NamedTuple):

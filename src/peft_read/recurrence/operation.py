@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
 
 import torch
-from torch import _C, Tensor, nn
+from torch import _C, Tensor
 from torch.autograd import forward_ad
 
 from .. import backends
@@ -22,7 +22,6 @@ __all__ = ["Implementation", "Operation"]
 
 A = TypeVar("A", bound=NamedTuple)
 R = TypeVar("R", bound=NamedTuple)
-PLAIN = (Tensor, nn.Parameter)
 TOLERANCE = 1e-2  # relative, of a trial; cuBLAS may round to TF32 on either side, a wrong kernel is off by far more
 INFRASTRUCTURE = tuple(_C._TorchDispatchModeKey.__members__.values())  # modes that fake or trace: no memory, no values
 
@@ -37,15 +36,15 @@ class Implementation(Generic[A, R]):
     Attributes:
         refusal: why it cannot take some arguments, "" if it can; torch.compile traces it.
         forward: computes the results.
-        backward: (arguments, results, gradients of the visible results, which arguments need one) -> the gradients in
-            the order of the arguments, None where none is needed.
+        backward: (arguments, results, gradients of the visible results, which arguments need one) -> the gradients;
+            those that nobody needs may be anything. It runs outside autocast.
         width: (the arguments) -> the width whose trial speaks for them.
         preparing: what the trial runs in, such as a lock for compilers.
     """
 
     refusal: Callable[[A], str]
     forward: Callable[[A], R]
-    backward: Callable[[A, R, Sequence[Tensor | None], A], Sequence[Tensor | None]]
+    backward: Callable[[A, R, Sequence[Tensor | None], A], A]
     width: Callable[[A], int]
     preparing: Callable[[], AbstractContextManager[None]] = nullcontext
 
@@ -99,12 +98,7 @@ class Operation(Generic[A, R]):
         else:
             refusal = refusal or _observer()
             if refusal:
-                if backends.is_forced():
-                    backends.say_once(
-                        (self.name, name, refusal),
-                        f'The backend "{name}" cannot take this {self.name}: {refusal}. Torch takes it; '
-                        f'use_backend("auto") says nothing of such cases.',
-                    )
+                backends.refuse(self.name, name, refusal)
                 return None
         assert implementation is not None
         works = _passes(self.name, name, implementation.width(arguments), x.dtype, x.device)
@@ -123,6 +117,16 @@ class Operation(Generic[A, R]):
     def for_backward(self, results: R) -> R:
         """The results with None in the place of those that backward passes do not read."""
         return results._replace(**self._unneeded)
+
+    def gradients(
+        self, implementation: Implementation[A, R], saved: Sequence[Any], grads: Sequence[Any], needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """The gradients of the arguments from what was saved for them, None where none is needed."""
+        count, device = len(self.arguments._fields), saved[0].device.type
+        arguments, results = self.arguments(*saved[:count]), self.results(*saved[count:])  # type: ignore[call-overload]
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+            found = implementation.backward(arguments, results, grads, self.arguments(*needs))  # type: ignore[call-overload]
+        return [one if need else None for one, need in zip(found, needs, strict=True)]
 
     def trial(self, implementation: Implementation[A, R], width: int, dtype: torch.dtype, device: torch.device) -> str:
         """What is wrong with the values and gradients of a small problem."""
@@ -147,28 +151,17 @@ class Operation(Generic[A, R]):
         returned = ", ".join("Tensor" for _ in self.results._fields)
         name, count = f"peft_read::{self.name}", len(self.arguments._fields)
 
-        def present(results: R) -> tuple[Tensor, ...]:
-            """What is absent has no elements, and nothing is a view: the rules for operators."""
-            first = results[0]
-            return tuple(first.new_empty(0) if one is None else one.contiguous() for one in results)
-
-        def absent(results: Sequence[Tensor | None], arguments: A) -> R:
-            present = (None if one is None or one.numel() == 0 else one for one in results)
-            return self.results(*present)  # type: ignore[call-overload]
-
         def run(*arguments: Tensor | None) -> tuple[Tensor, ...]:
             given = self.arguments(*arguments)  # type: ignore[call-overload]
-            return present(self._working(given).forward(given))
+            return tuple(self._working(given).forward(given))
 
         def run_backward(needs: list[bool], grads: Any, saved: Any) -> list[Tensor]:
-            arguments = self.arguments(*saved[:count])
-            results = absent(saved[count:], arguments)
-            found = self._working(arguments).backward(arguments, results, grads, self.arguments(*needs))  # type: ignore[call-overload]
+            working = self._working(self.arguments(*saved[:count]))
             kept: list[Tensor] = []
-            for one in found:
+            for one in self.gradients(working, saved, grads, needs):
                 if one is not None:  # an operator may return neither views nor a tensor twice
                     seen = one._is_view() or any(one is other for other in kept)
-                    kept.append(one.clone() if seen else one)
+                    kept.append(one.clone(memory_format=torch.contiguous_format) if seen else one)
             return kept
 
         def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -184,7 +177,7 @@ class Operation(Generic[A, R]):
         forward = custom_op(name, run, mutates_args=(), schema=f"({', '.join(parameters)}) -> ({returned})")
         schema = "(bool[] needs, Tensor?[] grads, Tensor?[] saved) -> Tensor[]"
         backward = custom_op(f"{name}_backward", run_backward, mutates_args=(), schema=schema)
-        forward.register_fake(lambda *arguments: present(self.shapes(self.arguments(*arguments))))
+        forward.register_fake(lambda *arguments: tuple(self.shapes(self.arguments(*arguments))))
         backward.register_fake(
             lambda needs, grads, saved: [
                 torch.empty_like(one, memory_format=torch.contiguous_format)
@@ -221,14 +214,11 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        operation, saved = ctx.operation, ctx.saved_tensors
-        count = len(operation.arguments._fields)
-        arguments = operation.arguments(*saved[:count])
-        needs = ctx.needs_input_grad[2:]
+        operation, saved, needs = ctx.operation, ctx.saved_tensors, ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():  # somebody wants second derivatives
+            arguments = operation.arguments(*saved[: len(needs)])
             return None, None, *_again(operation.reference(arguments), grads, arguments, needs)
-        results = operation.results(*saved[count:])
-        return None, None, *ctx.implementation.backward(arguments, results, grads, operation.arguments(*needs))
+        return None, None, *operation.gradients(ctx.implementation, saved, grads, needs)
 
 
 def _again(results: Sequence[Any], grads: Sequence[Any], inputs: Sequence[Any], needs: Any) -> list[Tensor | None]:

@@ -30,7 +30,7 @@ def runs_kernel(cost: Tensor) -> bool:
     elif max(cost.shape[-2:]) > LARGEST_FUSED_SIDE:
         refusal = f"a side is longer than {LARGEST_FUSED_SIDE}"
     if refusal:
-        _say("triton", refusal)
+        backends.refuse("transport problem", "triton", refusal)
         return False
     device = cost.device
     return backends.passes(("the triton transport", device), lambda: _try_kernel(device))
@@ -48,7 +48,7 @@ def solve_on_host(problem: Problem, kernel: Kernel) -> Solver:
             "it is float64" if problem.cost.dtype == torch.float64 else "it ranges over more than 42 temperatures"
         )
     if refusal:
-        _say("numba", refusal)
+        backends.refuse("transport problem", "numba", refusal)
     elif backends.passes(("the numba transport",), _try_loops):
         from .numba_kernels import solve_compiled
 
@@ -60,15 +60,6 @@ def warm_up() -> None:
     """Compile the loops for the CPU before anything needs them; optional, and nothing without numba."""
     if backends.backend("cpu") == "numba":
         backends.passes(("the numba transport",), _try_loops)
-
-
-def _say(name: str, refusal: str) -> None:
-    if backends.is_forced():
-        backends.say_once(
-            ("transport", name, refusal),
-            f'The backend "{name}" cannot take this transport problem: {refusal}. Torch\'s Newton takes it; '
-            'use_backend("auto") says nothing of such cases.',
-        )
 
 
 def _example(device: torch.device) -> Problem:

@@ -12,42 +12,26 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ... import backends
-from ..arguments import GATES, Adapted, AdapterArguments, ScanArguments, Scanned, state_width, states_before
+from ..arguments import GATES, Adapted, AdapterArguments, ScanArguments, Scanned, unfit
+from ..gates import gradients_of_gates, slopes_of_gru
 from ..operation import Implementation
 
-__all__ = ["ADAPTER", "scan_by_loops"]
+__all__ = ["ADAPTER", "SCANS"]
 
-NARROW = 16  # inputs and states; wider ones are projected, and their gradients summed, by matrix products
+NARROW = 16  # inputs and states; wider ones are projected by a matrix product
 LARGEST_SCAN_WIDTH = 64
-# k=8 takes 0.48 of the time of an adapter without a recurrence, k=16 would take 1.4 of it, and in parts takes 1.1.
-LARGEST_ADAPTER_WIDTH = 8
-MOST_THREADS = 4  # the one pass over the tokens is a single thread's; more threads of torch overtake it
-PLAIN = (Tensor, nn.Parameter)
+LARGEST_ADAPTER_WIDTH = 8  # wider ones are as fast in parts, by BLAS
+MOST_THREADS = 4  # the loops are a single thread's; more threads of torch overtake them
+VECTOR = 16  # numbers of O at a time
 
 
 @torch.compiler.assume_constant_result
 def _threads() -> int:
     return torch.get_num_threads()
-
-
-def _unfit(tensors: Sequence[Tensor | None], mask: Tensor | None, x: Tensor) -> str:
-    """Why tensors cannot be handed over."""
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if type(tensor) not in PLAIN:
-            return "a tensor is of a subclass"
-        if tensor.dtype is not torch.float32:
-            return "a tensor is not float32"
-        if not tensor.is_cpu or tensor.layout is not torch.strided:
-            return "a tensor is not a dense one on the CPU"
-    if mask is not None and (mask.dtype is not torch.bool or mask.shape != x.shape[:2] or not mask.is_cpu):
-        return "the mask is not boolean, one entry per token"
-    return ""
 
 
 @cache
@@ -56,7 +40,7 @@ def _loops(name: str) -> Any:
     return importlib.import_module(f".{name}", __package__)
 
 
-def _addresses(tensors: Sequence[Tensor | None]) -> tuple[list[Tensor | None], list[int]]:
+def _addresses(*tensors: Tensor | None) -> tuple[list[Tensor | None], list[int]]:
     """Contiguous versions of tensors, which must be kept as long as their addresses, and these; 0 for None.
 
     Raises:
@@ -79,226 +63,162 @@ def _addresses(tensors: Sequence[Tensor | None]) -> tuple[list[Tensor | None], l
     return kept, addresses
 
 
-def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    return None if first is None or second is None else first + second
+def _dense(grad: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if grad is None else grad
 
 
-def scan_by_loops(kind: str) -> Implementation[ScanArguments, Scanned]:
-    """The scans of "rnn", "gru" or "lstm"."""
-    gates = GATES[kind]
+def _scan(arguments: ScanArguments) -> Scanned:
+    x, state, mask, weight_ih, weight_hh, bias_ih, bias_hh = arguments
+    batch, length, inputs = x.shape
+    gates, width = weight_hh.shape
+    outputs = x.new_empty(batch, length, width)
+    by_input: Tensor | None = weight_ih
+    if inputs > NARROW or width > NARROW:
+        x, by_input, bias_ih = F.linear(x, weight_ih, bias_ih), None, None
+    _kept, addresses = _addresses(x, by_input, weight_hh, bias_ih, bias_hh, state, mask, outputs)
+    _loops("scan").scan_forward(*addresses, batch, length, inputs, width, gates)
+    return Scanned(outputs)
 
+
+def _scan_backward(
+    arguments: ScanArguments, results: Scanned, grads: Sequence[Tensor | None], needs: ScanArguments
+) -> ScanArguments:
+    x, state, mask, weight_ih, weight_hh, _, _ = arguments
+    outputs = results.outputs
+    batch, length, width = outputs.shape
+    gates, inputs = weight_ih.shape
+    slopes, kept = (None, None) if gates == width else slopes_of_gru(arguments, outputs)
+    outer = outputs.new_empty(batch, length, width) if slopes is None else torch.empty_like(slopes)
+    grad_state = outputs.new_empty(batch, width)
+    _kept, addresses = _addresses(_dense(grads[0], outputs), outputs, mask, slopes, kept, weight_hh, outer, grad_state)
+    _loops("scan").scan_backward(*addresses, batch, length, width, gates)
+    inner = outer
+    if slopes is not None:
+        inner = torch.cat((outer[..., : 2 * width], outer[..., 3 * width :]), dim=-1)
+        outer = outer[..., : 3 * width]
+    if inputs > NARROW or width > NARROW:
+        return gradients_of_gates(inner, outer, grad_state, arguments, outputs, needs)
+    grad_x, grad_ih, grad_hh = x.new_empty(x.shape), x.new_empty(gates, inputs), x.new_empty(gates, width)
+    bias_ih, bias_hh = x.new_empty(gates), x.new_empty(gates)
+    _kept, addresses = _addresses(
+        inner, outer, x, weight_ih, state, outputs, grad_x, grad_ih, grad_hh, bias_ih, bias_hh
+    )
+    _loops("scan").gradients_of_gates(*addresses, batch, length, inputs, width, gates)
+    return ScanArguments(grad_x, grad_state, None, grad_ih, grad_hh, bias_ih, bias_hh)
+
+
+def _scan_of(kind: str) -> Implementation[ScanArguments, Scanned]:
     def refusal(arguments: ScanArguments) -> str:
         x, state, mask, weight_ih, weight_hh, bias_ih, bias_hh = arguments
         rows, width = weight_hh.shape
         if width > LARGEST_SCAN_WIDTH:
             return f"it is wider than {LARGEST_SCAN_WIDTH}"
         if (
-            rows != gates * width
+            rows != GATES[kind] * width
             or weight_ih.shape != (rows, x.shape[-1])
             or (bias_ih is None) != (bias_hh is None)
             or (bias_ih is not None and bias_ih.shape != (rows,))
-            or (state is not None and state.shape != (x.shape[0], state_width(kind, width)))
+            or (state is not None and state.shape != (x.shape[0], width))
         ):
             return "its tensors do not fit together"
-        return _unfit((x, state, weight_ih, weight_hh, bias_ih, bias_hh), mask, x)
+        if not x.is_cpu:
+            return "its tensors are not on the CPU"
+        return unfit((x, state, weight_ih, weight_hh, bias_ih, bias_hh), mask, x)
 
-    forward = {"rnn": _rnn, "gru": _gru, "lstm": _lstm}[kind]
-    backward = {"rnn": _rnn_backward, "gru": _gru_backward, "lstm": _lstm_backward}[kind]
-    module = "rnn" if kind == "rnn" else "gated"
     return Implementation(
         refusal,
-        forward,
-        backward,
+        _scan,
+        _scan_backward,
         width=lambda arguments: 4,
-        preparing=lambda: backends.compiling(
-            f"the scan of the {kind.upper()}", getattr(_loops(module), f"{kind}_backward")
-        ),
+        preparing=lambda: backends.compiling("the scan", _loops("scan").scan_backward),
     )
 
 
-def _rnn(arguments: ScanArguments) -> Scanned:
-    x, state, mask, weight_ih, weight_hh, bias_ih, bias_hh = arguments
-    batch, length, inputs = x.shape
-    width = weight_hh.shape[1]
-    outputs = x.new_empty(batch, length, width)
-    by_input: Tensor | None = weight_ih
-    if inputs > NARROW or width > NARROW:
-        x, inputs = F.linear(x, weight_ih, _sum(bias_ih, bias_hh)), width
-        by_input = bias_ih = bias_hh = None
-    _kept, addresses = _addresses((x, by_input, weight_hh, bias_ih, bias_hh, state, mask, outputs))
-    _loops("rnn").rnn_forward(*addresses, batch, length, inputs, width)
-    return Scanned(outputs, None)
+def _narrow(rows: Tensor, weight: Tensor) -> Tensor:
+    """Rows weightᵀ, (B, T, k)."""
+    out = rows.new_empty(*rows.shape[:2], len(weight))
+    _kept, addresses = _addresses(rows, weight, out)
+    _loops("skinny").narrow(*addresses, rows.shape[0] * rows.shape[1], rows.shape[2], len(weight))
+    return out
 
 
-def _rnn_backward(
-    arguments: ScanArguments, results: Scanned, grads: Sequence[Tensor | None], needs: Any
-) -> tuple[Tensor | None, ...]:
-    x, state, mask, weight_ih, weight_hh, _, _ = arguments
-    grad = _dense(grads[0], results.outputs)
-    batch, length, inputs = x.shape
-    width = len(weight_hh)
-    grad_state = x.new_empty(batch, width)
-    if inputs > NARROW or width > NARROW:
-        inner = x.new_empty(batch, length, width)
-        _kept, addresses = _addresses((grad, None, None, weight_hh, state, mask, results.outputs, inner, grad_state))
-        _loops("rnn").rnn_backward(*addresses, 0, 0, 0, batch, length, width, width)
-        return _gradients_of_gates(inner, inner, grad_state, arguments, results, needs)
-    grad_x = x.new_empty(x.shape) if needs.x else None
-    grad_ih, grad_hh, grad_bias = x.new_empty(width, inputs), x.new_empty(width, width), x.new_empty(width)
-    _kept, addresses = _addresses(
-        (grad, x, weight_ih, weight_hh, state, mask, results.outputs, grad_x, grad_state, grad_ih, grad_hh, grad_bias)
-    )
-    _loops("rnn").rnn_backward(*addresses, batch, length, inputs, width)
-    return (
-        grad_x,
-        grad_state if needs.state else None,
-        None,
-        grad_ih if needs.weight_ih else None,
-        grad_hh if needs.weight_hh else None,
-        grad_bias if needs.bias_ih else None,
-        grad_bias.clone() if needs.bias_hh else None,
-    )
+def _expand(rows: Tensor, factors: Tensor, weight: Tensor) -> Tensor:
+    """Rows + factors weight, (B, T, d)."""
+    out = rows.new_empty(rows.shape)
+    _kept, addresses = _addresses(rows, factors, weight, out)
+    _loops("skinny").expand(*addresses, rows.shape[0] * rows.shape[1], rows.shape[2], len(weight))
+    return out
 
 
-def _gru(arguments: ScanArguments) -> Scanned:
-    x, state, mask, weight_ih, weight_hh, bias_ih, bias_hh = arguments
-    batch, length, width = x.shape[0], x.shape[1], weight_hh.shape[1]
-    outputs, gates = x.new_empty(batch, length, width), x.new_empty(batch, length, 4 * width)
-    inner = F.linear(x, weight_ih, bias_ih)
-    _kept, addresses = _addresses((inner, weight_hh, bias_hh, state, mask, outputs, gates))
-    _loops("gated").gru_forward(*addresses, batch, length, width)
-    return Scanned(outputs, None, gates)
+def _gather(rows: Tensor, factors: Tensor) -> Tensor:
+    """factorsᵀ rows, (k, d), summed over all tokens."""
+    out = rows.new_empty(factors.shape[2], rows.shape[2])
+    _kept, addresses = _addresses(rows, factors, out)
+    _loops("skinny").gather(*addresses, rows.shape[0] * rows.shape[1], rows.shape[2], len(out))
+    return out
 
 
-def _gru_backward(
-    arguments: ScanArguments, results: Scanned, grads: Sequence[Tensor | None], needs: Any
-) -> tuple[Tensor | None, ...]:
-    x, state, mask, _, weight_hh, _, _ = arguments
-    batch, length, width = results.outputs.shape
-    grad = _dense(grads[0], results.outputs)
-    inner, outer = x.new_empty(2, batch, length, 3 * width).unbind()
-    grad_state = x.new_empty(batch, width)
-    _kept, addresses = _addresses(
-        (grad, weight_hh, state, mask, results.outputs, results.gates, inner, outer, grad_state)
-    )
-    _loops("gated").gru_backward(*addresses, batch, length, width)
-    return _gradients_of_gates(inner, outer, grad_state, arguments, results, needs)
-
-
-def _lstm(arguments: ScanArguments) -> Scanned:
-    x, state, mask, weight_ih, weight_hh, bias_ih, bias_hh = arguments
-    batch, length, width = x.shape[0], x.shape[1], weight_hh.shape[1]
-    outputs, cell_states = x.new_empty(batch, length, width), x.new_empty(batch, length, width)
-    # Nothing is written at padding and nothing read; but an operator has one answer.
-    gates = (x.new_empty if mask is None else x.new_zeros)(batch, length, 4 * width)
-    inner = F.linear(x, weight_ih, _sum(bias_ih, bias_hh))
-    _kept, addresses = _addresses((inner, weight_hh, state, mask, outputs, cell_states, gates))
-    _loops("gated").lstm_forward(*addresses, batch, length, width)
-    return Scanned(outputs, cell_states, gates)
-
-
-def _lstm_backward(
-    arguments: ScanArguments, results: Scanned, grads: Sequence[Tensor | None], needs: Any
-) -> tuple[Tensor | None, ...]:
-    x, state, mask, _, weight_hh, _, _ = arguments
-    batch, length, width = results.outputs.shape
-    grad, grad_cell_states = _dense(grads[0], results.outputs), grads[1]
-    inner, grad_state = x.new_empty(batch, length, 4 * width), x.new_empty(batch, 2 * width)
-    _kept, addresses = _addresses(
-        (grad, grad_cell_states, weight_hh, state, mask, results.cell_states, results.gates, inner, grad_state)
-    )
-    _loops("gated").lstm_backward(*addresses, batch, length, width)
-    return _gradients_of_gates(inner, inner, grad_state, arguments, results, needs)
-
-
-def _dense(grad: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if grad is None else grad
-
-
-def _gradients_of_gates(
-    inner: Tensor, outer: Tensor, grad_state: Tensor, arguments: ScanArguments, results: Scanned, needs: Any
-) -> tuple[Tensor | None, ...]:
-    """The gradients of the arguments from those of the gates, W_ih x + b_ih (inner) and W_hh h + b_hh (outer)."""
-    x, state, _, weight_ih, _, _, _ = arguments
-    outputs = results.outputs
-    with torch.autocast("cpu", enabled=False):
-        return (
-            inner @ weight_ih if needs.x else None,
-            grad_state if needs.state else None,
-            None,
-            _outer_sum(inner, x) if needs.weight_ih else None,
-            _outer_sum(outer, states_before(outputs, state)) if needs.weight_hh else None,
-            inner.sum((0, 1)) if needs.bias_ih else None,
-            outer.sum((0, 1)) if needs.bias_hh else None,
-        )
-
-
-def _outer_sum(grad: Tensor, vectors: Tensor) -> Tensor:
-    """Σ over tokens of grad_t vector_tᵀ, for narrow vectors in float64: BLAS sums thin columns in one long chain."""
-    grad, vectors = grad.flatten(0, 1), vectors.flatten(0, 1)
-    if vectors.shape[-1] <= NARROW:
-        return (grad.double().T @ vectors.double()).float()
-    return grad.T @ vectors
+def _active(hidden: Tensor, mask: Tensor | None, up_bias: Tensor | None) -> Tensor:
+    """GELU(h), and a one for the bias of W_up; zero at padding."""
+    active = F.gelu(hidden)
+    if up_bias is not None:
+        active = F.pad(active, (0, 1), value=1.0)
+    return active if mask is None else torch.where(mask[..., None], active, 0)
 
 
 def _adapter_refusal(arguments: AdapterArguments) -> str:
     x, state, mask, *weights = arguments
     if arguments.down.shape[0] > LARGEST_ADAPTER_WIDTH:
         return f"it is wider than {LARGEST_ADAPTER_WIDTH}"
+    if x.shape[-1] % VECTOR:
+        return f"the width of O is no multiple of {VECTOR}"
     if _threads() > MOST_THREADS:
         return f"torch has more than {MOST_THREADS} threads"
     if torch.is_autocast_enabled("cpu"):
         return "it is under autocast"
-    return _unfit((x, state, *weights), mask, x)
+    return unfit((x, state, *weights), mask, x) if x.is_cpu else "its tensors are not on the CPU"
 
 
 def _adapter(arguments: AdapterArguments) -> Adapted:
-    x, state, mask, *weights = arguments
-    batch, length, d = x.shape
-    width = len(arguments.down)
-    out, narrow, hidden = x.new_empty(x.shape), x.new_empty(batch, length, width), x.new_empty(batch, length, width)
-    _kept, addresses = _addresses((x, *weights, state, mask, out, narrow, hidden))
-    _loops("adapter").adapter_forward(*addresses, batch, length, d, width)
-    return Adapted(out, hidden, narrow)
+    x, mask, up, up_bias = arguments.x, arguments.mask, arguments.up, arguments.up_bias
+    narrow = _narrow(x, arguments.down)
+    if arguments.down_bias is not None:
+        narrow += arguments.down_bias
+    hidden = _scan(arguments.within(narrow)).outputs
+    lines = up.T if up_bias is None else torch.cat((up.T, up_bias[None]))
+    return Adapted(_expand(x, _active(hidden, mask, up_bias), lines), hidden, narrow)
 
 
 def _adapter_backward(
-    arguments: AdapterArguments, results: Adapted, grads: Sequence[Tensor | None], needs: Any
-) -> tuple[Tensor | None, ...]:
-    x, state, mask, down, _, weight_ih, weight_hh, _, _, up, _ = arguments
-    batch, length, d = x.shape
-    width = len(down)
-    grad, grad_hidden = _dense(grads[0], x), grads[1]
-    grad_x = x.new_empty(x.shape) if needs.x else None
-    grad_state, grad_down_bias, grad_bias = x.new_empty(batch, width), x.new_empty(width), x.new_empty(width)
-    grad_down = x.new_empty(width, d) if needs.down else None
-    grad_ih, grad_hh = x.new_empty(width, width), x.new_empty(width, width)
-    grad_up = x.new_empty(d, width) if needs.up else None
-    grad_up_bias = x.new_empty(d) if needs.up_bias else None
-    _kept, addresses = _addresses(
-        (grad, grad_hidden, x, down, weight_ih, weight_hh, up, state, mask, results.narrow, results.hidden, grad_x,
-         grad_state, grad_down, grad_down_bias, grad_ih, grad_hh, grad_bias, grad_up, grad_up_bias)
-    )  # fmt: skip
-    _loops("adapter").adapter_backward(*addresses, batch, length, d, width)
-    return (
-        grad_x,
-        grad_state if needs.state else None,
+    arguments: AdapterArguments, results: Adapted, grads: Sequence[Tensor | None], needs: AdapterArguments
+) -> AdapterArguments:
+    x, mask, down, up_bias = arguments.x, arguments.mask, arguments.down, arguments.up_bias
+    hidden, narrow, grad = results.hidden, results.narrow, _dense(grads[0], arguments.x)
+    # In float64: these errors are all summed up in the gradients of the recurrence.
+    slope = torch.ops.aten.gelu_backward(_narrow(grad, arguments.up.T).double(), hidden.double()).float()
+    if mask is not None:
+        slope = torch.where(mask[..., None], slope, 0)
+    if grads[1] is not None:
+        slope = slope + grads[1]
+    inside = _scan_backward(arguments.within(narrow), Scanned(hidden), (slope,), needs.within(True))  # type: ignore[arg-type]
+    lines = _gather(grad, _active(hidden, mask, up_bias)) if needs.up or needs.up_bias else None
+    return AdapterArguments(
+        _expand(grad, inside.x, down) if needs.x else None,  # type: ignore[arg-type]
+        inside.state,
         None,
-        grad_down,
-        grad_down_bias if needs.down_bias else None,
-        grad_ih if needs.weight_ih else None,
-        grad_hh if needs.weight_hh else None,
-        grad_bias if needs.bias_ih else None,
-        grad_bias.clone() if needs.bias_hh else None,
-        grad_up,
-        grad_up_bias,
+        _gather(x, inside.x) if needs.down else None,  # type: ignore[arg-type]
+        inside.x.sum((0, 1)) if needs.down_bias else None,
+        *inside[3:],  # type: ignore[arg-type]
+        None if lines is None else lines[: len(down)].T.contiguous(),  # type: ignore[arg-type]
+        None if lines is None else lines[-1],
     )
 
 
+SCANS = {kind: _scan_of(kind) for kind in ("rnn", "gru")}
 ADAPTER = Implementation(
     _adapter_refusal,
     _adapter,
     _adapter_backward,
     width=lambda arguments: 4,
-    preparing=lambda: backends.compiling("the pass over the whole adapter", _loops("adapter").adapter_backward),
+    preparing=lambda: backends.compiling("the adapter", _loops("skinny").gather),
 )

@@ -15,10 +15,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ..arguments import Adapted, AdapterArguments, ScanArguments, Scanned, states_before
+from ..arguments import PLAIN, Adapted, AdapterArguments, ScanArguments, Scanned, unfit
+from ..gates import gradients_of_gates
 from ..operation import Implementation
 
 __all__ = ["ADAPTER", "RNN_SCAN", "filled", "scan_settings", "tile_settings"]
@@ -26,7 +27,6 @@ __all__ = ["ADAPTER", "RNN_SCAN", "filled", "scan_settings", "tile_settings"]
 LARGEST_SCAN_WIDTH = 64
 LARGEST_ADAPTER_WIDTH = 16  # wider ones are matrix products that cuBLAS does well
 LARGEST_GRID = 2**31 - 1
-PLAIN = (Tensor, nn.Parameter)
 WIDE = (torch.float32, torch.bfloat16, torch.float16)
 TILE_NUMBERS = 8192  # tokens x width x columns that a program multiplies at a time: 64 registers a thread of 4 warps
 
@@ -62,21 +62,6 @@ def _place(x: Tensor) -> str:
     return "its tensors are on the CPU"
 
 
-def _unfit(tensors: Sequence[Tensor | None], mask: Tensor | None, x: Tensor) -> str:
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if type(tensor) not in PLAIN:
-            return "a tensor is of a subclass"
-        if tensor.dtype is not torch.float32:
-            return "a tensor is not float32"
-        if tensor.device != x.device:
-            return "its tensors are on several devices"
-    if mask is not None and (mask.dtype is not torch.bool or mask.shape != x.shape[:2] or mask.device != x.device):
-        return "the mask is not boolean, one entry per token"
-    return ""
-
-
 def _on(tensor: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
@@ -96,13 +81,13 @@ def _scan_refusal(arguments: ScanArguments) -> str:
         return f"it is wider than {LARGEST_SCAN_WIDTH}"
     if x.shape[0] > LARGEST_GRID:
         return "it has too many sequences"
-    return _place(x) or _unfit((x, state, *weights), mask, x)
+    return _place(x) or unfit((x, state, *weights), mask, x)
 
 
 def _scan(arguments: ScanArguments) -> Scanned:
     x, state, mask, weight_ih, weight_hh, bias_ih, bias_hh = arguments
     inner = F.linear(x, weight_ih, None if bias_ih is None or bias_hh is None else bias_ih + bias_hh)
-    return Scanned(_launch_scan(inner, state, mask, weight_hh), None)
+    return Scanned(_launch_scan(inner, state, mask, weight_hh))
 
 
 def _launch_scan(inner: Tensor, state: Tensor | None, mask: Tensor | None, weight_hh: Tensor) -> Tensor:
@@ -130,24 +115,12 @@ def _launch_scan_backward(grad: Tensor, mask: Tensor | None, weight_hh: Tensor, 
 
 
 def _scan_backward(
-    arguments: ScanArguments, results: Scanned, grads: Sequence[Tensor | None], needs: Any
-) -> tuple[Tensor | None, ...]:
-    x, state, mask, weight_ih, weight_hh, _, _ = arguments
+    arguments: ScanArguments, results: Scanned, grads: Sequence[Tensor | None], needs: ScanArguments
+) -> ScanArguments:
     outputs = results.outputs
     grad = torch.zeros_like(outputs) if grads[0] is None else grads[0]
-    inner, grad_state = _launch_scan_backward(grad, mask, weight_hh, outputs)
-    with torch.autocast(x.device.type, enabled=False):
-        flat = inner.flatten(0, 1)
-        bias = flat.sum(0) if needs.bias_ih or needs.bias_hh else None
-        return (
-            inner @ weight_ih if needs.x else None,
-            grad_state if needs.state else None,
-            None,
-            flat.T @ x.flatten(0, 1) if needs.weight_ih else None,
-            flat.T @ states_before(outputs, state).flatten(0, 1) if needs.weight_hh else None,
-            bias if needs.bias_ih else None,
-            bias if needs.bias_hh else None,
-        )
+    inner, grad_state = _launch_scan_backward(grad, arguments.mask, arguments.weight_hh, outputs)
+    return gradients_of_gates(inner, inner, grad_state, arguments, outputs, needs)
 
 
 RNN_SCAN = Implementation(
@@ -166,7 +139,7 @@ def _adapter_refusal(arguments: AdapterArguments) -> str:
         return "O is neither float32, bfloat16 nor float16"
     if x.shape[0] > LARGEST_GRID:
         return "it has too many sequences"
-    return _place(x) or _unfit((state, *weights), mask, x)
+    return _place(x) or unfit((state, *weights), mask, x)
 
 
 def _over_tokens(x: Tensor, settings: dict[str, int], *, columns: bool) -> tuple[int, ...]:
@@ -198,11 +171,9 @@ def _adapter(arguments: AdapterArguments) -> Adapted:
 
 
 def _adapter_backward(
-    arguments: AdapterArguments, results: Adapted, grads: Sequence[Tensor | None], needs: Any
-) -> tuple[Tensor | None, ...]:
-    x, state, mask, down, _, weight_ih, weight_hh, _, _, up, _ = arguments
-    hidden, narrow = results.hidden, results.narrow
-    assert narrow is not None
+    arguments: AdapterArguments, results: Adapted, grads: Sequence[Tensor | None], needs: AdapterArguments
+) -> AdapterArguments:
+    x, mask, down, up, hidden = arguments.x, arguments.mask, arguments.down, arguments.up, results.hidden
     batch, length, d = x.shape
     k, kernels = len(down), _kernels("adapter")
     settings = tile_settings(k, d)
@@ -213,32 +184,28 @@ def _adapter_backward(
             grad, hidden, up.contiguous(), _pointer(grads[1], hidden), _pointer(mask, hidden), carried, active,
             batch * length, d, k, SEEN=grads[1] is not None, MASKED=mask is not None, **settings,
         )  # fmt: skip
-    inner, grad_state = _launch_scan_backward(carried, mask, weight_hh, hidden)
-    with torch.autocast(x.device.type, enabled=False):
-        flat = inner.flatten(0, 1)
-        low = flat @ weight_ih  # the gradient of O W_down, (B · T, k)
-        grad_x = torch.empty_like(x) if needs.x else None
-        if grad_x is not None:
-            with _on(x):
-                kernels.down_backward[_over_tokens(x, settings, columns=True)](
-                    grad, low, down.contiguous(), grad_x, batch * length, d, k, **settings
-                )
-        # GELU(h), and a one for the bias, both zero at padding: the gradients of W_up and its bias at once.
-        lifted = grad.flatten(0, 1).to(down.dtype).T @ active if needs.up or needs.up_bias else None
-        bias = flat.sum(0) if needs.bias_ih or needs.bias_hh else None
-        return (
-            grad_x,
-            grad_state if needs.state else None,
-            None,
-            low.T @ x.flatten(0, 1).to(down.dtype) if needs.down else None,
-            low.sum(0) if needs.down_bias else None,
-            flat.T @ narrow.flatten(0, 1) if needs.weight_ih else None,
-            flat.T @ states_before(hidden, state).flatten(0, 1) if needs.weight_hh else None,
-            bias if needs.bias_ih else None,
-            bias if needs.bias_hh else None,
-            lifted[:, :k] if lifted is not None and needs.up else None,
-            lifted[:, k] if lifted is not None and needs.up_bias else None,
-        )
+    inner, grad_state = _launch_scan_backward(carried, mask, arguments.weight_hh, hidden)
+    within, wanted = arguments.within(results.narrow), needs.within(True)  # type: ignore[arg-type]
+    inside = gradients_of_gates(inner, inner, grad_state, within, hidden, wanted)
+    low = inside.x.flatten(0, 1)  # the gradient of O W_down, (B · T, k)
+    grad_x = torch.empty_like(x) if needs.x else None
+    if grad_x is not None:
+        with _on(x):
+            kernels.down_backward[_over_tokens(x, settings, columns=True)](
+                grad, low, down.contiguous(), grad_x, batch * length, d, k, **settings
+            )
+    # GELU(h), and a one for the bias, both zero at padding: the gradients of W_up and its bias at once.
+    lifted = grad.flatten(0, 1).to(down.dtype).T @ active if needs.up or needs.up_bias else None
+    return AdapterArguments(
+        grad_x,  # type: ignore[arg-type]
+        grad_state,
+        None,
+        low.T @ x.flatten(0, 1).to(down.dtype) if needs.down else None,  # type: ignore[arg-type]
+        low.sum(0) if needs.down_bias else None,
+        *inside[3:],  # type: ignore[arg-type]
+        None if lifted is None else lifted[:, :k],  # type: ignore[arg-type]
+        None if lifted is None else lifted[:, k],
+    )
 
 
 ADAPTER = Implementation(

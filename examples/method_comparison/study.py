@@ -1,0 +1,219 @@
+"""The methods compared with enough runs to know: one command, resumable, all numbers in one file.
+
+    python examples/method_comparison/study.py --data_dir data --output_dir outputs/study \
+        --text_encoder sentence-transformers/all-MiniLM-L6-v2 --jobs 2 --dry_run
+    python examples/method_comparison/study.py ... --limit_minutes 300    # starts no run after that time
+    python examples/method_comparison/study.py --summarise outputs/study/results.json.xz --to docs/study
+
+`study_settings.py` holds what is fixed in advance, docs/study.md describes it. The first command says what there is to
+do, without `--dry_run` it does it: pretrains the backbones, chooses a configuration of every method on validation
+queries, runs the chosen ones with the main seeds, setting after setting, and writes `results.json.xz`. What has a
+result is not run again, and an interrupted run goes on from its last checkpoint. The last command makes every table
+and picture from that file alone. What follows `--` goes to every run, and makes it another run: `-- --use_cpu`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import mean
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "reproduction"))
+from run_folder import clear_finished, lock_folder
+from study_results import collect, read_results, write_results
+from study_runs import BackboneRun, Places, Plan, Run
+from study_settings import BACKBONES, SETTINGS
+from study_summary import summarise
+from workers import Workers
+
+RESULTS = "results.json.xz"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, help="folder of the runs and of the results")
+    parser.add_argument("--data_dir", type=Path, help="folder with qvhighlights, features, tvsum, moments")
+    parser.add_argument("--text_encoder", default="sentence-transformers/all-MiniLM-L6-v2")
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="SETTING")
+    parser.add_argument("--rows", nargs="+", help="these methods only")
+    parser.add_argument("--configurations", type=int, help="of every method, the first so many; default: all")
+    parser.add_argument("--seeds", type=int, help="main seeds; default: those of the setting")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--limit_minutes", type=float, help="start no run after so many")
+    parser.add_argument("--dry_run", action="store_true", help="say what there is to do, and how long it takes")
+    parser.add_argument("--summarise", type=Path, metavar="RESULTS", help="tables and pictures of such a file")
+    parser.add_argument("--to", type=Path, help="where they go; default: the folder of the file")
+    parser.add_argument("rest", nargs="*", help="after --: arguments of every run")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status: 1 where a run has failed."""
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    if options.summarise is not None:
+        try:
+            print(summarise(read_results(options.summarise), options.to or options.summarise.parent))
+        except (OSError, ValueError) as error:
+            parser.error(f"--summarise: {error}")
+        return 0
+    try:
+        study = Study(parser, options)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if options.dry_run:
+        print(study.describe())
+        return 0
+    return study.run()
+
+
+class Study:
+    """All settings, in their order.
+
+    Args:
+        parser: of the command line; bad options end here.
+        options: its values.
+
+    Raises:
+        FileNotFoundError: data that a setting needs is absent.
+        ValueError: another study is at work in the folder.
+    """
+
+    def __init__(self, parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+        if options.output_dir is None or options.data_dir is None:
+            parser.error("--output_dir and --data_dir are needed (or --summarise RESULTS)")
+        for name in ("jobs", "configurations", "seeds"):
+            if getattr(options, name) is not None and getattr(options, name) < 1:
+                parser.error(f"--{name} {getattr(options, name)} must be at least 1")
+        if options.limit_minutes is not None and not 0 <= options.limit_minutes < float("inf"):
+            parser.error(f"--limit_minutes {options.limit_minutes} must be finite and not negative")
+        known = {row for name in options.settings for row in SETTINGS[name].rows}
+        if unknown := set(options.rows or ()) - known:
+            parser.error(f"--rows {sorted(unknown)}: the rows of these settings are {sorted(known)}")
+        self.options = options
+        # Runs are called from other folders than this one: their paths are whole.
+        places = Places(
+            options.data_dir.resolve(), options.output_dir.resolve(), options.text_encoder, tuple(options.rest)
+        )
+        self.places = places
+        sizes = {"configurations": options.configurations, "seeds": options.seeds, "rows": options.rows}
+        plans = {name: Plan(name, s, places, **sizes) for name, s in SETTINGS.items() if s.choices_of is None}
+        for name, setting in SETTINGS.items():
+            if setting.choices_of is not None:
+                source = Plan(
+                    setting.choices_of, SETTINGS[setting.choices_of], places, configurations=sizes["configurations"]
+                )
+                plans[name] = Plan(name, setting, places, **sizes, chooses=source)
+        self.plans = {name: plans[name] for name in SETTINGS if name in options.settings}
+        for name, plan in self.plans.items():
+            if plan.setting.choices_of and plan.setting.choices_of not in self.plans and not plan.choices():
+                print(
+                    f"{name}: nothing is chosen yet by {plan.setting.choices_of}, whose choices it takes",
+                    file=sys.stderr,
+                )
+        for arguments in {f"{p.setting.arguments} {p.setting.tune} {p.setting.main}" for p in self.plans.values()}:
+            places.fill(arguments)
+
+    def describe(self) -> str:
+        """What there is to do, in the order in which it is done."""
+        lines = ["| | runs | done | to do | minutes a run | core-minutes to do |", "|---|---|---|---|---|---|"]
+        total = 0.0
+        for run in self._backbones():
+            minutes = 0.0 if run.is_done else BACKBONES[run.name].minutes
+            total += minutes
+            lines.append(
+                f"| backbone {run.name} | 1 | {int(run.is_done)} | {int(not run.is_done)} | "
+                f"{BACKBONES[run.name].minutes:g} | {minutes:.0f} |"
+            )
+        for name, plan in self.plans.items():
+            results = [result for run in plan.tuning_runs() + plan.main_runs() if (result := run.result)]
+            trained = [result["seconds"] / 60 for result in results if result["trainable"]]
+            each = mean(trained) if trained else plan.setting.minutes
+            left = plan.count() - len(results)
+            total += left * each
+            source = "measured" if trained else "estimated"
+            lines.append(
+                f"| {name} | {plan.count()} | {len(results)} | {left} | {each:.1f} ({source}) | {left * each:.0f} |"
+            )
+        jobs = self.options.jobs
+        lines += [
+            "",
+            f"{total:.0f} core-minutes, {total / 60:.1f} core-hours; {total / jobs:.0f} minutes with --jobs {jobs}",
+        ]
+        return "\n".join(lines)
+
+    def run(self) -> int:
+        """Does it; the exit status."""
+        options, output = self.options, self.places.output
+        output.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(output)
+        limit = options.limit_minutes
+        ends = None if limit is None else time.monotonic() + 60 * limit
+        try:
+            with Workers(options.jobs, ends=ends, say=_say) as workers:
+                failed = self._run(workers)
+                over = workers.time_is_over
+        finally:
+            write_results(output / RESULTS, collect(self.plans))
+            lock.release()
+        print(self.describe())
+        print(
+            f"{output / RESULTS} holds all results"
+            + ("; the time is over, go on with the same command" if over else "")
+        )
+        for message in failed:
+            print(message, file=sys.stderr)
+        return 1 if failed else 0
+
+    def _run(self, workers: Workers) -> list[str]:
+        failed: list[str] = []
+        for name, plan in self.plans.items():
+            if workers.time_is_over:
+                break
+            self._prepare(plan)
+            backbone = BackboneRun(plan.setting.backbone, self.places)
+            if not backbone.is_done and (message := workers.run([backbone.job()])):
+                failed += message  # the settings with other backbones go on
+            if not backbone.is_done:
+                continue
+            for runs in (plan.first_round, plan.second_round, plan.main_runs):
+                _say(f"{name}, {runs.__name__.replace('_', ' ')}")
+                failed += workers.run(run.job() for run in self._left(runs()))
+            write_results(self.places.output / RESULTS, collect(self.plans))
+        return failed
+
+    def _prepare(self, plan: Plan) -> None:
+        """Data that is made of the data."""
+        if "{moments_by_source}" not in plan.setting.arguments:
+            return
+        folder = self.places.output / "moments_by_source"
+        if not (folder / "sum_val" / "tran.tok.txt").exists():  # the file that is written last
+            from moments_by_source import write_moments_by_source
+
+            [annotations] = self.places.fill("{qvhighlights/highlight_val_release.jsonl}")
+            write_moments_by_source(self.places.data / "moments", Path(annotations), folder)
+
+    def _backbones(self) -> list[BackboneRun]:
+        names = dict.fromkeys(plan.setting.backbone for plan in self.plans.values())
+        return [BackboneRun(name, self.places) for name in names]
+
+    def _left(self, runs: Sequence[Run]) -> Iterator[Run]:
+        seen = set()
+        for run in runs:
+            if run.result is not None:
+                clear_finished(run.folder)
+            elif run.folder not in seen:
+                seen.add(run.folder)
+                yield run
+
+
+def _say(line: str) -> None:
+    print(time.strftime("%H:%M:%S"), line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
