@@ -89,12 +89,12 @@ def test_the_adapter_alone_is_untouched_by_padding(family, pattern):
 
 def test_ignoring_the_mask_is_seen(monkeypatch):
     """The control: without the mask, left padding changes the real tokens."""
-    from peft_read.adapter import hooks
+    from peft_read.adapter import openings
 
     model = adapted("llama")
     ids, mask = padded_batch("llama")
     expected = alone(model, "llama", ids, mask, 1)
-    monkeypatch.setattr(hooks, "as_mask", lambda *_, **__: None)
+    monkeypatch.setattr(openings, "as_mask", lambda *_, **__: None)
     padded = run(model, "llama", ids, mask, positions_of(mask))
     assert (padded[1, mask[1].bool()] - expected).abs().max() > 1e-3
 

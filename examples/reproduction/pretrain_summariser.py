@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pretrained_backbone import save_backbone
+from pretrained_backbone import bart_sizes, save_backbone
 from run_folder import only_run_in
 from script_arguments import (
     ScriptParser,
@@ -148,18 +148,18 @@ def bart_configuration(arguments: Arguments, vocab_size: int, width: int) -> VGB
     """A small VG-BART with forget gate and visual transformer (the best published variant)."""
     return VGBartConfig(
         vocab_size=vocab_size,
-        d_model=arguments.d_model,
-        encoder_layers=arguments.layers,
-        decoder_layers=arguments.layers,
-        encoder_attention_heads=arguments.heads,
-        decoder_attention_heads=arguments.heads,
-        encoder_ffn_dim=arguments.ffn_dim,
-        decoder_ffn_dim=arguments.ffn_dim,
         max_position_embeddings=512,
         dropout=arguments.dropout,
         attention_dropout=arguments.dropout,
         activation_dropout=0.0,
         forced_eos_token_id=2,
+        **bart_sizes(
+            d_model=arguments.d_model,
+            encoder_layers=arguments.layers,
+            decoder_layers=arguments.layers,
+            heads=arguments.heads,
+            ffn_dim=arguments.ffn_dim,
+        ),
         **vision_guidance(arguments, width),
     )
 

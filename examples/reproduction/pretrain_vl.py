@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 from moment_tasks import CHOICES, VIDEO_TOKENS, choice_text, clip_tokens
-from pretrained_backbone import save_backbone
+from pretrained_backbone import bart_sizes, save_backbone
 from run_folder import only_run_in
 from scene_batches import SceneCollator
 from script_arguments import (
@@ -52,6 +52,7 @@ from peft_read.vl_adapter import task_loss
 
 MAX_OBJECTS = 32  # per picture; rows at the end of the token table
 PICTURES = 3
+SIZES = ("d_model", "encoder_layers", "decoder_layers", "heads", "ffn_dim")
 STRETCH = 64  # examples in a row are all captions or all scenes: a scene need not be padded to a caption's length
 
 
@@ -183,8 +184,9 @@ def parse(argv: list[str]) -> tuple[Arguments, TrainingArguments]:
         raise ValueError(f"--hold_out {arguments.hold_out!r} is not one of {', '.join(VL_MINI_TOPICS)}")
     check_numbers(arguments)
     check_training(training)
-    sizes = ("num_items", "vocab_size", "d_model", "ffn_dim", "encoder_layers", "decoder_layers", "heads")
-    check_at_least(arguments, {**dict.fromkeys(sizes, 1), "caption_share": 0, "first_item": 0})
+    check_at_least(
+        arguments, {**dict.fromkeys(("num_items", "vocab_size", *SIZES), 1), "caption_share": 0, "first_item": 0}
+    )
     if arguments.loss not in (known := ("token_mean", "sample_mean")):
         raise ValueError(f"--loss {arguments.loss!r} is not one of {', '.join(known)}")
     if arguments.features and not arguments.captions:
@@ -248,13 +250,6 @@ def configuration(arguments: Arguments, tokens: int, width: int) -> VLBartConfig
     """A small VL-BART for scenes of up to three pictures; without dropout, as nothing is seen twice."""
     return VLBartConfig(
         vocab_size=tokens + (MAX_OBJECTS if width == SCENE_FEATURE_DIM else VIDEO_TOKENS),
-        d_model=arguments.d_model,
-        encoder_layers=arguments.encoder_layers,
-        decoder_layers=arguments.decoder_layers,
-        encoder_attention_heads=arguments.heads,
-        decoder_attention_heads=arguments.heads,
-        encoder_ffn_dim=arguments.ffn_dim,
-        decoder_ffn_dim=arguments.ffn_dim,
         max_position_embeddings=128 if width == SCENE_FEATURE_DIM else 192,
         dropout=0.0,
         attention_dropout=0.0,
@@ -262,6 +257,7 @@ def configuration(arguments: Arguments, tokens: int, width: int) -> VLBartConfig
         visual_feature_dim=width,
         num_images=PICTURES,
         max_objects=MAX_OBJECTS if width == SCENE_FEATURE_DIM else VIDEO_TOKENS,
+        **bart_sizes(**{name: getattr(arguments, name) for name in SIZES}),
     )
 
 

@@ -1,4 +1,4 @@
-"""What a pretraining leaves behind: the backbone, its tokenizer, and a record of how it was made."""
+"""A small backbone that is pretrained: its sizes, and what the pretraining saves."""
 
 from __future__ import annotations
 
@@ -7,6 +7,19 @@ from typing import Any
 
 from run_folder import log_without_times, write_json
 from transformers import PreTrainedTokenizerFast, Trainer
+
+
+def bart_sizes(*, d_model: int, encoder_layers: int, decoder_layers: int, heads: int, ffn_dim: int) -> dict[str, int]:
+    """The sizes of a BART whose encoder and decoder are equally wide, as fields of its configuration."""
+    return {
+        "d_model": d_model,
+        "encoder_layers": encoder_layers,
+        "decoder_layers": decoder_layers,
+        "encoder_attention_heads": heads,
+        "decoder_attention_heads": heads,
+        "encoder_ffn_dim": ffn_dim,
+        "decoder_ffn_dim": ffn_dim,
+    }
 
 
 def save_backbone(trainer: Trainer, tokenizer: PreTrainedTokenizerFast, folder: Path, **record: Any) -> None:
