@@ -107,7 +107,7 @@ class Operation(Generic[A, R]):
     def __call__(self, implementation: Implementation[A, R], arguments: A) -> tuple[Tensor, ...]:
         """The visible results of arguments that `choose` found an implementation for."""
         if torch.compiler.is_compiling():
-            return self._operator(*arguments)[: self.visible]
+            return _several(self._operator(*arguments))[: self.visible]
         if torch.is_grad_enabled():
             for tensor in arguments:
                 if tensor is not None and tensor.requires_grad:
@@ -151,9 +151,9 @@ class Operation(Generic[A, R]):
         returned = ", ".join("Tensor" for _ in self.results._fields)
         name, count = f"peft_read::{self.name}", len(self.arguments._fields)
 
-        def run(*arguments: Tensor | None) -> tuple[Tensor, ...]:
+        def run(*arguments: Tensor | None) -> Any:
             given = self.arguments(*arguments)  # type: ignore[call-overload]
-            return tuple(self._working(given).forward(given))
+            return _returned(self._working(given).forward(given))
 
         def run_backward(needs: list[bool], grads: Any, saved: Any) -> list[Tensor]:
             working = self._working(self.arguments(*saved[:count]))
@@ -164,8 +164,8 @@ class Operation(Generic[A, R]):
                     kept.append(one.clone(memory_format=torch.contiguous_format) if seen else one)
             return kept
 
-        def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-            ctx.save_for_backward(*inputs, *self.for_backward(self.results(*output)))  # type: ignore[call-overload]
+        def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.save_for_backward(*inputs, *self.for_backward(self.results(*_several(output))))  # type: ignore[call-overload]
             ctx.set_materialize_grads(False)
 
         def differentiate(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
@@ -177,7 +177,7 @@ class Operation(Generic[A, R]):
         forward = custom_op(name, run, mutates_args=(), schema=f"({', '.join(parameters)}) -> ({returned})")
         schema = "(bool[] needs, Tensor?[] grads, Tensor?[] saved) -> Tensor[]"
         backward = custom_op(f"{name}_backward", run_backward, mutates_args=(), schema=schema)
-        forward.register_fake(lambda *arguments: tuple(self.shapes(self.arguments(*arguments))))
+        forward.register_fake(lambda *arguments: _returned(self.shapes(self.arguments(*arguments))))
         backward.register_fake(
             lambda needs, grads, saved: [
                 torch.empty_like(one, memory_format=torch.contiguous_format)
@@ -219,6 +219,16 @@ class _Function(torch.autograd.Function):
             arguments = operation.arguments(*saved[: len(needs)])
             return None, None, *_again(operation.reference(arguments), grads, arguments, needs)
         return None, None, *operation.gradients(ctx.implementation, saved, grads, needs)
+
+
+def _returned(results: Sequence[Tensor]) -> Any:
+    """What an operator returns: a tensor or several."""
+    return tuple(results) if len(results) > 1 else results[0]
+
+
+def _several(returned: Any) -> tuple[Tensor, ...]:
+    """What an operator has returned, several or not, as several."""
+    return (returned,) if isinstance(returned, Tensor) else tuple(returned)
 
 
 def _again(results: Sequence[Any], grads: Sequence[Any], inputs: Sequence[Any], needs: Any) -> list[Tensor | None]:

@@ -233,26 +233,19 @@ def gradients_of_gates(
     """
     shape, rows = (batch, length), floats_at(x, (batch, length, inputs))
     inner, outer = floats_at(inner, (*shape, gates)), floats_at(outer, (*shape, gates))
-    weight, targets = floats_at(weight_ih, (gates, inputs)), floats_at(grad_x, (*shape, inputs))
+    weight, below = copied(weight_ih, gates * inputs), floats_at(grad_x, (*shape, inputs))
     states, start = floats_at(outputs, (*shape, k)), floats_at(state, (batch, k))
-    sums = np.zeros((gates, inputs + k + 2))
-    before, below = np.zeros(k), np.empty(inputs)
+    sums, before = np.zeros((gates, inputs + k + 2)), np.zeros((1, k))
     for b in range(batch):
+        before[0] = 0
+        if state:
+            before[0] = start[b]
         for t in range(length):
-            below[:] = 0
-            for j in range(k):
-                before[j] = states[b, t - 1, j] if t else start[b, j] if state else 0
-            for i in range(gates):
-                d, e = np.float64(inner[b, t, i]), np.float64(outer[b, t, i])
-                for j in range(inputs):
-                    below[j] += d * weight[i, j]
-                    sums[i, j] += d * rows[b, t, j]
-                for j in range(k):
-                    sums[i, inputs + j] += e * before[j]
-                sums[i, inputs + k] += d
-                sums[i, inputs + k + 1] += e
-            for j in range(inputs):
-                targets[b, t, j] = below[j]
+            if gates == 4 and inputs == 4 and k == 4:  # loops of known length are unrolled
+                add_token(inner[b, t], outer[b, t], rows[b, t], before[0], weight, sums, below[b, t], 4, 4, 4)
+            else:
+                add_token(inner[b, t], outer[b, t], rows[b, t], before[0], weight, sums, below[b, t], inputs, k, gates)
+            before[0] = states[b, t]
     for i in range(gates):
         for j in range(inputs):
             floats_at(grad_ih, (gates, inputs))[i, j] = sums[i, j]
@@ -260,3 +253,21 @@ def gradients_of_gates(
             floats_at(grad_hh, (gates, k))[i, j] = sums[i, inputs + j]
         floats_at(bias_ih, gates)[i] = sums[i, inputs + k]
         floats_at(bias_hh, gates)[i] = sums[i, inputs + k + 1]
+
+
+@inlined
+def add_token(inner, outer, row, before, weight, sums, below, inputs, k, gates):
+    """Add the products of one token to the sums, and set the gradient of its input."""
+    for j in range(inputs):
+        total = 0.0
+        for i in range(gates):
+            total += weight[i * inputs + j] * inner[i]
+        below[j] = total
+    for i in range(gates):
+        d, e = np.float64(inner[i]), np.float64(outer[i])
+        for j in range(inputs):
+            sums[i, j] += d * row[j]
+        for j in range(k):
+            sums[i, inputs + j] += e * before[j]
+        sums[i, inputs + k] += d
+        sums[i, inputs + k + 1] += e
