@@ -1,4 +1,4 @@
-"""READ in training steps: compiled, in half precision with a gradient scaler; and which cases the loops look at."""
+"""READ in training steps in half precision with a gradient scaler, how often paths are tried, and what they refuse."""
 
 import pytest
 import torch
@@ -21,28 +21,6 @@ def loss_of(model, family):
 
 def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def test_compiled_training_steps_are_the_eager_ones():
-    trained = []
-    for compiled in (False, True):
-        torch._dynamo.reset()
-        model = adapted("llama", changes={"num_hidden_layers": 1}).train()
-        step = torch.compile(loss_of, backend="aot_eager", fullgraph=True) if compiled else loss_of
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        losses = []
-        for _ in range(3):
-            loss = step(model, "llama")
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        assert losses[-1] < losses[0]
-        trained.append((losses, [p.detach() for p in model.parameters() if p.requires_grad]))
-    torch._dynamo.reset()
-    assert trained[0][0] == pytest.approx(trained[1][0], rel=1e-5)
-    for eager, compiled in zip(trained[0][1], trained[1][1], strict=True):
-        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["bart", "llama"])
