@@ -79,7 +79,7 @@ def draw_curve(path: Path, points: Mapping[str, Sequence[Interval]], sizes: Sequ
 
     Args:
         path: of the picture.
-        points: by method, one a size.
+        points: by method, one per size.
         sizes: labelled queries.
         figure: what is drawn.
     """
