@@ -303,8 +303,9 @@ def main() -> None:
         left_out = ["from_pretrained_cache_dir", *METHODS[arguments.method].get("left_out", [])]
         chosen = " and not ".join([config, *left_out])
         options = ["-k", chosen, "-o", "addopts=", "-p", "no:cacheprovider", *for_pytest]
-        # peft makes errors of transformers' deprecations; this one, of 5.24, meets every method, its own included.
-        options += ["-W", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"]
+        # peft makes errors of transformers' deprecations; these, of 5.24, meet every method, its own included.
+        for name in ("is_gradient_checkpointing", "gradient_checkpointing_enable", "gradient_checkpointing_disable"):
+            options += ["-W", f"ignore:`{name}` is deprecated:FutureWarning"]
         command = [sys.executable, "-m", "pytest", "-q", *options, *files]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         # Names such as "peft-internal-testing/tiny-random-OPTForCausalLM" are folders of the working directory.
