@@ -208,7 +208,7 @@ def read_result(path: Path) -> Result | None:
 
 
 def _other_arguments(path: Path, arguments: Sequence[str]) -> str | None:
-    """A finished run is taken as it is, but not without a word where its arguments were others."""
+    """A finished run is taken as it is; a message where its arguments were others."""
     try:
         before = json.loads((path / "command.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):

@@ -10,7 +10,7 @@ the weights at the last 5 of 20 equally distant checkpoints; no epoch is chosen.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 TUNING_SEEDS = (100, 101)
 FINALISTS = 2  # configurations that are run with the second tuning seed
@@ -239,15 +239,27 @@ NINE = tuple(MOMENT_DETR)
 CURVE = ("Full", "LoRA", "Adapter", "READ-PVLA")
 
 
+QVHIGHLIGHTS = Setting(
+    title="QVHighlights, Moment-DETR, 700 labelled queries",
+    script="ground_moments",
+    backbone="moment_detr",
+    arguments=f"{QVHIGHLIGHTS_RUN} {steps(440)}",
+    main=QVHIGHLIGHTS_TEST,
+    validation="MR-full-mAP",
+    figures=MOMENTS,
+    rows=MOMENT_DETR,
+    seeds=8,
+    labelled=700,
+)
+# Others on the same queries; each has its own rows, seeds and place on the low-resource curve.
+VARIATION = replace(QVHIGHLIGHTS, rows={}, seeds=Setting.seeds, labelled=Setting.labelled)
+
+
 def _low_resource(labelled: int) -> Setting:
-    return Setting(
+    return replace(
+        VARIATION,
         title=f"QVHighlights, Moment-DETR, {labelled} labelled queries",
-        script="ground_moments",
-        backbone="moment_detr",
-        arguments=f"{QVHIGHLIGHTS_RUN} {steps(440)}",
         main=f"{QVHIGHLIGHTS_TEST} --num_train_samples {labelled}",
-        validation="MR-full-mAP",
-        figures=MOMENTS,
         rows=dict.fromkeys(CURVE, ("",)),
         choices_of="qvhighlights",
         labelled=labelled,
@@ -256,28 +268,8 @@ def _low_resource(labelled: int) -> Setting:
 
 # In the order in which they are run; what is not finished is left out of the tables, and they say so.
 SETTINGS: dict[str, Setting] = {
-    "qvhighlights": Setting(
-        title="QVHighlights, Moment-DETR, 700 labelled queries",
-        script="ground_moments",
-        backbone="moment_detr",
-        arguments=f"{QVHIGHLIGHTS_RUN} {steps(440)}",
-        main=QVHIGHLIGHTS_TEST,
-        validation="MR-full-mAP",
-        figures=MOMENTS,
-        rows=MOMENT_DETR,
-        seeds=8,
-        labelled=700,
-    ),
-    "umt": Setting(
-        title="QVHighlights, UMT, 700 labelled queries",
-        script="ground_moments",
-        backbone="umt",
-        arguments=f"{QVHIGHLIGHTS_RUN} {steps(440)}",
-        main=QVHIGHLIGHTS_TEST,
-        validation="MR-full-mAP",
-        figures=MOMENTS,
-        rows=UMT,
-    ),
+    "qvhighlights": QVHIGHLIGHTS,
+    "umt": replace(VARIATION, title="QVHighlights, UMT, 700 labelled queries", backbone="umt", rows=UMT),
     "moments": Setting(
         title="Summaries of QVHighlights moments, VG-BART",
         script="summarise",
@@ -309,14 +301,9 @@ SETTINGS: dict[str, Setting] = {
         parts=TVSUM_DOMAINS,
         minutes=1.0,
     ),
-    "ablations": Setting(
+    "ablations": replace(
+        VARIATION,
         title="What is aligned and what recurs: QVHighlights, Moment-DETR, 700 labelled queries",
-        script="ground_moments",
-        backbone="moment_detr",
-        arguments=f"{QVHIGHLIGHTS_RUN} {steps(440)}",
-        main=QVHIGHLIGHTS_TEST,
-        validation="MR-full-mAP",
-        figures=MOMENTS,
         rows={
             "READ-PVLA": ("",),
             "no alignment (Table 6)": ("--pvla false",),
