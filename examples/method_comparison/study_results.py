@@ -104,7 +104,8 @@ def restore(results: Mapping[str, Any], output: Path) -> int:
             found = {"rouge_after": {"rouge_score": chosen_by | test}} if summarises else {}
             found = found or {"validation": chosen_by, "test": test}
             numbers = {key: run[key] for key in ("seconds", "trainable", "parameters")}
-            write_json(folder / "results.json", {**found, **numbers, "restored": True})  # last: with it the run has ended
+            # Last: with it the run has ended.
+            write_json(folder / "results.json", {**found, **numbers, "restored": True})
             written += 1
     return written
 
