@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import re
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -18,6 +19,8 @@ from transformers import (
     BartForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
 )
 
 from peft_read.data import generate_how2_mini, write_how2_mini
@@ -281,6 +284,39 @@ def test_the_mean_of_the_last_checkpoints_and_the_figures_of_every_item(how2, tm
     assert len(each["ids"]) == 4
     for name, values in each["figures"].items():
         assert sum(values) / 4 == pytest.approx(result["rouge_after"]["rouge_score"][name], abs=0.01)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_resuming_reports_missing_weights_but_not_those_that_are_tied(tmp_path, monkeypatch, tied):
+    monkeypatch.syspath_prepend(str(EXAMPLES / "reproduction"))
+    from progress import show_progress
+
+    class Messages(logging.Handler):
+        def emit(self, record):
+            messages.append(record.getMessage())
+
+    messages: list[str] = []
+    handler = Messages()
+    logging.getLogger("transformers.trainer").addHandler(handler)
+    sizes = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    config = BartConfig(vocab_size=20, d_model=8, encoder_layers=1, decoder_layers=1, **sizes)
+    rows = [{"input_ids": [3, 4], "labels": [5, 6]}] * 2
+    try:
+        for steps in (1, 2):
+            options = {"save_steps": 1, "report_to": [], "use_cpu": True, "disable_tqdm": True}
+            arguments = TrainingArguments(str(tmp_path), max_steps=steps, **options)
+            trainer = Trainer(BartForConditionalGeneration(config), arguments, train_dataset=rows)
+            show_progress(trainer)
+            if not tied and steps == 2:  # a weight that is really missing
+                path = tmp_path / "checkpoint-1" / "model.safetensors"
+                weights = load_file(path)
+                del weights["model.encoder.layers.0.fc1.weight"]
+                save_file(weights, path, {"format": "pt"})
+            trainer.train(resume_from_checkpoint=steps == 2)
+    finally:
+        logging.getLogger("transformers.trainer").removeHandler(handler)
+    missing = [message for message in messages if "missing keys" in message]
+    assert len(missing) == (0 if tied else 1) and all("layers.0.fc1.weight" in message for message in missing)
 
 
 def test_the_comparison_runs_once_and_resumes(how2, tmp_path, monkeypatch):

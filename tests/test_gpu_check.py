@@ -15,7 +15,7 @@ def gpu_check(monkeypatch):
     import gpu_check
 
     yield gpu_check
-    for name in ("gpu_check", "free_layer"):
+    for name in ("gpu_check", "free_layer", "benchmark_report", "topics"):
         sys.modules.pop(name, None)
 
 

@@ -9,7 +9,8 @@ import pytest
 SCRIPT = Path(__file__).parents[1] / "examples" / "benchmarks" / "training_step.py"
 
 
-def test_models_are_measured_one_after_the_other_into_one_report(tmp_path):
+def test_models_are_measured_one_after_the_other_into_one_report(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))  # as Python does for a script
     specification = importlib.util.spec_from_file_location("training_step", SCRIPT)
     script = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(script)

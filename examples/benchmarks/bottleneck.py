@@ -16,14 +16,12 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import argparse
 import copy
-import json
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
+from benchmark_report import build_parser, write_report
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from training_step import LENGTHS, QUICK, QUICK_LENGTHS, SIZES, Results, a_batch, a_model, measure
@@ -104,13 +102,12 @@ def markdown(title: str, methods: Results) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> Results:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a small model")
-    parser.add_argument("--repeats", type=int, default=5, help="steps of every method")
+    parser = build_parser(
+        __doc__, quick="a small model", repeats="steps of every method", default_repeats=5, picture=False
+    )
     parser.add_argument("--batch", type=int, default=4, help="sequences")
     parser.add_argument("--length", type=int, default=None, help=f"tokens of source and target; {LENGTHS['bart']}")
     parser.add_argument("--methods", nargs="+", default=[PLAIN, *CONFIGS], choices=[PLAIN, *CONFIGS])
-    parser.add_argument("--output", type=Path, default=None, help="write OUTPUT.json and OUTPUT.md")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -125,11 +122,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
     )
     report = markdown(title, methods)
     print(report)
-    if arguments.output is not None:
-        arguments.output.with_suffix(".json").write_text(
-            json.dumps({"title": title, "methods": methods}, indent=1) + "\n"
-        )
-        arguments.output.with_suffix(".md").write_text(report + "\n")
+    write_report(arguments.output, report, {"title": title, "methods": methods})
     return methods
 
 

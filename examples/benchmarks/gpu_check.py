@@ -11,7 +11,6 @@ report is a check with its limit; the ones that are only informative have none.
 """
 
 import argparse
-import json
 import platform
 import re
 import statistics
@@ -25,8 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark_report import write_report
 from free_layer import FreeModel
 from peft import LoraConfig, get_peft_model
+from topics import tokens_about_topics
 from torch import Tensor, distributed, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration, LlamaConfig
@@ -88,11 +89,8 @@ def main(argv: list[str] | None = None) -> int:
         checks = [replace(c, limit=None) if re.search(r"time against|wall|^waits for", c.name) else c for c in checks]
     report = markdown(checks)
     print(report)
-    if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        content = [asdict(check) | {"passed": check.passed} for check in checks]
-        arguments.output.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
-        arguments.output.with_suffix(".md").write_text(report + "\n")
+    content = [asdict(check) | {"passed": check.passed} for check in checks]
+    write_report(arguments.output, report, content)
     return 0 if all(check.passed for check in checks) else 1
 
 
@@ -138,11 +136,8 @@ def adapters(repeats: int) -> list[Check]:
             continue
         worst = 0.0
         for k in (1, 3, 4, 8, 16, 17):
-            model = get_peft_model(FreeModel(96), READConfig(r=k, target_modules=["fc2"], init_weights=False)).to(
-                DEVICE
-            )
-            x, leaves = torch.randn(3, 70, 96, device=DEVICE, dtype=dtype), list(model.parameters())
-            leaves = [leaf for leaf in leaves if leaf.requires_grad]
+            model, x = free_model(96, k), torch.randn(3, 70, 96, device=DEVICE, dtype=dtype)
+            leaves = [parameter for parameter in model.parameters() if parameter.requires_grad]
             both = []
             for name in ("auto", "torch"):
                 with use_backend(name):
@@ -180,13 +175,7 @@ def transport(repeats: int) -> list[Check]:
     generator = torch.Generator().manual_seed(0)
     for batch, n, m in sized(((32, 75, 32), (96, 256, 256), (8, 300, 77)), ((4, 20, 12),)):
         for noise in (1.0, 0.2):
-            centres = torch.randn(batch, 12, 256, generator=generator)
-            number = torch.arange(batch)[:, None]
-            video = centres[number, torch.randint(0, 6, (batch, n), generator=generator)]
-            text = centres[number, torch.randint(0, 12, (batch, m), generator=generator)]
-            video = video + noise * torch.randn(batch, n, 256, generator=generator)
-            text = text + noise * torch.randn(batch, m, 256, generator=generator)
-            cost = cosine_cost(video, text)
+            cost = cosine_cost(*tokens_about_topics(batch, n, m, noise, generator))
             for options in ({"mass": 0.5}, {"mass": 0.9}, {"mass": 1.0}, {"mass": 0.5, "reg": 0.002}):
                 found = partial_optimal_transport(cost.to(DEVICE), **options)
                 exact = partial_optimal_transport(cost.to(DEVICE).double(), method="newton", tol=1e-8, **options)
@@ -254,9 +243,7 @@ def data_parallel(repeats: int) -> list[Check]:
         options = {"init_method": f"file://{folder}/store", "rank": 0, "world_size": 1}
         distributed.init_process_group("nccl" if DEVICE == "cuda" else "gloo", **options)
         try:
-            model = get_peft_model(FreeModel(64), READConfig(r=4, target_modules=["fc2"], init_weights=False)).to(
-                DEVICE
-            )
+            model = free_model(64, 4)
             x, both = torch.randn(4, 30, 64, device=DEVICE), []
             for called in (model, nn.parallel.DistributedDataParallel(model)):
                 called(x).square().sum().backward()

@@ -16,8 +16,6 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import argparse
-import json
 import platform
 import statistics
 import time
@@ -26,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from benchmark_report import build_parser, draw_times, processor, write_report
 from free_layer import FreeModel
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -42,11 +41,9 @@ Rows = dict[str, dict[str, float]]
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small shapes, few repetitions")
-    parser.add_argument("--repeats", type=int, default=None, help="repetitions of every measurement")
-    parser.add_argument("--output", type=Path, default=None, help="write OUTPUT.json, OUTPUT.md and OUTPUT.png")
-    arguments = parser.parse_args(argv)
+    arguments = build_parser(
+        __doc__, quick="small shapes, few repetitions", repeats="repetitions of every measurement"
+    ).parse_args(argv)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     warnings.filterwarnings("ignore")
@@ -58,14 +55,10 @@ def main(argv: list[str] | None = None) -> None:
     adapters: Rows = {}
     for shape in QUICK_ADAPTERS if arguments.quick else ADAPTERS:
         adapters["x".join(map(str, shape[:3])) + f" k={shape[3]}"] = time_adapters(*shape, repeats)
+    content = {"recurrence": scans, "adapter": adapters}
     report = markdown(scans, adapters)
     print(report)
-    if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        content = {"recurrence": scans, "adapter": adapters}
-        arguments.output.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
-        arguments.output.with_suffix(".md").write_text(report + "\n")
-        draw(arguments.output.with_suffix(".png"), adapters)
+    write_report(arguments.output, report, content, lambda path: draw(path, adapters))
 
 
 def time_scan(kind: str, batch: int, length: int, size: int, repeats: int) -> dict[str, float]:
@@ -167,33 +160,11 @@ def markdown(scans: Rows, adapters: Rows) -> str:
     return "\n".join(lines)
 
 
-def processor() -> str:
-    try:
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        return f"{names[0].split(':')[1].strip()} ({len(names)} cores)"
-    except (OSError, IndexError):
-        return platform.processor() or platform.machine()
-
-
 def draw(path: Path, adapters: Rows) -> None:
-    """Time against method, one line a shape, logarithmic."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("matplotlib is not installed: no picture")
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = sorted(next(iter(adapters.values())), key=lambda name: next(iter(adapters.values()))[name])
-    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-    for row, times in adapters.items():
-        axes.plot([times[name] for name in names], names, marker="o", label=row, linewidth=1)
-    axes.set_xscale("log")
-    axes.set_xlabel("milliseconds, forward and backward of one adapter, one thread")
-    axes.grid(axis="x", alpha=0.3)
-    axes.legend(fontsize=7)
-    figure.savefig(path, dpi=150)
+    """The adapters' times, the methods in the order of the first shape's."""
+    first = next(iter(adapters.values()))
+    xlabel = "milliseconds, forward and backward of one adapter, one thread"
+    draw_times(path, adapters, sorted(first, key=first.__getitem__), xlabel=xlabel)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import argparse
 import copy
 import json
 import statistics
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark_report import build_parser, write_report
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
@@ -53,13 +53,10 @@ Results = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Results]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__, quick="small models", repeats="steps of every method", default_repeats=3)
     parser.add_argument("--model", nargs="+", choices=SIZES, default=["bart"], help="one or several")
-    parser.add_argument("--quick", action="store_true", help="small models")
-    parser.add_argument("--repeats", type=int, default=3, help="steps of every method")
     parser.add_argument("--batch", type=int, default=None, help=f"sequences; default {BATCHES}")
     parser.add_argument("--length", type=int, default=None, help=f"tokens of source and target; default {LENGTHS}")
-    parser.add_argument("--output", type=Path, default=None, help="write OUTPUT.json, OUTPUT.md and OUTPUT.png")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     everything: dict[str, Results] = {}
@@ -81,11 +78,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Results]:
             "methods": methods,
         }
         print(markdown(everything[kind]) + "\n", flush=True)
-        if arguments.output is not None:
-            arguments.output.with_suffix(".json").write_text(json.dumps(everything, indent=1) + "\n")
-            report = "\n\n".join(markdown(results) for results in everything.values())
-            arguments.output.with_suffix(".md").write_text(report + "\n")
-            draw(everything, arguments.output.with_suffix(".png"))
+        report = "\n\n".join(markdown(results) for results in everything.values())
+        write_report(arguments.output, report, everything, lambda path: draw(everything, path))
     return everything
 
 

@@ -14,9 +14,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import argparse
 import importlib.util
-import json
 import platform
 import statistics
 import time
@@ -27,6 +25,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from benchmark_report import build_parser, draw_times, processor, write_report
+from topics import tokens_about_topics
 from torch import Tensor
 
 from peft_read import backends
@@ -63,11 +63,9 @@ class Result:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small problems only")
-    parser.add_argument("--repeats", type=int, default=None, help="repetitions of the fast methods")
-    parser.add_argument("--output", type=Path, default=None, help="write OUTPUT.json, OUTPUT.md and OUTPUT.png")
-    arguments = parser.parse_args(argv)
+    arguments = build_parser(
+        __doc__, quick="small problems only", repeats="repetitions of the fast methods"
+    ).parse_args(argv)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     repeats = arguments.repeats or (5 if arguments.quick else 15)
@@ -80,10 +78,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                             family_cost("aligned", 32, 75, 32), repeats)  # fmt: skip
     memory = backward_memory(family_cost("aligned", 1, 75, 32))
     device = run_gpu(repeats) if torch.cuda.is_available() else []
+    tables = {"partial": results, "balanced": balanced, "gpu": device}
+    content = {name: [asdict(result) for result in table] for name, table in tables.items()} | {"memory": memory}
     report = markdown(results, balanced, device, memory, notes)
     print(report)
-    if arguments.output is not None:
-        save(arguments.output, report, results, balanced, device, memory)
+    write_report(arguments.output, report, content, lambda path: draw(path, results))
 
 
 def run_row(row: str, cost: Tensor, mass: float, repeats: int) -> list[Result]:
@@ -180,15 +179,9 @@ def run_gpu(repeats: int) -> list[Result]:
 
 
 def family_cost(family: str, batch: int, n: int, m: int) -> Tensor:
-    """Cosine costs of tokens on twelve topics, of which the video shows six; "matched" has hardly any noise."""
-    generator = torch.Generator().manual_seed(0)
+    """Cosine costs (B, N, M) of tokens about topics; "matched" has hardly any noise."""
     noise = {"aligned": 1.0, "matched": 0.2}[family]
-    centres = torch.randn(batch, 12, 256, generator=generator)
-    number = torch.arange(batch)[:, None]
-    shown = centres[number, torch.randint(0, 6, (batch, n), generator=generator)]
-    said = centres[number, torch.randint(0, 12, (batch, m), generator=generator)]
-    video = shown + noise * torch.randn(batch, n, 256, generator=generator)
-    language = said + noise * torch.randn(batch, m, 256, generator=generator)
+    video, language = tokens_about_topics(batch, n, m, noise, torch.Generator().manual_seed(0))
     return 1 - torch.nn.functional.normalize(video, dim=-1) @ torch.nn.functional.normalize(language, dim=-1).mT
 
 
@@ -356,48 +349,15 @@ def version(package: str) -> str:
     return str(getattr(__import__(package), "__version__", "?"))
 
 
-def processor() -> str:
-    try:
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        return f"{names[0].split(':')[1].strip()} ({len(names)} cores)"
-    except (OSError, IndexError):
-        return platform.processor() or platform.machine()
-
-
-def save(
-    output: Path, report: str, results: list[Result], balanced: list[Result], device: list[Result],
-    memory: dict[str, float],
-) -> None:  # fmt: skip
-    output.parent.mkdir(parents=True, exist_ok=True)
-    everything = {"partial": results, "balanced": balanced, "gpu": device}
-    content = {name: [asdict(result) for result in part] for name, part in everything.items()} | {"memory": memory}
-    output.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
-    output.with_suffix(".md").write_text(report + "\n")
-    if has("matplotlib"):
-        draw(output.with_suffix(".png"), results)
-
-
 def draw(path: Path, results: list[Result]) -> None:
-    """Time against method, one line a row, logarithmic."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    methods = sorted(
-        {r.method for r in results},
-        key=lambda method: statistics.median(r.milliseconds for r in results if r.method == method),
-    )
-    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-    for row in dict.fromkeys(r.row for r in results):
-        times = {r.method: r.milliseconds for r in results if r.row == row}
-        axes.plot([times[method] for method in methods if method in times],
-                  [method for method in methods if method in times], marker="o", label=row, linewidth=1)  # fmt: skip
-    axes.set_xscale("log")
-    axes.set_xlabel("milliseconds for the batch, one thread")
-    axes.grid(axis="x", alpha=0.3)
-    axes.legend(fontsize=7, title="problems, mass", title_fontsize=7)
-    figure.savefig(path, dpi=150)
+    """The times of every problem, the methods in the order of their medians."""
+    rows: dict[str, dict[str, float]] = {}
+    for result in results:
+        rows.setdefault(result.row, {})[result.method] = result.milliseconds
+    methods = {result.method for result in results}
+    median = {method: statistics.median(row[method] for row in rows.values() if method in row) for method in methods}
+    xlabel = "milliseconds for the batch, one thread"
+    draw_times(path, rows, sorted(methods, key=median.__getitem__), xlabel=xlabel, legend="problems, mass")
 
 
 if __name__ == "__main__":

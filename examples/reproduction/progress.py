@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import sys
 import warnings
+from logging import Filter, LogRecord
 from typing import Any
 
 import datasets
@@ -21,10 +24,29 @@ def be_quiet() -> None:
 
 
 def show_progress(trainer: Trainer) -> None:
-    """Replaces the Trainer's bars and dictionaries by a `Progress`."""
+    """Replaces the Trainer's bars and dictionaries by a `Progress`, and hides what it says of tied weights."""
+    TIED.keys = frozenset(getattr(trainer.model, "all_tied_weights_keys", None) or ())
+    logging.get_logger("transformers.trainer").addFilter(TIED)
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(Progress())
+
+
+class TiedWeights(Filter):
+    """Hides the Trainer's report that a checkpoint lacks tied weights: it holds each under one of its names.
+
+    Attributes:
+        keys: the other names of the tied weights of the model in training.
+    """
+
+    keys: frozenset[str] = frozenset()
+
+    def filter(self, record: LogRecord) -> bool:
+        listed = re.search(r"missing keys in the checkpoint model loaded: (\[.*\])", record.getMessage())
+        return listed is None or not self.keys.issuperset(ast.literal_eval(listed[1]))
+
+
+TIED = TiedWeights()
 
 
 class Progress(TrainerCallback):
