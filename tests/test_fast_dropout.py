@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "reproduction"))
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path[:0] = [str(EXAMPLES / "reproduction"), str(EXAMPLES / "benchmarks")]
+import dropout
 from fast_dropout import FastDropout, thin_out
 
 
@@ -71,3 +73,10 @@ def test_what_it_does_not_take_is_torchs_own():
     torch.manual_seed(0)
     with FastDropout(enabled=False):
         assert torch.equal(F.dropout(x, 0.5), expected)
+
+
+def test_the_benchmark_measures_three_cases(tmp_path, capsys):
+    times = dropout.main(["--quick", "--repeats", "1", "--output", str(tmp_path / "dropout")])
+    assert len(times) == 3 and all(a > 0 and b > 0 for a, b in times.values())
+    report = (tmp_path / "dropout.md").read_text()
+    assert report.strip() in capsys.readouterr().out and "Moment-DETR" in report
