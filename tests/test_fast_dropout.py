@@ -1,5 +1,6 @@
 """The cheaper dropout of the example scripts."""
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from torch.nn import functional as F
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path[:0] = [str(EXAMPLES / "reproduction"), str(EXAMPLES / "benchmarks")]
-import dropout
-from fast_dropout import FastDropout, thin_out
+dropout, fast_dropout = (importlib.import_module(name) for name in ("dropout", "fast_dropout"))
+FastDropout, thin_out = fast_dropout.FastDropout, fast_dropout.thin_out
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.3])
