@@ -87,7 +87,7 @@ def test_queries_without_labels_are_read_only_when_asked_for(tmp_path):
     [
         ([], "is empty"),
         ([{**ROW, "saliency_scores": [[1, 1, 1]]}], "qid 7: 4 relevant clips, but 1 saliency scores"),
-        ([ROW, ROW], "qid 7 comes twice"),
+        ([ROW, ROW], "qid 7 appears twice"),
         ([{**ROW, "relevant_windows": []}], "qid 7 has no labels"),
         ([[1]], "a JSON object was expected"),
     ],
@@ -379,7 +379,7 @@ def test_the_mean_token_is_the_sentence_also_after_the_projection(encoder_folder
         expected = (sentences - file["mean"]) @ file["components"].T
     assert np.allclose(projected.sentences(texts), expected, atol=1e-5)
     np.savez(encoder_folder / "bad.npz", mean=np.zeros(8))
-    with pytest.raises(ValueError, match=r"no projection: it has no \['components'\]"):
+    with pytest.raises(ValueError, match=r"not a projection: it has no \['components'\]"):
         SentenceEncoder(encoder_folder, projection=encoder_folder / "bad.npz")
 
 

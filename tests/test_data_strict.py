@@ -61,9 +61,9 @@ def clips_of(length, width=8, seed=0):
     [
         ({"qid": "q1"}, "'qid' must be a whole number"),
         ({"qid": None}, "'qid' must be a whole number"),
-        ({"vid": ["v"]}, "'vid' must be a text"),
-        ({"vid": 7}, "'vid' must be a text"),
-        ({"query": " "}, "'query' must be a text"),
+        ({"vid": ["v"]}, "'vid' must be a non-empty string"),
+        ({"vid": 7}, "'vid' must be a non-empty string"),
+        ({"query": " "}, "'query' must be a non-empty string"),
         ({"duration": "10"}, "'duration' must be a finite number above 0"),
         ({"duration": -1}, "'duration' must be a number above 0"),
         ({"relevant_clip_ids": [-1, 0]}, "'relevant_clip_ids' holds -1"),
@@ -76,7 +76,7 @@ def clips_of(length, width=8, seed=0):
         ({"relevant_windows": [[4, 0]]}, r"'relevant_windows': the window \[4, 0\] ends before it starts"),
         ({"relevant_windows": [[-4, 2]]}, "starts before the video"),
         ({"relevant_windows": [[2, 2]]}, "has no length"),
-        ({"relevant_windows": [[2, 400]]}, "ends behind the video, which ends at 10 s"),
+        ({"relevant_windows": [[2, 400]]}, "ends after the video, which ends at 10 s"),
         ({"relevant_windows": [[0, float("nan")]]}, "'relevant_windows' holds nan"),
     ],
 )
@@ -88,7 +88,7 @@ def test_what_a_query_cannot_say_is_an_error_with_file_line_and_field(tmp_path, 
 
 def test_encodings_marks_and_packed_files(tmp_path):
     assert load_qvhighlights(write(tmp_path / "bom.jsonl", QUERY, encoding="utf-8-sig"))[0]["query"] == "café"
-    with pytest.raises(ValueError, match=r"l\.jsonl, line 1: no UTF-8 \(byte 0xe9 at position 24\)"):
+    with pytest.raises(ValueError, match=r"l\.jsonl, line 1: not UTF-8 \(byte 0xe9 at position 24\)"):
         load_qvhighlights(write(tmp_path / "l.jsonl", QUERY, encoding="latin-1"))
     with pytest.raises(ValueError, match=r"u\.jsonl, line 1: a NUL byte"):
         load_qvhighlights(write(tmp_path / "u.jsonl", QUERY, encoding="utf-16"))
@@ -96,16 +96,16 @@ def test_encodings_marks_and_packed_files(tmp_path):
     (tmp_path / "plain.jsonl.gz").write_text("{}")
     (tmp_path / "plain.jsonl.xz").write_text("{}")
     for name in ("cut.jsonl.gz", "plain.jsonl.gz", "plain.jsonl.xz"):
-        with pytest.raises(ValueError, match=f"{name} is cut off, or no"):
+        with pytest.raises(ValueError, match=f"{name} is truncated, or not a"):
             load_qvhighlights(tmp_path / name)
     os.mkfifo(tmp_path / "pipe.jsonl")
-    with pytest.raises(FileNotFoundError, match="is no regular file"):
+    with pytest.raises(FileNotFoundError, match="is not a regular file"):
         load_qvhighlights(tmp_path / "pipe.jsonl")
 
 
 def test_one_field_twice_and_ids_twice(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"qid": 1, "qid": 2}')
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: no JSON: 'qid' comes twice"):
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: invalid JSON: 'qid' appears twice"):
         load_qvhighlights(tmp_path / "a.jsonl")
     with pytest.raises(ValueError, match=r"y\.jsonl, line 2: the video 'v' was already given"):
         load_youtube_highlights(write(tmp_path / "y.jsonl", YOUTUBE, {**YOUTUBE, "match": [-1]}))
@@ -113,7 +113,7 @@ def test_one_field_twice_and_ids_twice(tmp_path):
         load_tvsum(write(tmp_path / "t.jsonl", TVSUM, TVSUM))
     for loader, record in ((load_tvsum, TVSUM), (load_youtube_highlights, YOUTUBE)):
         (tmp_path / "b.json").write_text(f'{{"v": {json.dumps(record)},\n "v": {json.dumps(record)}}}')
-        with pytest.raises(ValueError, match=r"b\.json, line 2: 'v' comes twice"):
+        with pytest.raises(ValueError, match=r"b\.json, line 2: 'v' appears twice"):
             loader(tmp_path / "b.json")
 
 
@@ -125,7 +125,7 @@ def test_videos_of_the_other_datasets_are_checked_by_field(tmp_path):
         ({"clip": [[99, 0]]}, r"'clip' holds the clip \[99.0, 0.0\]"),
         ({"clip": [[500, 600]]}, "inside the video's 100 frames"),
         ({"match": [7]}, "'match' holds 7"),
-        ({"domain": None}, "'domain' must be a text"),
+        ({"domain": None}, "'domain' must be a non-empty string"),
     ]:
         with pytest.raises(ValueError, match=rf"y\.jsonl, line 1: {'.*' if message[0] == 'i' else ''}{message}"):
             load_youtube_highlights(write(tmp_path / "y.jsonl", {**YOUTUBE, **change}))
@@ -136,7 +136,7 @@ def test_videos_of_the_other_datasets_are_checked_by_field(tmp_path):
         ({"label": [[float("nan")] * 20] * 2}, "'label' holds nan"),
         ({"label": [[9] * 20] * 2}, "'label' holds 9"),
         ({"n_frames": -5}, "'n_frames' must be a number from 1 on"),
-        ({"vid": 5}, "'vid' must be a text"),
+        ({"vid": 5}, "'vid' must be a non-empty string"),
     ]:
         with pytest.raises(ValueError, match=rf"t\.jsonl, line 1: .*{message}"):
             load_tvsum(write(tmp_path / "t.jsonl", {**TVSUM, **change}))
@@ -152,7 +152,7 @@ def test_how2_files_with_marks_tabs_and_other_encodings(tmp_path):
     assert load_how2(tmp_path, "s")["video_id"][:] == ["v1", "v2"]
     assert load_how2(tmp_path, "s")["summary"][:] == ["some words", "others"]
     (folder / "tran.tok.txt").write_bytes("v1 a\nv2 caf\xe9".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"tran\.tok\.txt, line 2: no UTF-8"):
+    with pytest.raises(ValueError, match=r"tran\.tok\.txt, line 2: not UTF-8"):
         load_how2(tmp_path, "s")
     for value in (True, 1.0, "1", -1):
         (folder / "tran.tok.txt").write_text("v1 a\nv2 b")
@@ -238,11 +238,11 @@ def test_an_id_with_two_files_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"offsets": np.array([1, 2, 3])}, "'offsets' must rise from 0 to 3"),
+        ({"offsets": np.array([1, 2, 3])}, "'offsets' must increase from 0 to 3"),
         ({"offsets": np.array([0, 1, 2])}, "they go from 0 to 2"),
-        ({"offsets": np.array([0, 4, 3])}, "fall in between"),
+        ({"offsets": np.array([0, 4, 3])}, "decrease in between"),
         ({"offsets": np.array([0, 3])}, "2 ids need 3 whole numbers"),
-        ({"ids": np.array(["a", "a"])}, "'a' stands twice"),
+        ({"ids": np.array(["a", "a"])}, "'a' appears twice"),
         ({"features": np.ones((3, 2), complex)}, "'features' is complex128"),
         ({"scale": np.ones(2)}, r"'scale' is \(2,\); 3 rows of features need as many"),
     ],
@@ -261,9 +261,9 @@ def test_archives_are_written_where_they_were_asked_for_and_whole(tmp_path):
     before = path.read_bytes()
     for features, message in [
         ({}, "no ids were given"),
-        ({"a": np.ones((2, 3)), "b": np.ones((2, 4))}, r"have not the width 3: b \(4\)"),
+        ({"a": np.ones((2, 3)), "b": np.ones((2, 4))}, r"do not have the width 3: b \(4\)"),
         ({"a": np.full((2, 3), np.nan)}, "NaN"),
-        ({"5": np.ones((1, 2)), 5: np.ones((1, 2))}, "the same text"),
+        ({"5": np.ones((1, 2)), 5: np.ones((1, 2))}, "the same string"),
         ({None: np.ones((1, 2))}, "must be an id"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -281,7 +281,7 @@ def test_a_single_source_and_numbers_that_cannot_be_are_refused(tmp_path):
             ClipFeatures([{}], **options)
     with pytest.raises(ValueError, match="max_tokens"):
         TextFeatures(WORDS, max_tokens=0)
-    with pytest.raises(ValueError, match="must rise from 0"):
+    with pytest.raises(ValueError, match="must increase from 0"):
         PooledFeatures({"v": np.ones((2, 1))}, {"v": [1, 0]})["v"]
 
 
@@ -327,7 +327,7 @@ def test_the_collators_clip_length_reaches_the_pairs_and_the_spans():
         MomentDetrCollator(ClipFeatures(source, clip_seconds=1), TextFeatures(WORDS), pairs=pairs)
     umt = UMTCollator(ClipFeatures(source, clip_seconds=1))([{**row, "relevant_windows": [[20, 99], [40, 50]]}])
     assert umt["boundary_labels"].tolist() == [[[20, 30]]], (
-        "what lies behind 30 clips of a second is no moment of theirs"
+        "what lies after 30 clips of a second is no moment of theirs"
     )
 
 
@@ -345,7 +345,7 @@ def test_a_long_video_is_kept_whole_unless_told_otherwise():
         cut.check([LONG])
     told = " ".join(str(warning.message) for warning in said)
     assert "1 of 1 videos are longer than max_clips=75: 225 of 300 clips are cut (v: 300)" in told
-    assert "1 moments lie behind the last clip of their video and are dropped (1 [400, 420])" in told
+    assert "1 moments lie after the last clip of their video and are dropped (1 [400, 420])" in told
     collator = MomentDetrCollator(cut, text)
     batch = collator([LONG])
     assert batch["span_labels"].tolist() == [[[pytest.approx(0.1), pytest.approx(10 / 150)]]]
@@ -387,7 +387,7 @@ def test_streams_and_labels_of_another_rate_are_refused():
     with pytest.raises(ValueError, match="those of the audio 1 s"):
         UMTCollator(video, audio=ClipFeatures([{"v": clips_of(20)}], clip_seconds=1))
     data = Dataset.from_list([{"vid": "v", "label": [[1]] * 10, "num_frames": 300}])
-    with pytest.raises(ValueError, match=r"not a row every 15 frames: v \(40 rows for 300 frames\)"):
+    with pytest.raises(ValueError, match=r"not have one row every 15 frames: v \(40 rows for 300 frames\)"):
         pool_frames({"v": clips_of(40)}, data)
     with pytest.raises(ValueError, match="10 clips of features and 4 captions"):
         pseudo_queries({"v": ["a"] * 4}, {"v": clips_of(10)}, videos=["v"])
@@ -407,7 +407,7 @@ def test_long_texts_are_told_before_training(tmp_path):
     )
     assert told[1].startswith("1 of 1 video entries are longer than max_frames=3 frames and lose 2")
     for item, message in [
-        ({"video_id": "v", "transcript": None, "summary": "a"}, "'transcript' of 'v' must be a text"),
+        ({"video_id": "v", "transcript": None, "summary": "a"}, "'transcript' of 'v' must be a string"),
         ({"video_id": "w", "transcript": "a", "summary": "a"}, "no features of 'w'"),
         ({"video_id": None, "transcript": "a", "summary": "a"}, "must be an id"),
     ]:

@@ -339,7 +339,7 @@ def test_what_lengths_cut_is_said_before_training(tmp_path):
     ("change", "message"),
     [
         ({"visuals": []}, "vqa '1': 'visuals' must name its images"),
-        ({"text": None}, "vqa '1': 'text' must be a text"),
+        ({"text": None}, "vqa '1': 'text' must be a string"),
         ({"tokens": (np.ones((2, 2)), np.ones((2, 3)))}, r"vqa '1': the boxes must be numbers \(V, 4\)"),
         ({"tokens": (np.ones((2, 2)), np.ones((1, 4)))}, "2 visual tokens, 1 boxes"),
         (
@@ -374,7 +374,7 @@ PLACE = r"bad\.json.*, (line|entry) 2.*"
     [
         (load_vqa, VQA, {"question_id": 1}, "the question '1' was already given"),
         (load_vqa, VQA, {"question_id": None}, "'question_id' must be an id"),
-        (load_vqa, VQA, {"sent": " "}, "'sent' must be a text"),
+        (load_vqa, VQA, {"sent": " "}, "'sent' must be a non-empty string"),
         (load_vqa, VQA, {"label": {"net": 7}}, "'label': the score of 'net' must be a number from 0 to 1"),
         (load_vqa, VQA, {"label": ["net"]}, "'label' must be an object"),
         (load_vqa, VQA, {"label": {"": 1}}, "'label' holds a blank answer"),
@@ -407,7 +407,7 @@ def load_parts(path):
             "'answer_idx' must be a number from 0 to 4, not 5",
         ),
         (lambda p: load_tvqa(p, SUBTITLES), TVQA, {"vid_name": "v9"}, "there are no subtitles of the video 'v9'"),
-        (lambda p: load_tvqa(p, SUBTITLES), TVQA, {"a4": None}, "'a4' must be a text"),
+        (lambda p: load_tvqa(p, SUBTITLES), TVQA, {"a4": None}, "'a4' must be a non-empty string"),
         (lambda p: load_tvqa(p, SUBTITLES), TVQA, {"ts": "3-1"}, "'ts' must be 'start-end' in seconds, not '3-1'"),
         (lambda p: load_tvc(p, SUBTITLES), TVC, {"ts": [2, 1]}, r"'ts' must be \[start, end\]"),
         (lambda p: load_tvc(p, SUBTITLES), TVC, {"descs": []}, "'descs' must be a list of objects"),
@@ -438,7 +438,7 @@ def load_parts(path):
             {"people": [{**PERSON, "box_cxcywh": [0.9, 0.5, 0.4, 0.1]}]},
             "'box_cxcywh' ends outside the image",
         ),
-        (load_coco_people, PEOPLE, {"captions": ["a", " "]}, "'captions' must be a text"),
+        (load_coco_people, PEOPLE, {"captions": ["a", " "]}, "'captions' must be a non-empty string"),
     ],
 )
 def test_lines_are_named(tmp_path, load, good, change, message):
@@ -502,10 +502,10 @@ def test_submissions_that_cannot_be_leave_the_file_as_it_was(tmp_path):
     for task, rows, predictions, message in [
         ("vcr", data["vqa"], ["a", "b"], "task must be one of"),
         ("vqa", data["vqa"], ["a"], "2 rows and 1 predictions"),
-        ("vqa", data["vqa"], ["a", None], "the prediction of '2' must be a text"),
+        ("vqa", data["vqa"], ["a", None], "the prediction of '2' must be a string"),
         ("vqa", [{"id": "x"}], ["a"], "the id 'x' must be a whole number"),
-        ("gqa", [data["gqa"][0]] * 2, ["a", "b"], "1 ids come twice, such as 07333408"),
-        ("tvc", data["tvc"], ["a", "b"], "1 ids come twice, such as 7"),
+        ("gqa", [data["gqa"][0]] * 2, ["a", "b"], "1 ids appear twice, such as 07333408"),
+        ("tvc", data["tvc"], ["a", "b"], "1 ids appear twice, such as 7"),
     ]:
         with pytest.raises(ValueError, match=message):
             write_predictions(path, task, rows, predictions)

@@ -79,9 +79,9 @@ def test_every_record_is_evaluated_once_or_none():
         evaluate_qvhighlights([{**SCORES, **WINDOWS}, {**WINDOWS, "qid": 2}], two)
     with pytest.raises(ValueError, match="1 of 2 predictions have no 'pred_relevant_windows', the first is qid 1"):
         evaluate_qvhighlights([SCORES, {**SCORES, **WINDOWS, "qid": 2}], two)
-    with pytest.raises(ValueError, match="predictions: qid 1 comes twice"):
+    with pytest.raises(ValueError, match="predictions: qid 1 appears twice"):
         evaluate_qvhighlights([SCORES, SCORES], [TRUTH])
-    with pytest.raises(ValueError, match="ground truth: qid 1 comes twice"):
+    with pytest.raises(ValueError, match="ground truth: qid 1 appears twice"):
         evaluate_qvhighlights([SCORES], [TRUTH, TRUTH])
     with pytest.raises(ValueError, match="neither 'pred_relevant_windows' nor"):
         evaluate_qvhighlights([{"qid": 1}], [TRUTH])
@@ -205,9 +205,9 @@ def test_texts_in_other_scripts_need_a_tokenizer_and_are_told_so():
 
 def test_what_is_no_text_is_named_by_number():
     for variant in ("rouge_score", "easy_rouge"):
-        with pytest.raises(ValueError, match="reference 1 must be a text, not None"):
+        with pytest.raises(ValueError, match="reference 1 must be a string, not None"):
             rouge_scores(["a", "b"], ["a", None], variant)
-        with pytest.raises(ValueError, match="predictions must be a list of texts, not 'ab'"):
+        with pytest.raises(ValueError, match="predictions must be a list of strings, not 'ab'"):
             rouge_scores("ab", ["a", "b"], variant)
     for row in ("1", "9:1 1:1", "1:1 9:1", "a:b c:d", "1:0 1:1"):
         with pytest.raises(ValueError, match=r"item 0 of the alignment text: .* is no row"):

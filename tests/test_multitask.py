@@ -152,7 +152,7 @@ def test_a_state_goes_on_where_it_was_taken():
     assert len(resumed) == 14
     assert head + list(resumed) == head + list(iterator)
     assert list(resumed) == list(ours)  # both are in epoch 2
-    with pytest.raises(ValueError, match="batch 19 is behind the 18 batches of epoch 0"):
+    with pytest.raises(ValueError, match="batch 19 is beyond the 18 batches of epoch 0"):
         sampler().load_state_dict({"epoch": 0, "batch": 19})
     with pytest.raises(ValueError, match="'epoch' and 'batch'"):
         sampler().load_state_dict({"epoch": 0})
@@ -202,7 +202,7 @@ def test_tasks_sizes_and_batch_sizes_must_fit():
         MultitaskDataset([1, 2])
     with pytest.raises(ValueError, match="the dataset of task 'vqa' has no length or no rows"):
         MultitaskDataset({"vqa": iter([1])})
-    with pytest.raises(ValueError, match="example 0 of task 'vqa' is no mapping: 1"):
+    with pytest.raises(ValueError, match="example 0 of task 'vqa' is not a mapping: 1"):
         MultitaskDataset({"vqa": [1]})[0]
     data = dataset(vqa=3, nlvr=2)
     assert data.by_task()["nlvr"][1]["text"] == "nlvr 1"

@@ -104,8 +104,8 @@ def test_no_pair_adds_nothing_and_labels_are_checked():
         loss([[0]], [[0, 1]])
     model, batch = moment_detr(), MomentDetrCollator(CLIPS, TEXT)(ROWS[:1])
     for spans, message in [
-        ([[[10.0, 20.0]]], "shares of the video"),
-        ([[[0.5, float("nan")]]], "shares of the video"),
+        ([[[10.0, 20.0]]], "fractions of the video"),
+        ([[[0.5, float("nan")]]], "fractions of the video"),
     ]:
         with pytest.raises(ValueError, match=message):
             model(**{**batch, "span_labels": torch.tensor(spans), "span_mask": torch.ones(1, 1)})
@@ -245,7 +245,7 @@ def test_windows_of_long_videos_are_not_cut_at_150_seconds():
     classified = MomentDetrConfig(span_loss_type="ce", num_span_bins=100)
     bins = torch.full((1, 1, 200), -9.0)
     bins[0, 0, 90], bins[0, 0, 195] = 9, 9
-    assert ranked_windows(logits, bins, [150.0], config=classified) == [[]], "it begins behind the video"
+    assert ranked_windows(logits, bins, [150.0], config=classified) == [[]], "it begins after the video"
     bins[0, 0, 90], bins[0, 0, 50] = -9, 9  # first clip 50, last clip 95: cut at 150 s
     assert ranked_windows(logits, bins, [150.0], config=classified)[0][0][:2] == [100, 150]
     bins[0, 0, 195], bins[0, 0, 120] = 0, 9  # the likeliest last clip, 20, lies before the likeliest first one

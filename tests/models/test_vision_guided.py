@@ -425,7 +425,7 @@ def test_inputs_that_make_no_sense(backbone):
 
 def test_layers_that_do_not_exist_cannot_fuse():
     for layer in (2, -3):
-        with pytest.raises(ValueError, match=f"fusion_layer={layer} is none of the 2 encoder layers"):
+        with pytest.raises(ValueError, match=f"fusion_layer={layer} is not one of the 2 encoder layers"):
             VGBartConfig(**BART.sizes, **VISUAL, fusion_layer=layer)
 
 
@@ -475,7 +475,7 @@ def test_t5_may_fuse_after_a_block(layer):
     torch.testing.assert_close(model(**inputs, labels=LABELS).logits, whole(**text, labels=LABELS).logits)
     for options, message in [
         ({"fusion_place": "start"}, "'final' or 'layer'"),
-        ({"fusion_layer": 2}, "none of the 2"),
+        ({"fusion_layer": 2}, "not one of the 2"),
     ]:
         with pytest.raises(ValueError, match=message):
             VGT5Config(**T5.sizes, **{"fusion_place": "layer", **options})

@@ -293,7 +293,7 @@ def test_a_grid_is_pooled_to_a_smaller_one(backbone):
     plain.load_state_dict(model.state_dict())
     torch.testing.assert_close(plain(**inputs, labels=LABELS).logits, output.logits)
     for features, image_ids, message in [
-        (torch.zeros(1, 8, 2), None, "the 8 visual tokens of an image are no square"),
+        (torch.zeros(1, 8, 2), None, "the 8 visual tokens of an image are not a square"),
         (torch.zeros(1, 3, 2), None, "no more than 3"),
         (torch.zeros(1, 9, 2), torch.tensor([[0] * 4 + [1] * 5]), "equally many tokens for each image"),
     ]:
@@ -543,7 +543,7 @@ def test_prompts_and_the_visual_embedding_travel_with_an_adapter(backbone, tmp_p
     [
         ({"visual_norm": "both"}, "visual_norm='both' is not one of"),
         ({"visual_pooling": "mean"}, "visual_pooling='mean' is not one of"),
-        ({"visual_pooling": "grid", "pooled_tokens": 5}, "pooled_tokens=5 is no square"),
+        ({"visual_pooling": "grid", "pooled_tokens": 5}, "pooled_tokens=5 is not a square"),
         ({"max_objects": 41}, "max_objects=41: .* which has 40"),
         ({"visual_feature_dim": 0}, "visual_feature_dim=0 must be at least 1"),
         ({"num_images": 1.5}, "num_images=1.5 is no integer"),

@@ -32,7 +32,7 @@ def as_mask(
     """The real tokens among the new ones of each sequence, from the attention mask of a stack.
 
     Args:
-        attention_mask: (B, T) or (B, past + T) or wider, non-zero = real, or additive with 0 = real; (B, 1, T or 1,
+        attention_mask: (B, T) or (B, past + T) or wider, 0 = padding, or additive with 0 = real; (B, 1, T or 1,
             columns) or (B, T, columns), bool, 0 and 1, or additive, of which a token's own entry tells whether it is
             real; or a dict of such masks with "full_attention".
         batch: B.
@@ -41,7 +41,7 @@ def as_mask(
         cache: the cache, whose first kept column a 4-D mask starts at.
 
     Returns:
-        (B, T), True = real; None if every token is, as far as is known. A mask over pairs with tokens of another
+        (B, T), False = padding; None if every token is, as far as is known. A mask over pairs with tokens of another
         sequence, as cross-attention is given, is ignored.
 
     Raises:

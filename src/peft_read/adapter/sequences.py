@@ -33,7 +33,7 @@ class Sequences:
     Args:
         tensor: (B, T, d).
         restore: turns a (B, T, d) into the shape that the module had put out.
-        mask: (B, T), True = a real token; None if all are.
+        mask: (B, T), False = padding; None if all are.
         scope: where segments and earlier states are; None if these sequences have none.
         call: how often the layer has been called before in this pass.
     """
@@ -195,7 +195,7 @@ def padding_of(output: torch.Tensor, scope: Scope | None, *, batch_first: bool) 
         batch_first: the layout of a 3-D output.
 
     Returns:
-        True = real; None if all are, or if nothing is known of these rows.
+        False = padding; None if all are, or if nothing is known of these rows.
     """
     for around in () if scope is None else scope.around():
         sequences = None if around.mask is None else _in_scope(output, around, "", batch_first)

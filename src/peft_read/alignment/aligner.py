@@ -255,7 +255,7 @@ class Aligner:
             if not self._has_aligned:
                 warnings.warn(
                     "no example of the batch has both a real video token and a real word, so that there is nothing to "
-                    "align; if it should, look at the streams' masks (non-zero = real; invert_mask for the opposite)",
+                    "align; if it should, look at the streams' masks (0 = padding; invert_mask for the opposite)",
                     stacklevel=2,
                 )
         return result

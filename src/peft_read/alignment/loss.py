@@ -57,7 +57,7 @@ def alignment_distance(
     Args:
         video: (B, N, d), or a sequence of such, one per block; N may differ from block to block.
         language: (B, M, d), or a sequence of such.
-        video_mask: (B, N), non-zero = real, for all blocks or one per block; None = all real.
+        video_mask: (B, N), 0 = padding, for all blocks or one per block; None = no padding.
         language_mask: (B, M), likewise.
         distance: one of `DISTANCES`.
         mass: fraction of the mass to transport, in (0, 1]; 1 is the paper's VLA ablation.

@@ -74,7 +74,7 @@ def _vision_guided(config: Any, layers: str, prefix: str) -> tuple[Stream, Strea
 
 
 def _visual_tokens(config: Any, layers: str) -> tuple[Stream, Stream]:
-    """The visual tokens behind the text against the text, in every encoder block; prompts before it are in neither."""
+    """The visual tokens after the text against the text, in every encoder block; prompts before it are in neither."""
     pooled = config.pooled_tokens if config.visual_pooling else None
 
     def images(batch: Batch) -> int:

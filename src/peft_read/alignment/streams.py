@@ -58,7 +58,7 @@ class Stream:
             try:
                 re.compile(self.modules)
             except re.error as error:
-                raise ValueError(f"modules={self.modules!r} is no regular expression: {error}") from error
+                raise ValueError(f"modules={self.modules!r} is not a regular expression: {error}") from error
             if not self.modules:
                 raise ValueError("modules='' names no module")
         else:

@@ -22,7 +22,7 @@ class SummariserPrompts(InputPrompts):
     its cross-attention mask and every mode of `generate()` are those of the bare model.
 
     The paper says no more than "before the input sequences"; the rest is ours. The positions of the real words and
-    frames do not move: BART's prompts come in behind the norm of the embeddings, without a position; T5's stand at the
+    frames do not move: BART's prompts come in after the norm of the embeddings, without a position; T5's stand at the
     relative distances of words put before the first one; the visual transformer scales them as it does frames, without
     a position code.
 

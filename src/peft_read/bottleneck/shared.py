@@ -63,7 +63,7 @@ def needed_task(task: str | None, tasks: list[str]) -> str:
     """The task whose weights a forward pass takes.
 
     Raises:
-        ValueError: if none was chosen and there are several, or the chosen one is none of them.
+        ValueError: if none was chosen and there are several, or the chosen one is not one of them.
     """
     if task in tasks:
         return task  # type: ignore[return-value]

@@ -32,7 +32,7 @@ def read_subtitles(path: str | Path) -> dict[str, str]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: by file and line, another shape, or a video that comes twice.
+        ValueError: by file and line, another shape, or a video that appears twice.
     """
     reader = ExampleReader("video")
     words = {}
@@ -60,7 +60,7 @@ def load_tvqa(annotations: str | Path, subtitles: Subtitles, *, prompt: str = TA
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: by file and line, whatever is missing, twice or none of what it should be; a video without
+        ValueError: by file and line, a field that is missing, duplicate or invalid; a video without
             subtitles.
     """
     return ExampleReader.dataset(_choices("tvqa", iterate_jsonl(annotations), 5, subtitles, prompt, "show_name"))

@@ -101,7 +101,7 @@ class AdapterConfig(PeftConfig):
         """Load the attributes of a configuration from a JSON file.
 
         Raises:
-            ValueError: the file holds no JSON object; it is named.
+            ValueError: the file does not hold a JSON object; it is named.
         """
         try:
             loaded = super().from_json_file(path_json_file, **kwargs)
@@ -146,7 +146,7 @@ def check_pattern(origin: str, pattern: Any) -> None:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"`{origin}` is no regular expression: {pattern!r}, {error}.") from error
+        raise ValueError(f"`{origin}` is not a regular expression: {pattern!r}, {error}.") from error
 
 
 def check_json(origin: str, value: Any) -> None:

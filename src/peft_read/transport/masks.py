@@ -13,7 +13,7 @@ def real_entries(
 
     Args:
         name: what the mask is called in errors.
-        mask: non-zero = real.
+        mask: 0 = padding.
         shape: what it must broadcast to.
         check: whether to look at the values, which waits for a device; by default on the CPU only.
 
@@ -27,7 +27,7 @@ def real_entries(
     if not isinstance(mask, Tensor) or not broadcasts(mask.shape, shape):
         raise ValueError(f"{name} must be a tensor of shape {shape}, or broadcast to it, got {shape_of(mask)}.")
     if mask.is_complex():
-        raise ValueError(f"{name} must be boolean, integer or floating point (non-zero = real), got {mask.dtype}.")
+        raise ValueError(f"{name} must be boolean, integer or floating point (0 = padding), got {mask.dtype}.")
     if mask.dtype in (torch.bool, torch.uint8):
         return mask != 0, None
     good = mask >= 0

@@ -67,7 +67,7 @@ def partial_optimal_transport(
             one column.
         penalty: a reward per unit of mass, in units of the cost. The mass is then an outcome: `mass` is not used, and
             reg·KL(T | a b' · min(Σa, Σb) / (Σa Σb)) takes the place of the entropy.
-        row_mask: (..., N), non-zero = real; any dtype. Masks and weights broadcast over the leading shape.
+        row_mask: (..., N), 0 = padding; any dtype. Masks and weights broadcast over the leading shape.
         col_mask: (..., M), likewise.
         method: the algorithm. "newton" (in torch, any device), "dykstra" (the plain reference), "paper" (Algorithm 1
             as printed: moves the whole mass 1, ignores `mass` and `tol`), "exact" (no entropy; POT), or "auto":

@@ -55,7 +55,7 @@ class MultitaskMixin(_Base):
 
     Raises:
         ValueError: a training dataset that is no `MultitaskDataset`; a task without a batch size or loss, or that the
-            model has no weights for; options of the Trainer that would be without effect; a mixin behind this one that
+            model has no weights for; options of the Trainer that would be without effect; a mixin after this one that
             has a loss of its own; in training, a batch without a task, or of several.
 
     Example:
@@ -314,7 +314,7 @@ def _refuse_what_has_no_effect(trainer: MultitaskMixin) -> None:
     for behind in order[order.index(MultitaskMixin) + 1 :]:
         if "compute_loss" in vars(behind) and not behind.__module__.startswith("transformers."):
             raise ValueError(
-                f"{behind.__name__} stands behind MultitaskMixin and its part of the loss would be lost: "
+                f"{behind.__name__} comes after MultitaskMixin and its part of the loss would be lost: "
                 f"class {type(trainer).__name__}({behind.__name__}, MultitaskMixin, ...)"
             )
 
@@ -338,7 +338,7 @@ def _task_of(batch: Mapping[str, Any]) -> str:
         if len(set(task)) > 1:
             raise ValueError(
                 f"a batch mixes the tasks {', '.join(map(repr, sorted(set(task))))}: a model serves one at a time; "
-                "take MultitaskBatchSampler, or a dataset of one task"
+                "use MultitaskBatchSampler, or a dataset of one task"
             )
         task = task[0]
     if not isinstance(task, str):
