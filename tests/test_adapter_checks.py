@@ -61,7 +61,7 @@ def test_numbers_of_numpy_and_torch_become_plain_ones():
         ({"r": 4.0}, "got 4.0"),
         ({"r": True}, "got True"),
         ({"dropout": float("nan")}, "dropout=nan is not finite"),
-        ({"dropout": "0.1"}, "dropout='0.1' is no number"),
+        ({"dropout": "0.1"}, "dropout='0.1' is not a number"),
         ({"dropout": 1}, r"\[0, 1\)"),
         ({"cell": ["rnn"]}, "`cell` should be one of"),
         ({"cell_pattern": {"fc2": 3}}, r"cell_pattern\['fc2'\]"),
@@ -85,7 +85,7 @@ def test_what_is_no_setting_is_named(settings, message):
         READConfig(**settings)
 
 
-def test_a_value_that_cannot_be_saved_leaves_the_saved_configuration_as_it_was(tmp_path):
+def test_invalid_a_value_saved_leaves_the_saved_configuration_as_it_was(tmp_path):
     model = adapted()
     model.save_pretrained(tmp_path)
     before = (tmp_path / "adapter_config.json").read_bytes()

@@ -53,9 +53,6 @@ def clips_of(length, width=8, seed=0):
     return np.random.default_rng(seed).normal(size=(length, width)).astype(np.float32)
 
 
-# --- readers ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -80,13 +77,13 @@ def clips_of(length, width=8, seed=0):
         ({"relevant_windows": [[0, float("nan")]]}, "'relevant_windows' holds nan"),
     ],
 )
-def test_what_a_query_cannot_say_is_an_error_with_file_line_and_field(tmp_path, change, message):
+def test_invalid_fields_of_a_query_are_errors_with_file_line_and_field(tmp_path, change, message):
     path = write(tmp_path / "q.jsonl", {**QUERY, "qid": 9}, {**QUERY, **change})
     with pytest.raises(ValueError, match=rf"q\.jsonl, line 2: {message if message[0] == chr(39) else '.*' + message}"):
         load_qvhighlights(path)
 
 
-def test_encodings_marks_and_packed_files(tmp_path):
+def test_encodings_byte_order_marks_and_compressed_files(tmp_path):
     assert load_qvhighlights(write(tmp_path / "bom.jsonl", QUERY, encoding="utf-8-sig"))[0]["query"] == "café"
     with pytest.raises(ValueError, match=r"l\.jsonl, line 1: not UTF-8 \(byte 0xe9 at position 24\)"):
         load_qvhighlights(write(tmp_path / "l.jsonl", QUERY, encoding="latin-1"))
@@ -103,7 +100,7 @@ def test_encodings_marks_and_packed_files(tmp_path):
         load_qvhighlights(tmp_path / "pipe.jsonl")
 
 
-def test_one_field_twice_and_ids_twice(tmp_path):
+def test_duplicate_fields_and_ids_are_errors(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"qid": 1, "qid": 2}')
     with pytest.raises(ValueError, match=r"a\.jsonl, line 1: invalid JSON: 'qid' appears twice"):
         load_qvhighlights(tmp_path / "a.jsonl")
@@ -144,7 +141,7 @@ def test_videos_of_the_other_datasets_are_checked_by_field(tmp_path):
         load_tvsum(write(tmp_path / "t.jsonl", TVSUM, {**TVSUM, "vid": "w", "label": [[1] * 3] * 2}))
 
 
-def test_how2_files_with_marks_tabs_and_other_encodings(tmp_path):
+def test_how2_files_with_byte_order_marks_tabs_and_other_encodings(tmp_path):
     folder = tmp_path / "s"
     folder.mkdir()
     for name in ("tran.tok.txt", "desc.tok.txt"):
@@ -160,7 +157,7 @@ def test_how2_files_with_marks_tabs_and_other_encodings(tmp_path):
             load_how2(tmp_path, "s", num_samples=value)
 
 
-def test_a_clip_of_one_second_and_a_rest_behind_the_last_whole_clip(tmp_path):
+def test_a_clip_of_one_second_and_a_remainder_after_the_last_whole_clip(tmp_path):
     second = {**QUERY, "relevant_clip_ids": [0, 9], "relevant_windows": [[9, 10]]}
     with pytest.raises(ValueError, match="names clip 9, which begins at 18 s"):
         load_qvhighlights(write(tmp_path / "a.jsonl", second))
@@ -190,9 +187,6 @@ def test_the_low_resource_split_is_drawn_as_before_and_in_linear_time():
         low_resource_split(rows, num_train=0)
 
 
-# --- features -----------------------------------------------------------------------------------------------------
-
-
 def test_check_names_every_broken_file(tmp_path):
     np.save(tmp_path / "good.npy", np.ones((3, 4)))
     (tmp_path / "cut.npy").write_bytes((tmp_path / "good.npy").read_bytes()[:-8])
@@ -214,7 +208,7 @@ def test_check_names_every_broken_file(tmp_path):
     assert all(f"{name} (" in str(error.value) for name in broken[:4])
 
 
-def test_ids_that_are_numbers_stand_for_their_digits(tmp_path):
+def test_integer_ids_are_converted_to_strings(tmp_path):
     np.save(tmp_path / "7.npy", np.ones((3, 4)))
     store = FeatureStore(tmp_path)
     for number in (7, np.int64(7), torch.tensor(7), "7"):
@@ -254,7 +248,7 @@ def test_archives_whose_index_does_not_fit_are_refused(tmp_path, change, message
         FeatureStore(tmp_path / "f.npz")
 
 
-def test_archives_are_written_where_they_were_asked_for_and_whole(tmp_path):
+def test_archives_are_written_atomically_to_the_given_path(tmp_path):
     path = write_feature_archive(tmp_path / "archive", {"a": [[1, 2, 3]], 5: torch.ones(2, 3)})
     assert path.exists()
     assert FeatureStore(path)["5"].tolist() == [[1, 1, 1]] * 2
@@ -272,7 +266,7 @@ def test_archives_are_written_where_they_were_asked_for_and_whole(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["archive"]
 
 
-def test_a_single_source_and_numbers_that_cannot_be_are_refused(tmp_path):
+def test_a_single_source_and_invalid_numbers_are_refused(tmp_path):
     np.save(tmp_path / "good.npy", np.ones((3, 4)))
     with pytest.raises(ValueError, match=r"kinds must be a list of sources, \[FeatureStore\]"):
         ClipFeatures(FeatureStore(tmp_path))
@@ -285,7 +279,7 @@ def test_a_single_source_and_numbers_that_cannot_be_are_refused(tmp_path):
         PooledFeatures({"v": np.ones((2, 1))}, {"v": [1, 0]})["v"]
 
 
-def test_what_was_computed_once_is_kept_and_equal():
+def test_results_are_cached_and_equal():
     sources = [{"v": clips_of(9, 4), "w": clips_of(7, 4, seed=1)}]
     text = TextFeatures(WORDS)
     rows = [{"qid": q, "vid": v} for q in (1, 2) for v in ("v", "w")] * 2
@@ -301,8 +295,6 @@ def test_what_was_computed_once_is_kept_and_equal():
         MomentDetrCollator(counted, text)(rows)
     assert sorted(computed) == ["v", "v", "w", "w"], "once a pair of video and query"
 
-
-# --- lengths, rates and limits ------------------------------------------------------------------------------------
 
 LONG = {
     "qid": 1, "vid": "v", "duration": 600, "relevant_windows": [[400, 420], [10, 20]],
@@ -393,7 +385,7 @@ def test_streams_and_labels_of_another_rate_are_refused():
         pseudo_queries({"v": ["a"] * 4}, {"v": clips_of(10)}, videos=["v"])
 
 
-def test_long_texts_are_told_before_training(tmp_path):
+def test_long_texts_are_reported_before_training(tmp_path):
     with pytest.warns(UserWarning, match="1 of 2 texts are longer than max_tokens=2 and lose 1 tokens: 1"):
         TextFeatures(WORDS, max_tokens=2).check([{"qid": 1}, {"qid": 2}])
     collator = How2Collator(
@@ -424,8 +416,6 @@ def test_generated_ids_that_lead_out_of_the_folder_are_refused(tmp_path):
         write_how2_mini(tmp_path / "a", {"../s": generate_how2_mini(1, seed=0)})
     assert not list(tmp_path.iterdir())
 
-
-# --- collators ----------------------------------------------------------------------------------------------------
 
 RATED = {
     "qid": 1, "vid": "v", "relevant_windows": [[0.0, 4.0]], "relevant_clip_ids": [0, 1],
@@ -473,13 +463,13 @@ def test_rows_without_ratings_give_batches_without_pairs_and_mixed_rows_are_name
         ({"qid": None}, "'qid' of a row must be an id"),
     ],
 )
-def test_labels_that_cannot_be_are_named_by_query(change, message):
+def test_invalid_labels_are_named_by_query(change, message):
     collator = MomentDetrCollator(ClipFeatures([{"v": clips_of(10)}]), TextFeatures(WORDS))
     with pytest.raises(ValueError, match=message):
         collator([{**RATED, **change}])
 
 
-def test_scores_and_options_that_cannot_be_are_refused():
+def test_invalid_scores_and_options_are_refused():
     clips = ClipFeatures([{"v": clips_of(3)}])
     for scores in ([0.5, float("nan"), 0], [0.5, 2, 0], [[1], [1], [1]]):
         with pytest.raises(ValueError, match="vid 'v': 'clip_scores'"):

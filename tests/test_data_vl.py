@@ -150,9 +150,6 @@ def coco(folder, *records):
     return path
 
 
-# --- formats -------------------------------------------------------------------------------------------------------
-
-
 def test_texts_targets_and_batches_are_those_of_the_original(reference_data, tmp_path):
     stored = json.loads(reference_data("golden/vl_adapter/data/task_formats.json").read_text())
     for name, data in readers(tmp_path).items():
@@ -274,17 +271,14 @@ def test_the_published_sets(reference_data):
     assert len(load_how2qa(folder / "how2qa" / "how2QA_val_release.csv", None)) == 2852
 
 
-# --- batches -------------------------------------------------------------------------------------------------------
-
-
-def test_frames_are_padded_or_pooled_to_a_number():
+def test_frames_are_padded_or_pooled_to_a_fixed_length():
     frames = torch.arange(10.0).view(5, 2)
     assert resize_frames(frames, 7).tolist() == [*frames.tolist(), [0, 0], [0, 0]]
     assert torch.equal(resize_frames(frames, 5), frames)
     assert resize_frames(frames, 2).tolist() == [[4, 5], [8, 9]]  # frames 0 to 2, and 2 to 4
 
 
-def test_images_stand_behind_each_other_and_videos_have_64_tokens(tmp_path):
+def test_images_are_concatenated_and_videos_have_64_tokens(tmp_path):
     data = readers(tmp_path)
     features = {"train-10171-0-img0": np.full((2, 3), 1.0), "train-10171-0-img1": np.full((3, 3), 2.0)}
     boxes = {"train-10171-0-img0": np.full((2, 4), 0.1), "train-10171-0-img1": np.full((3, 4), 0.2)}
@@ -325,7 +319,7 @@ def test_answers_are_drawn_by_their_scores(tmp_path):
     assert collator([{**data[0], "draw": None}])["scores"].tolist() == pytest.approx([0.9])
 
 
-def test_what_lengths_cut_is_said_before_training(tmp_path):
+def test_what_the_lengths_cut_is_reported_before_training(tmp_path):
     data = list(readers(tmp_path)["vqa"])
     collator = VLCollator(WordTokenizer(), {row["visuals"][0]: np.ones((1, 2)) for row in data})
     with pytest.warns(UserWarning, match="1 texts of task 'vqa' are longer than their limit"):
@@ -363,8 +357,6 @@ def test_rows_that_make_no_batch_are_refused(tmp_path, change, message):
     with pytest.raises(KeyError, match="no features of 'x'"):
         VLCollator(WordTokenizer(), stored)([{**row, "visuals": ["x"]}])
 
-
-# --- bad files -----------------------------------------------------------------------------------------------------
 
 PLACE = r"bad\.json.*, (line|entry) 2.*"
 
@@ -470,9 +462,6 @@ def test_files_of_another_kind_are_refused(tmp_path):
         load_kilogram_parts(lines(tmp_path / "k.jsonl", named), lines(tmp_path / "s.jsonl", SHAPE))
 
 
-# --- submissions ---------------------------------------------------------------------------------------------------
-
-
 def test_submissions_are_in_each_benchmark_s_form(tmp_path):
     data, path = readers(tmp_path), tmp_path / "out"
 
@@ -496,7 +485,7 @@ def test_submissions_are_in_each_benchmark_s_form(tmp_path):
     assert json.loads(written("yc2c", data["yc2c"], "rice")) == expected
 
 
-def test_submissions_that_cannot_be_leave_the_file_as_it_was(tmp_path):
+def test_invalid_submissions_leave_the_file_unchanged(tmp_path):
     data, path = readers(tmp_path), tmp_path / "out"
     path.write_text("before")
     for task, rows, predictions, message in [

@@ -374,9 +374,6 @@ def test_two_processes_see_the_loss_of_one(how2, tmp_path, summarize):
     assert torch.allclose(*losses, rtol=1e-4)
 
 
-# --- the original's recipe ----------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def recipe_trainer(monkeypatch, tmp_path):
     """A trainer of a tiny new VG-BART with the arguments of the recipe file and the command line."""

@@ -161,7 +161,7 @@ def test_the_cache_spares_the_encoder_and_grows(world, tmp_path, monkeypatch):  
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["text.npz"]
 
 
-def test_texts_and_projections_that_cannot_be_are_named(world, tmp_path):  # noqa: F811
+def test_invalid_texts_and_projections_are_named(world, tmp_path):  # noqa: F811
     encoder = SentenceEncoder(world["encoder"][1])
     for texts, message in [("red", "a list of strings"), ([None], "non-empty strings"), ([" "], "non-empty strings")]:
         with pytest.raises(ValueError, match=message):

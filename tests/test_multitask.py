@@ -26,9 +26,6 @@ def sampler(**options):
     return MultitaskBatchSampler(SIZES, BATCHES, **options)
 
 
-# --- the order of batches ------------------------------------------------------------------------------------------
-
-
 def test_batches_are_those_of_the_original_loader(reference_data):
     cases = json.loads(reference_data("golden/vl_adapter/data/multitask_sampling.json").read_text())["cases"]
     for case in cases:
@@ -96,9 +93,6 @@ def test_balanced_with_restart_has_as_many_batches_of_each_task_in_every_epoch()
         assert sorted(rounds[:2]) == sorted(rounds[2:4]) == [0, 1]
     stops = MultitaskBatchSampler({"vqa": 20, "nlvr": 2}, {"vqa": 2, "nlvr": 1}, sampling="balanced")
     assert stops.length_varies
-
-
-# --- several processes, resuming -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("processes", [2, 3, 4])
@@ -173,9 +167,6 @@ def test_draws_depend_on_seed_epoch_and_index_only_in_workers_too():
     assert draws(num_workers=1, persistent_workers=True) == plain
 
 
-# --- bad input -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -209,9 +200,6 @@ def test_tasks_sizes_and_batch_sizes_must_fit():
     for index in (5, -1):
         with pytest.raises(IndexError):
             data[index]
-
-
-# --- losses --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", ["vl_bart/backbone", "vl_t5/backbone", "vl_t5/video_adapter_single"])

@@ -228,9 +228,7 @@ def _card(options: argparse.Namespace) -> int:
 def _demo(options: argparse.Namespace) -> int:
     if options.steps < 1:
         raise ValueError(f"--steps should be a positive number, got {options.steps}")
-    print(
-        "A small frozen model with random weights learns sequences that repeat two random tokens (guessing: loss 2.08)."
-    )
+    print("A small frozen model with random weights learns sequences that repeat two random tokens (guessing: 2.08).")
     demonstrate(options.steps)
     return 0
 

@@ -287,7 +287,7 @@ def test_labels_without_their_head_are_ignored():
     assert set(model(**inputs, **targets).loss_dict) == {"d0.saliency_loss"}
 
 
-def test_every_encoder_hears_of_the_mask_by_name():
+def test_every_encoder_gets_the_mask_by_name():
     model = small_model()
     inputs, heard = batch(model), {}
     for name in ("video_enc", "audio_enc", "cross_enc", "query_dec", "video_enc.encoder", "cross_enc.encoder"):

@@ -1,4 +1,4 @@
-"""What one forward pass tells READ's layers: which tokens are real, which belong together, and what came before.
+"""What one forward pass tells READ's layers: padding, sequence boundaries, and what came before.
 
 A layer inside a feed-forward block sees a tensor and nothing else. The stack of blocks around it is given the mask,
 the positions and the cache, so hooks on the stack (`openings.py`) open a scope for the time of its forward, and the
@@ -161,7 +161,7 @@ class Scope:
             batch_first: its layout; the sources themselves are (B, S, d).
 
         Returns:
-            (B, S) and the mask (B, S), None if all of its tokens are real; None if the input is not one of them.
+            (B, S) and the mask (B, S), None without padding; None if the input is not one of them.
         """
         sources = [] if self.source is None else [(self.source, self.source_mask, batch_first)]
         # What a block is given has its layout; what the stack is given is (B, S, d).

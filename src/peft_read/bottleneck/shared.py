@@ -114,7 +114,7 @@ class _Shared(nn.Module, BottleneckState):
         return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """X as it is: a `torch.nn.Sequential` calls whatever stands in it."""
+        """The identity: a `torch.nn.Sequential` calls all of its modules."""
         return x
 
     def __repr__(self) -> str:

@@ -51,7 +51,7 @@ def load_tvqa(annotations: str | Path, subtitles: Subtitles, *, prompt: str = TA
 
     Args:
         annotations: an object per line with `qid`, `vid_name`, `q`, `a0` ... `a4`, `ts` "start-end", `show_name`, and
-            `answer_idx` where it is told.
+            optionally `answer_idx`.
         subtitles: the file of `read_subtitles`, or words by video; None: the text has no subtitles.
         prompt: the end of the text.
 
@@ -95,7 +95,7 @@ def load_tvc(annotations: str | Path, subtitles: Subtitles, *, prompt: str = TAS
 
     Args:
         annotations: an object per line with `clip_id`, `vid_name`, `ts` [start, end], and `descs`
-            [{"desc_id", "desc", "type"}] where they are told.
+            [{"desc_id", "desc", "type"}] if given.
         subtitles: see `load_tvqa`.
         prompt: the end of the text.
 

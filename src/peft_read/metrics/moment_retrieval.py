@@ -160,9 +160,6 @@ def _percent(value: float | np.floating) -> float:
     return float(f"{100 * value:.2f}")
 
 
-# --- Moment retrieval ---------------------------------------------------------------------------------------------
-
-
 class _Moments:
     """Predicted and true windows of all queries as padded arrays: each query's overlaps are computed once."""
 
@@ -302,9 +299,6 @@ def _interpolated_precisions(hits: NDArray, total: NDArray) -> NDArray:
         area += (recall[:, k] - before) * envelope[:, k]
         before = recall[:, k]
     return area
-
-
-# --- Highlight detection ------------------------------------------------------------------------------------------
 
 
 def _highlight_detection(predicted: Records, true: Records, clip_seconds: float) -> dict[str, dict[str, float]]:
