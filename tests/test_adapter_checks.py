@@ -209,7 +209,7 @@ def test_a_readme_in_a_named_adapters_folder_that_is_no_card_stays(tmp_path):
     model = get_peft_model(Net(), READConfig(target_modules=r"layers\.\d"), adapter_name="other")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "README.md").write_bytes(b"\xff\xfe notes")
-    with pytest.warns(UserWarning, match="is no model card"):
+    with pytest.warns(UserWarning, match="is not a model card"):
         model.save_pretrained(tmp_path)
     assert (tmp_path / "other" / "README.md").read_bytes() == b"\xff\xfe notes"
     assert "# READ adapter" in (tmp_path / "README.md").read_text()

@@ -33,8 +33,8 @@ def as_mask(
 
     Args:
         attention_mask: (B, T) or (B, past + T) or wider, 0 = padding, or additive with 0 = token; (B, 1, T or 1,
-            columns) or (B, T, columns), bool, 0 and 1, or additive, whose diagonal marks the padding; or a dict of such
-            masks with "full_attention".
+            columns) or (B, T, columns), bool, 0 and 1, or additive, whose diagonal marks the padding; or a dict of
+            such masks with "full_attention".
         batch: B.
         length: T, the number of new tokens.
         past: how many tokens came before.

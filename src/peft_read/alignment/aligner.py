@@ -255,7 +255,7 @@ class Aligner:
             if not self._has_aligned:
                 warnings.warn(
                     "no example of the batch has both video tokens and words outside the padding, so there is "
-                    "nothing to align; if it should, look at the streams' masks (0 = padding; invert_mask for the opposite)",
+                    "nothing to align; if it should, look at the streams' masks (0 = padding; else invert_mask)",
                     stacklevel=2,
                 )
         return result

@@ -35,8 +35,9 @@ class PVLALossMixin(_Base):
     mean of the micro-batch, which Trainer takes for the mean of the whole step).
 
     Logs `loss`, `task_loss`, `pvla_loss` (the unweighted transport distance) and `pvla_mass`; evaluation adds
-    `eval_pvla_loss` and leaves `eval_loss` alone. Works with READ, with any other peft method, and with full fine-tuning; with `model_init`,
-    `hyperparameter_search` and `auto_find_batch_size` the alignment follows the model that is trained.
+    `eval_pvla_loss` and leaves `eval_loss` alone. Works with READ, with any other peft method, and with full
+    fine-tuning; with `model_init`, `hyperparameter_search` and `auto_find_batch_size` the alignment follows the model
+    that is trained.
 
     Every checkpoint is sealed with the sizes and hashes of its files when it is finished; resuming takes the newest
     intact one, see `last_whole_checkpoint`.
