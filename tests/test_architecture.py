@@ -1,6 +1,8 @@
 """The arrows between the rooms of the house: who may import whom."""
 
 import ast
+import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,14 @@ def test_no_circles_between_files():
 def test_no_catch_all_modules():
     names = {path.stem for path in PACKAGE.rglob("*")}
     assert not names & {"utils", "common", "helpers"}
+
+
+def test_no_script_has_the_name_of_a_module_that_others_import():
+    """A script's folder comes first in the search for modules: pandas would take our `bottleneck` for its own."""
+    scripts = {path.stem for path in (PACKAGE.parents[1] / "examples").rglob("*.py")}
+    optional = {"bottleneck", "numexpr", "odfpy", "tables", "xarray"}  # of pandas
+    taken = optional | set(sys.stdlib_module_names) | set(packages_distributions()) - {"examples"}
+    assert not scripts & taken
 
 
 def test_the_picture_of_the_house_is_drawn_from_these_imports(monkeypatch):

@@ -267,7 +267,8 @@ def test_select_seeds_chooses_with_the_first_seeds_and_runs_the_others_at_the_ch
 
 
 AVERAGED = (
-    "--max_steps 6 --save_strategy steps --save_steps 2 --average_checkpoints 2 --pictures 0 --no_measure_before"
+    "--max_steps 6 --save_strategy steps --save_steps 2 --average_checkpoints 2 --fast_dropout --pictures 0 "
+    "--no_measure_before"
 )
 
 

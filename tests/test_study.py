@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -413,6 +414,12 @@ def test_what_the_runs_have_written_is_collected(places):
     path = places.output / "results.json"
     study_results.write_results(path, results)
     assert study_results.read_results(path) == json.loads(path.read_text())
+    elsewhere = study_runs.Plan("made_up", small_setting(), replace(places, output=places.output / "elsewhere"))
+    assert study.main(["--restore", str(path), "--output_dir", str(elsewhere.places.output)]) == 0
+    assert study_results.restore(results, elsewhere.places.output) == 0, "what is there is kept"
+    assert elsewhere.choices() == plan.choices()
+    assert [run.result is None for run in elsewhere.main_runs()] == [False] * 3 + [True] * 4
+    assert study_results.collect({"made_up": elsewhere}) == results
     path.write_text('{"format": 2}')
     with pytest.raises(ValueError, match="has the format 2"):
         study_results.read_results(path)

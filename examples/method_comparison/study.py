@@ -4,12 +4,14 @@
         --text_encoder sentence-transformers/all-MiniLM-L6-v2 --jobs 2 --dry_run
     python examples/method_comparison/study.py ... --limit_minutes 300    # starts no run after that time
     python examples/method_comparison/study.py --summarise outputs/study/results.json.xz --to docs/study
+    python examples/method_comparison/study.py --restore docs/study/results.json.xz --output_dir outputs/study
 
 `study_settings.py` holds what is fixed in advance, docs/study.md describes it. The first command says what there is to
 do, without `--dry_run` it does it: pretrains the backbones, chooses a configuration of every method on validation
 queries, runs the chosen ones with the main seeds, setting after setting, and writes `results.json.xz`. What has a
-result is not run again, and an interrupted run goes on from its last checkpoint. The last command makes every table
-and picture from that file alone. What follows `--` goes to every run, and makes it another run: `-- --use_cpu`.
+result is not run again, and an interrupted run goes on from its last checkpoint. `--summarise` makes every table and
+picture from that file alone, `--restore` writes its runs' results into folders, so that a study that was begun on
+another machine goes on. What follows `--` goes to every run, and makes it another run: `-- --use_cpu`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "reproduction"))
 from run_folder import clear_finished, lock_folder
-from study_results import collect, read_results, write_results
+from study_results import collect, read_results, restore, write_results
 from study_runs import BackboneRun, Places, Plan, Run
 from study_settings import BACKBONES, SETTINGS
 from study_summary import summarise
@@ -46,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit_minutes", type=float, help="start no run after so many")
     parser.add_argument("--dry_run", action="store_true", help="say what there is to do, and how long it takes")
     parser.add_argument("--summarise", type=Path, metavar="RESULTS", help="tables and pictures of such a file")
+    parser.add_argument("--restore", type=Path, metavar="RESULTS", help="write its runs' results into --output_dir")
     parser.add_argument("--to", type=Path, help="where they go; default: the folder of the file")
     parser.add_argument("rest", nargs="*", help="after --: arguments of every run")
     return parser
@@ -60,6 +63,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(summarise(read_results(options.summarise), options.to or options.summarise.parent))
         except (OSError, ValueError) as error:
             parser.error(f"--summarise: {error}")
+        return 0
+    if options.restore is not None:
+        if options.output_dir is None:
+            parser.error("--restore needs --output_dir")
+        try:
+            written = restore(read_results(options.restore), options.output_dir)
+        except (OSError, ValueError) as error:
+            parser.error(f"--restore: {error}")
+        print(f"{written} results written into {options.output_dir}; those that were there are kept")
         return 0
     try:
         study = Study(parser, options)

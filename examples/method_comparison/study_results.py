@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from run_folder import versions
+from run_folder import versions, write_json
 from study_runs import Plan, Run
 
 from peft_read.files import write_whole
@@ -72,6 +72,44 @@ def read_results(path: Path) -> dict[str, Any]:
     return results
 
 
+def restore(results: Mapping[str, Any], output: Path) -> int:
+    """Writes the results of runs back into folders, so that a study goes on from its file on another machine.
+
+    A folder that has a result stays as it is. What was trained is not in the file: it cannot be loaded from there.
+
+    Args:
+        results: of `read_results`.
+        output: folder of the runs.
+
+    Returns:
+        How many were written.
+    """
+    written = 0
+    for setting in results["settings"].values():
+        summarises = setting["script"] == "summarise"
+        for run in (*setting["tuning"], *setting["main"]):
+            folder = output / run["folder"]
+            if (folder / "results.json").exists():
+                continue
+            test = run.get("test", {})
+            chosen_by = {setting["validation"]: run["validation"]} if "validation" in run else {}
+            part = "test" if summarises or test else "validation"
+            items = setting["items"][part]
+            source_of = dict(zip(items["ids"], items["sources"], strict=True))
+            ids = run.get("ids", items["ids"])
+            columns = {figure: [value / PER_PERCENT for value in values] for figure, values in run["each"].items()}
+            folder.mkdir(parents=True, exist_ok=True)
+            each = {"ids": ids, "sources": [source_of[item] for item in ids], "figures": columns}
+            write_json(folder / f"each_{part}.json", each, indent=None)
+            found = {"rouge_after": {"rouge_score": chosen_by | test}} if summarises else {}
+            found = found or {"validation": chosen_by, "test": test}
+            numbers = {key: run[key] for key in ("seconds", "trainable", "parameters")}
+            # Last: with it the run has ended.
+            write_json(folder / "results.json", {**found, **numbers, "restored": True})
+            written += 1
+    return written
+
+
 def table_of(runs: Sequence[Mapping[str, Any]], figure: str, ids: Sequence[Any]) -> NDArray:
     """The figure of every query, (seeds, queries) in percent; the runs of a seed in several domains are joined.
 
@@ -99,6 +137,7 @@ def _setting(plan: Plan) -> dict[str, Any]:
         known["sources"] = [numbers[source] for source in known["sources"]]
     return {
         "title": setting.title,
+        "script": setting.script,
         "figures": dict(setting.figures),
         "validation": setting.validation,
         "labelled": setting.labelled,
@@ -114,32 +153,29 @@ def _setting(plan: Plan) -> dict[str, Any]:
 
 def _tuning(run: Run, result: Mapping[str, Any], items: dict[str, Any]) -> dict[str, Any]:
     each = _each(run, "test" if run.of.script == "summarise" else "validation")
-    found = {
-        "row": run.row,
-        "arguments": run.method,
-        "seed": run.seed,
-        "validation": round(run.validation(result), 3),
-        "seconds": round(result["seconds"]),
-    }
+    found = _described(run, result) | {"validation": round(run.validation(result), 3)}
     return found | _rounded(each, [run.of.validation], "validation", items)
 
 
 def _main(run: Run, result: Mapping[str, Any], items: dict[str, Any]) -> dict[str, Any]:
     test = result["rouge_after"]["rouge_score"] if run.of.script == "summarise" else result["test"]
     names = list(run.of.figures.values())
-    found = {
-        "row": run.row,
-        "arguments": run.method,
-        "seed": run.seed,
-        "part": run.part,
-        "trainable": result["trainable"],
-        "parameters": result["parameters"],
-        "seconds": round(result["seconds"]),
-        "test": {name: round(test[name], 3) for name in names},
-    }
+    found = _described(run, result) | {"part": run.part, "test": {name: round(test[name], 3) for name in names}}
     if run.of.script != "summarise" and result.get("validation"):
         found["validation"] = round(run.validation(result), 3)
     return found | _rounded(_each(run, "test"), names, "test", items, has_parts=run.part is not None)
+
+
+def _described(run: Run, result: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "folder": str(run.folder.relative_to(run.places.output)),
+        "row": run.row,
+        "arguments": run.method,
+        "seed": run.seed,
+        "trainable": result["trainable"],
+        "parameters": result["parameters"],
+        "seconds": round(result["seconds"]),
+    }
 
 
 def _each(run: Run, part: str) -> dict[str, Any]:

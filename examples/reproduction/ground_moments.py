@@ -28,6 +28,7 @@ import torch
 from alignment_arguments import AlignmentArguments, alignment, check_alignment
 from averaging import AveragingArguments, average_checkpoints, check_averaging
 from datasets import Dataset
+from fast_dropout import DropoutArguments, FastDropout
 from grounding_data import DataArguments, Fold, GroundingData, check_data_arguments
 from grounding_measures import figures, figures_of_each
 from grounding_report import describe, draw
@@ -58,7 +59,7 @@ RUN_ARGUMENTS = ("learning_rate", "num_train_epochs", "max_steps", "per_device_t
 
 
 @dataclass
-class ScriptArguments(MethodArguments, AlignmentArguments, AveragingArguments, DataArguments):
+class ScriptArguments(MethodArguments, AlignmentArguments, AveragingArguments, DropoutArguments, DataArguments):
     """The data, the model and the method."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "a pretrained backbone"})
@@ -260,7 +261,8 @@ class Run:
         result["before"], _ = self.measure(trainer, fold.test if script.measure_before else None)
         started = time.time()
         if script.method != "none":
-            trainer.train(resume_from_checkpoint=last_whole_checkpoint(training.output_dir))
+            with FastDropout(script.fast_dropout):
+                trainer.train(resume_from_checkpoint=last_whole_checkpoint(training.output_dir))
             result["log"] = trainer.state.log_history
             if script.average_checkpoints:
                 trained = trainer.accelerator.unwrap_model(trainer.model)

@@ -15,6 +15,7 @@ import torch
 import yaml
 from alignment_arguments import AlignmentArguments, alignment, check_alignment
 from averaging import AveragingArguments, average_checkpoints, check_averaging
+from fast_dropout import DropoutArguments, FastDropout
 from how2_report import write_report
 from methods import check_method
 from peft import PeftModel
@@ -47,7 +48,7 @@ VARIANTS = ("rouge_score", "easy_rouge")
 
 
 @dataclass
-class ScriptArguments(ModelArguments, AlignmentArguments, AveragingArguments):
+class ScriptArguments(ModelArguments, AlignmentArguments, AveragingArguments, DropoutArguments):
     """The data and the training, beside the model and the method."""
 
     data_dir: str | None = field(default=None, metadata={"help": "folder in the How2 layout; default: How2-mini"})
@@ -313,7 +314,8 @@ class Run:
             }
         if self.folder is not None:
             print("adapting" if compare else "adapting once more, without the video, for comparison", flush=True)
-        trainer.train(resume_from_checkpoint=last_whole_checkpoint(training.output_dir))
+        with FastDropout(script.fast_dropout):
+            trainer.train(resume_from_checkpoint=last_whole_checkpoint(training.output_dir))
         result["log"] = log_without_times(trainer.state.log_history)
         if script.average_checkpoints:
             trained, count = trainer.accelerator.unwrap_model(trainer.model), script.average_checkpoints

@@ -23,9 +23,9 @@ class Segments:
         valid = torch.ones_like(segment_ids, dtype=torch.bool) if mask is None else mask
         row = torch.arange(batch, device=segment_ids.device)[:, None].expand(batch, length)
         tokens = valid.flatten().nonzero().squeeze(1)  # (N,): the real tokens, row by row
-        _, group = torch.unique(
-            torch.stack((row, segment_ids), dim=-1).flatten(0, 1)[tokens], dim=0, return_inverse=True
-        )
+        # Numbered first, then one number for row and segment: `unique` over rows of numbers compares them one by one.
+        ids, segment = torch.unique(segment_ids.flatten()[tokens], return_inverse=True)
+        _, group = torch.unique(row.flatten()[tokens] * len(ids) + segment, return_inverse=True)
         order = torch.argsort(group, stable=True)
         sizes = torch.bincount(group)  # (G,)
         starts = sizes.cumsum(0) - sizes

@@ -1,8 +1,8 @@
 """What a training step costs with the bottleneck adapters, beside a plain hand-written adapter and LoRA.
 
-    python examples/benchmarks/bottleneck.py                    # BART of base size, some minutes; prints Markdown
-    python examples/benchmarks/bottleneck.py --quick            # a small BART, seconds
-    python examples/benchmarks/bottleneck.py --output docs/bottleneck_benchmark     # and .json, .md
+    python examples/benchmarks/bottleneck_family.py              # BART of base size, some minutes; prints Markdown
+    python examples/benchmarks/bottleneck_family.py --quick      # a small BART, seconds
+    python examples/benchmarks/bottleneck_family.py --output docs/bottleneck_benchmark     # and .json, .md
 
 Random weights, float32, one thread; a step is forward, backward and AdamW's step. Times are processor times, medians
 of steps interleaved over the methods, as in training_step.py, whose model, batch and clock are used here. The plain
