@@ -63,7 +63,7 @@ def costs(family: str, batch: int, n: int, m: int, seed: int = 0) -> Tensor:
 
 
 def ragged_masks(batch: int, n: int, m: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Boolean masks with at least one real entry a row, padded on the right."""
+    """Boolean masks with at least one entry per row that is not padding, padded on the right."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(1, n + 1, (batch, 1), generator=generator)
     cols = torch.randint(1, m + 1, (batch, 1), generator=generator)

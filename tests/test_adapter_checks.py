@@ -61,7 +61,7 @@ def test_numbers_of_numpy_and_torch_become_plain_ones():
         ({"r": 4.0}, "got 4.0"),
         ({"r": True}, "got True"),
         ({"dropout": float("nan")}, "dropout=nan is not finite"),
-        ({"dropout": "0.1"}, "dropout='0.1' is no number"),
+        ({"dropout": "0.1"}, "dropout='0.1' is not a number"),
         ({"dropout": 1}, r"\[0, 1\)"),
         ({"cell": ["rnn"]}, "`cell` should be one of"),
         ({"cell_pattern": {"fc2": 3}}, r"cell_pattern\['fc2'\]"),
@@ -85,7 +85,7 @@ def test_what_is_no_setting_is_named(settings, message):
         READConfig(**settings)
 
 
-def test_a_value_that_cannot_be_saved_leaves_the_saved_configuration_as_it_was(tmp_path):
+def test_invalid_a_value_saved_leaves_the_saved_configuration_as_it_was(tmp_path):
     model = adapted()
     model.save_pretrained(tmp_path)
     before = (tmp_path / "adapter_config.json").read_bytes()
@@ -209,7 +209,7 @@ def test_a_readme_in_a_named_adapters_folder_that_is_no_card_stays(tmp_path):
     model = get_peft_model(Net(), READConfig(target_modules=r"layers\.\d"), adapter_name="other")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "README.md").write_bytes(b"\xff\xfe notes")
-    with pytest.warns(UserWarning, match="is no model card"):
+    with pytest.warns(UserWarning, match="is not a model card"):
         model.save_pretrained(tmp_path)
     assert (tmp_path / "other" / "README.md").read_bytes() == b"\xff\xfe notes"
     assert "# READ adapter" in (tmp_path / "README.md").read_text()

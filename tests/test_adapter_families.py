@@ -177,7 +177,7 @@ def test_packed_images_without_a_mark_between_them_are_refused():
 
     model = get_peft_model(Tower(t.ViTConfig()), READConfig(target_modules=["layers.0.1"])).eval()
     model(pixel_values=torch.randn(1, 5, 8))
-    with pytest.raises(ValueError, match="may stand one after the other, and nothing tells where"):
+    with pytest.raises(ValueError, match="may follow each other, and it is unknown where"):
         model(pixel_values=torch.randn(2, 5, 8))
 
 

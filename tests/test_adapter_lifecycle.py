@@ -324,9 +324,6 @@ def test_settings_of_a_later_version_are_dropped_with_a_warning(tmp_path):
         assert isinstance(READConfig.from_pretrained(tmp_path), READConfig)
 
 
-# --- Mixed batches ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("family", ["bart", "opt", "llama"])
 def test_every_row_is_served_by_its_own_adapter(family):
     model = two_adapters(family)
@@ -390,9 +387,6 @@ def test_mixed_batches_are_checked():
         cache = model(input_ids=ids, adapter_names=["b", "default"], use_cache=True).past_key_values
         with pytest.raises(RuntimeError, match="rows of `adapter_names` changed"):
             model(input_ids=ids[:, :1], adapter_names=["default", "b"], past_key_values=cache)
-
-
-# --- What READ refuses --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -260,10 +260,10 @@ def test_a_shared_block_counts_once_a_run():
     [
         ({"weight": float("inf")}, "weight=inf is not finite"),
         ({"weight": float("nan")}, "weight=nan"),
-        ({"weight": "0.1"}, "weight='0.1' is no number"),
+        ({"weight": "0.1"}, "weight='0.1' is not a number"),
         ({"weight": True}, "weight=True"),
         ({"weight": -1}, "must not be negative"),
-        ({"mass": torch.ones(2)}, "is no number"),
+        ({"mass": torch.ones(2)}, "is not a number"),
         ({"mass": np.nan}, "mass=nan"),
         ({"reg": float("inf")}, "reg=inf"),
         ({"distance": ["partial_ot"]}, "is not one of"),
@@ -272,8 +272,8 @@ def test_a_shared_block_counts_once_a_run():
         ({"blocks": [0, 0]}, "each block once"),
         ({"blocks": [True]}, r"blocks\[0\]=True"),
         ({"blocks": 3}, "no sequence of integers"),
-        ({"video": "layers", "language": "layers"}, "video='layers' is no Stream"),
-        ({"extractor": "hidden"}, "is no function"),
+        ({"video": "layers", "language": "layers"}, "video='layers' is not a Stream"),
+        ({"extractor": "hidden"}, "is not a function"),
     ],
 )
 def test_settings_that_mean_nothing_are_named(settings, message):

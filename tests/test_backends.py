@@ -118,7 +118,7 @@ def test_loops_that_are_wrong_are_found_out(undecided):
         assert torch.equal(outputs, cell(x)[0])
 
 
-def test_numba_that_cannot_be_imported_is_said_once_and_torch_goes_on(tmp_path):
+def test_invalid_numba_imported_is_said_once_and_torch_goes_on(tmp_path):
     folder = tmp_path / "numba"
     folder.mkdir()
     (folder / "__init__.py").write_text("raise ImportError('Numba needs NumPy 2.3 or less. Got NumPy 2.4.')")

@@ -49,9 +49,6 @@ def trained(model):
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-# --- parts of the backbone ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("build", [bart, moment_detr, umt])
 def test_full_and_none_train_everything_and_nothing(build):
     model = build()
@@ -95,9 +92,6 @@ def test_new_modules_are_trained_in_any_case_and_errors_name_the_methods():
     with pytest.raises(ValueError, match="finds nothing to train in Linear"):
         train_only(torch.nn.Linear(2, 2), "partial")
     assert set(FREEZING_METHODS) == {"full", "bias", "partial", "proj", "none"}
-
-
-# --- prompts ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("build", [moment_detr, umt, lambda: umt(encoder_layers=2, mask_decoder=True)])
@@ -168,8 +162,6 @@ def test_a_model_without_text_gets_video_prompts_only_and_other_models_get_none(
     with pytest.raises(ValueError, match="not of BartForConditionalGeneration"):
         add_prompts(bart())
 
-
-# --- prompts of summarisers ---------------------------------------------------------------------------------------
 
 FUSION = {"visual_feature_dim": 6, "use_forget_gate": True, "mask_fusion": True, "img_trans_heads": 2}
 FUSION |= {"img_trans_layers": 1, "img_trans_ffn_dim": 8}

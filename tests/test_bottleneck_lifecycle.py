@@ -509,7 +509,7 @@ def test_settings_that_cannot_be(config, message):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (BottleneckConfig(r=17), "r=17 is no bottleneck of 'model.encoder.layers.0.self_attn.out_proj'.* width 16"),
+        (BottleneckConfig(r=17), "r=17 is not a bottleneck of 'model.encoder.layers.0.self_attn.out_proj'.* width 16"),
         (
             BottleneckConfig(reduction_factor=32),
             "reduction_factor=32 leaves no bottleneck of 'model.encoder.*width 16",

@@ -1,14 +1,17 @@
 """The command `peft-read`, on configurations in folders: no weights, no network."""
 
 import copy
+import logging
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
+import torch
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from tiny_models import build
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, BartConfig, BertConfig
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, BartConfig, BertConfig, MambaConfig
 
 from peft_read import BottleneckConfig, CompacterConfig, HyperformerConfig, READConfig
 from peft_read.command_line import main
@@ -125,7 +128,7 @@ def test_settings_that_mean_nothing_are_one_line(bart_base, adapter, tmp_path, c
     inspect = ("inspect", bart_base, "--method")
     assert "peft has no method 'magic'; it has adalora" in failure(capsys, *inspect, "magic")
     assert "BOTTLENECK has no setting 'ratio'" in failure(capsys, *inspect, "bottleneck", "--set", "ratio=2")
-    assert "'share' is no setting; write" in failure(capsys, *inspect, "bottleneck", "--set", "share")
+    assert "'share' is not a setting; write" in failure(capsys, *inspect, "bottleneck", "--set", "share")
     assert "is given twice" in failure(capsys, *inspect, "bottleneck", "--set", "r=2", "r=3")
     assert "cannot be read" in failure(capsys, *inspect, "hyperformer", "--set", "tasks=[vqa")
     assert "sets what another option sets" in failure(capsys, *inspect, "lora", "--r", "2", "--set", "r=3")
@@ -133,12 +136,12 @@ def test_settings_that_mean_nothing_are_one_line(bart_base, adapter, tmp_path, c
     assert "--cell, --no-bias and --bidirectional are READ's" in failure(capsys, *inspect, "lora", "--cell", "gru")
     assert "LORA does not fit" in failure(capsys, *inspect, "lora", "--set", "r=four")
     assert "needs a task_type" in failure(capsys, *inspect, "prompt_tuning", "--set", "num_virtual_tokens=3")
-    assert "--r means nothing to IA3" in failure(capsys, "count", bart_base, "--method", "ia3", "--r", "4")
+    assert "--r is not a setting of IA3" in failure(capsys, "count", bart_base, "--method", "ia3", "--r", "4")
     assert "which model?" in failure(capsys, "inspect")
     given = failure(capsys, "inspect", "--adapter", str(adapter), "--method", "lora")
     assert "--adapter brings the method" in given
     (adapter / "adapter_config.json").write_text('{"peft_type": "MAGIC"}')
-    assert "of no method that is known here" in failure(capsys, "inspect", bart_base, "--adapter", str(adapter))
+    assert "has a peft_type that is not known here" in failure(capsys, "inspect", bart_base, "--adapter", str(adapter))
 
 
 def test_a_configuration_without_a_class_is_a_bare_model(tmp_path, capsys):
@@ -168,6 +171,11 @@ def test_bad_input_is_one_line(bart_base, adapter, tmp_path, capsys):
     assert "should be a positive integer, got 0" in failure(capsys, "inspect", bart_base, "--r", "0")
     assert "`cell` should be one of" in failure(capsys, "count", bart_base, "--cell", "rwkv")
     assert "no such folder" in failure(capsys, "inspect", str(tmp_path / "nothing"))
+    assert "no such folder" in failure(capsys, "inspect", "outputs/adapters/nothing")  # no name on the Hub either
+    assert "no such folder" in failure(capsys, "inspect", "--adapter", str(tmp_path / "nothing"))
+    assert "no such folder" in failure(capsys, "card", str(tmp_path / "nothing"))
+    assert "it has no config.json\n" in failure(capsys, "inspect", str(tmp_path))
+    assert "it holds an adapter: peft-read inspect --adapter" in failure(capsys, "inspect", str(adapter))
     assert "fc9" in failure(capsys, "inspect", bart_base, "--target-modules", "fc9")
     assert "no adapter_config.json" in failure(capsys, "card", str(tmp_path))
     assert "--steps should be a positive number" in failure(capsys, "demo", "--steps", "0")
@@ -177,7 +185,47 @@ def test_bad_input_is_one_line(bart_base, adapter, tmp_path, capsys):
     config = AutoConfig.from_pretrained(bart_base)
     config.architectures = ["OneOfItsOwn"]
     config.save_pretrained(tmp_path / "own")
-    assert "OneOfItsOwn, which is no class of transformers" in failure(capsys, "inspect", str(tmp_path / "own"))
+    assert "OneOfItsOwn, which is not a class of transformers" in failure(capsys, "inspect", str(tmp_path / "own"))
+
+
+def test_without_a_network_the_error_says_that_there_is_no_folder_either(capsys, monkeypatch):
+    def unreachable(name, **options):
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+        raise OSError("We couldn't connect to 'https://huggingface.co'")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", unreachable)
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "handlers", [logging.StreamHandler(sys.stderr)])
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "level", logging.WARNING)
+    message = failure(capsys, "inspect", "someone/model")
+    assert "there is no folder someone/model, and no model of that name came from the Hub: We couldn't" in message
+
+
+def test_a_model_without_feed_forward_blocks_names_the_option(tmp_path, capsys):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 50}
+    MambaConfig(**sizes, architectures=["MambaForCausalLM"]).save_pretrained(tmp_path)
+    message = failure(capsys, "inspect", str(tmp_path))
+    assert "no feed-forward blocks" in message and message.endswith("Here that is --target-modules NAME ...\n")
+
+
+def test_lora_on_gpt2_prints_the_table_alone(tmp_path, capsys):
+    build("gpt2").config.save_pretrained(tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert main(["inspect", str(tmp_path), "--method", "lora"]) == 0
+    assert "LORA on" in capsys.readouterr().out and not caught
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_the_check_of_the_kernels_is_run_as_a_script_is(tmp_path, monkeypatch, capsys, code):
+    """With the modules beside it, and its exit status."""
+    folder = tmp_path / "examples" / "benchmarks"
+    folder.mkdir(parents=True)
+    (folder / "gpu_check.py").write_text("import sys\nfrom beside_the_check import CODE\nsys.exit(CODE)\n")
+    (folder / "beside_the_check.py").write_text(f"CODE = {code}\n")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert main(["check", "--checkout", str(tmp_path)]) == code
+    assert main(["check", "--checkout", str(folder)]) == 0
+    assert "is not a checkout of peft_read" in capsys.readouterr().out
 
 
 def test_the_demonstration_and_the_check(capsys):

@@ -59,9 +59,6 @@ def write_jsonl(path, records):
     return path
 
 
-# --- readers ------------------------------------------------------------------------------------------------------
-
-
 def test_qvhighlights_is_read_with_clip_scores_from_plain_and_compressed_files(tmp_path):
     path = write_jsonl(tmp_path / "highlight_val_release.jsonl", [ROW])
     data = load_qvhighlights(path)
@@ -87,7 +84,7 @@ def test_queries_without_labels_are_read_only_when_asked_for(tmp_path):
     [
         ([], "is empty"),
         ([{**ROW, "saliency_scores": [[1, 1, 1]]}], "qid 7: 4 relevant clips, but 1 saliency scores"),
-        ([ROW, ROW], "qid 7 comes twice"),
+        ([ROW, ROW], "qid 7 appears twice"),
         ([{**ROW, "relevant_windows": []}], "qid 7 has no labels"),
         ([[1]], "a JSON object was expected"),
     ],
@@ -163,9 +160,6 @@ def test_youtube_highlights_are_read_from_both_formats(tmp_path):
         load_youtube_highlights(tmp_path / "youtube_anno.json", videos=["a", "c"])
     with pytest.raises(ValueError, match="'a' has no 'match'"):
         load_youtube_highlights(write_jsonl(tmp_path / "bad.jsonl", [{**fields, "vid": "a", "match": []}]))
-
-
-# --- features -----------------------------------------------------------------------------------------------------
 
 
 def test_features_are_joined_in_the_documented_order():
@@ -247,9 +241,6 @@ def test_missing_and_mismatched_features_are_listed_by_id():
         TextFeatures(broken).check(rows)
     for part in ("text features by qid", "no features: e", "b (3)", "c (frame 0)", "have no frame: d"):
         assert part in str(error.value)
-
-
-# --- pairs and collators ------------------------------------------------------------------------------------------
 
 
 def test_annotated_pairs_are_the_extremes_and_a_random_pair():
@@ -350,9 +341,6 @@ def test_umt_batches_train_the_model():
         UMTCollator(ClipFeatures([features_for(3)], similarity=0))
 
 
-# --- the sentence encoder and weak labels -------------------------------------------------------------------------
-
-
 @pytest.fixture
 def encoder_folder(tmp_path):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "dog", "cat", "runs"]
@@ -379,7 +367,7 @@ def test_the_mean_token_is_the_sentence_also_after_the_projection(encoder_folder
         expected = (sentences - file["mean"]) @ file["components"].T
     assert np.allclose(projected.sentences(texts), expected, atol=1e-5)
     np.savez(encoder_folder / "bad.npz", mean=np.zeros(8))
-    with pytest.raises(ValueError, match=r"no projection: it has no \['components'\]"):
+    with pytest.raises(ValueError, match=r"not a projection: it has no \['components'\]"):
         SentenceEncoder(encoder_folder, projection=encoder_folder / "bad.npz")
 
 
@@ -399,9 +387,6 @@ def test_runs_of_similar_clips_are_moments():
         pseudo_queries(captions, {"v": clips}, videos=["v", "w"])
     with pytest.raises(ValueError, match="no pseudo-query could be made"):
         pseudo_queries(captions, {"v": np.ones((10, 2))}, videos=["v"])
-
-
-# --- the reference data -------------------------------------------------------------------------------------------
 
 
 def test_the_official_annotations_and_the_caption_features_fit(reference_data):

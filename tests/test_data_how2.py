@@ -32,7 +32,7 @@ def word_tokenizer(*texts):
     )
 
 
-def test_what_was_written_is_read(folder):
+def test_written_files_are_read_back(folder):
     clips = generate_how2_mini(12, seed=1)
     data = load_how2(folder, "sum_train")
     assert data["video_id"][:] == [clip.video_id for clip in clips]
@@ -52,7 +52,7 @@ def test_subsets_are_random_with_a_seed_or_the_first_lines(folder):
     assert set(draws[2]) <= set(ids)
 
 
-def test_how2_mini_keeps_its_promises():
+def test_how2_mini_is_as_documented():
     clips = generate_how2_mini(50, seed=3)
     assert [clip.summary for clip in clips] == [clip.summary for clip in generate_how2_mini(50, seed=3)]
     domain = HOW2_MINI_DOMAINS["gardening"]

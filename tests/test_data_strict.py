@@ -53,17 +53,14 @@ def clips_of(length, width=8, seed=0):
     return np.random.default_rng(seed).normal(size=(length, width)).astype(np.float32)
 
 
-# --- readers ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"qid": "q1"}, "'qid' must be a whole number"),
         ({"qid": None}, "'qid' must be a whole number"),
-        ({"vid": ["v"]}, "'vid' must be a text"),
-        ({"vid": 7}, "'vid' must be a text"),
-        ({"query": " "}, "'query' must be a text"),
+        ({"vid": ["v"]}, "'vid' must be a non-empty string"),
+        ({"vid": 7}, "'vid' must be a non-empty string"),
+        ({"query": " "}, "'query' must be a non-empty string"),
         ({"duration": "10"}, "'duration' must be a finite number above 0"),
         ({"duration": -1}, "'duration' must be a number above 0"),
         ({"relevant_clip_ids": [-1, 0]}, "'relevant_clip_ids' holds -1"),
@@ -76,19 +73,19 @@ def clips_of(length, width=8, seed=0):
         ({"relevant_windows": [[4, 0]]}, r"'relevant_windows': the window \[4, 0\] ends before it starts"),
         ({"relevant_windows": [[-4, 2]]}, "starts before the video"),
         ({"relevant_windows": [[2, 2]]}, "has no length"),
-        ({"relevant_windows": [[2, 400]]}, "ends behind the video, which ends at 10 s"),
+        ({"relevant_windows": [[2, 400]]}, "ends after the video, which ends at 10 s"),
         ({"relevant_windows": [[0, float("nan")]]}, "'relevant_windows' holds nan"),
     ],
 )
-def test_what_a_query_cannot_say_is_an_error_with_file_line_and_field(tmp_path, change, message):
+def test_invalid_fields_of_a_query_are_errors_with_file_line_and_field(tmp_path, change, message):
     path = write(tmp_path / "q.jsonl", {**QUERY, "qid": 9}, {**QUERY, **change})
     with pytest.raises(ValueError, match=rf"q\.jsonl, line 2: {message if message[0] == chr(39) else '.*' + message}"):
         load_qvhighlights(path)
 
 
-def test_encodings_marks_and_packed_files(tmp_path):
+def test_encodings_byte_order_marks_and_compressed_files(tmp_path):
     assert load_qvhighlights(write(tmp_path / "bom.jsonl", QUERY, encoding="utf-8-sig"))[0]["query"] == "café"
-    with pytest.raises(ValueError, match=r"l\.jsonl, line 1: no UTF-8 \(byte 0xe9 at position 24\)"):
+    with pytest.raises(ValueError, match=r"l\.jsonl, line 1: not UTF-8 \(byte 0xe9 at position 24\)"):
         load_qvhighlights(write(tmp_path / "l.jsonl", QUERY, encoding="latin-1"))
     with pytest.raises(ValueError, match=r"u\.jsonl, line 1: a NUL byte"):
         load_qvhighlights(write(tmp_path / "u.jsonl", QUERY, encoding="utf-16"))
@@ -96,16 +93,16 @@ def test_encodings_marks_and_packed_files(tmp_path):
     (tmp_path / "plain.jsonl.gz").write_text("{}")
     (tmp_path / "plain.jsonl.xz").write_text("{}")
     for name in ("cut.jsonl.gz", "plain.jsonl.gz", "plain.jsonl.xz"):
-        with pytest.raises(ValueError, match=f"{name} is cut off, or no"):
+        with pytest.raises(ValueError, match=f"{name} is truncated, or not a"):
             load_qvhighlights(tmp_path / name)
     os.mkfifo(tmp_path / "pipe.jsonl")
-    with pytest.raises(FileNotFoundError, match="is no regular file"):
+    with pytest.raises(FileNotFoundError, match="is not a regular file"):
         load_qvhighlights(tmp_path / "pipe.jsonl")
 
 
-def test_one_field_twice_and_ids_twice(tmp_path):
+def test_duplicate_fields_and_ids_are_errors(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"qid": 1, "qid": 2}')
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: no JSON: 'qid' comes twice"):
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: invalid JSON: 'qid' appears twice"):
         load_qvhighlights(tmp_path / "a.jsonl")
     with pytest.raises(ValueError, match=r"y\.jsonl, line 2: the video 'v' was already given"):
         load_youtube_highlights(write(tmp_path / "y.jsonl", YOUTUBE, {**YOUTUBE, "match": [-1]}))
@@ -113,7 +110,7 @@ def test_one_field_twice_and_ids_twice(tmp_path):
         load_tvsum(write(tmp_path / "t.jsonl", TVSUM, TVSUM))
     for loader, record in ((load_tvsum, TVSUM), (load_youtube_highlights, YOUTUBE)):
         (tmp_path / "b.json").write_text(f'{{"v": {json.dumps(record)},\n "v": {json.dumps(record)}}}')
-        with pytest.raises(ValueError, match=r"b\.json, line 2: 'v' comes twice"):
+        with pytest.raises(ValueError, match=r"b\.json, line 2: 'v' appears twice"):
             loader(tmp_path / "b.json")
 
 
@@ -125,7 +122,7 @@ def test_videos_of_the_other_datasets_are_checked_by_field(tmp_path):
         ({"clip": [[99, 0]]}, r"'clip' holds the clip \[99.0, 0.0\]"),
         ({"clip": [[500, 600]]}, "inside the video's 100 frames"),
         ({"match": [7]}, "'match' holds 7"),
-        ({"domain": None}, "'domain' must be a text"),
+        ({"domain": None}, "'domain' must be a non-empty string"),
     ]:
         with pytest.raises(ValueError, match=rf"y\.jsonl, line 1: {'.*' if message[0] == 'i' else ''}{message}"):
             load_youtube_highlights(write(tmp_path / "y.jsonl", {**YOUTUBE, **change}))
@@ -136,7 +133,7 @@ def test_videos_of_the_other_datasets_are_checked_by_field(tmp_path):
         ({"label": [[float("nan")] * 20] * 2}, "'label' holds nan"),
         ({"label": [[9] * 20] * 2}, "'label' holds 9"),
         ({"n_frames": -5}, "'n_frames' must be a number from 1 on"),
-        ({"vid": 5}, "'vid' must be a text"),
+        ({"vid": 5}, "'vid' must be a non-empty string"),
     ]:
         with pytest.raises(ValueError, match=rf"t\.jsonl, line 1: .*{message}"):
             load_tvsum(write(tmp_path / "t.jsonl", {**TVSUM, **change}))
@@ -144,7 +141,7 @@ def test_videos_of_the_other_datasets_are_checked_by_field(tmp_path):
         load_tvsum(write(tmp_path / "t.jsonl", TVSUM, {**TVSUM, "vid": "w", "label": [[1] * 3] * 2}))
 
 
-def test_how2_files_with_marks_tabs_and_other_encodings(tmp_path):
+def test_how2_files_with_byte_order_marks_tabs_and_other_encodings(tmp_path):
     folder = tmp_path / "s"
     folder.mkdir()
     for name in ("tran.tok.txt", "desc.tok.txt"):
@@ -152,7 +149,7 @@ def test_how2_files_with_marks_tabs_and_other_encodings(tmp_path):
     assert load_how2(tmp_path, "s")["video_id"][:] == ["v1", "v2"]
     assert load_how2(tmp_path, "s")["summary"][:] == ["some words", "others"]
     (folder / "tran.tok.txt").write_bytes("v1 a\nv2 caf\xe9".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"tran\.tok\.txt, line 2: no UTF-8"):
+    with pytest.raises(ValueError, match=r"tran\.tok\.txt, line 2: not UTF-8"):
         load_how2(tmp_path, "s")
     for value in (True, 1.0, "1", -1):
         (folder / "tran.tok.txt").write_text("v1 a\nv2 b")
@@ -160,7 +157,7 @@ def test_how2_files_with_marks_tabs_and_other_encodings(tmp_path):
             load_how2(tmp_path, "s", num_samples=value)
 
 
-def test_a_clip_of_one_second_and_a_rest_behind_the_last_whole_clip(tmp_path):
+def test_a_clip_of_one_second_and_a_remainder_after_the_last_whole_clip(tmp_path):
     second = {**QUERY, "relevant_clip_ids": [0, 9], "relevant_windows": [[9, 10]]}
     with pytest.raises(ValueError, match="names clip 9, which begins at 18 s"):
         load_qvhighlights(write(tmp_path / "a.jsonl", second))
@@ -190,9 +187,6 @@ def test_the_low_resource_split_is_drawn_as_before_and_in_linear_time():
         low_resource_split(rows, num_train=0)
 
 
-# --- features -----------------------------------------------------------------------------------------------------
-
-
 def test_check_names_every_broken_file(tmp_path):
     np.save(tmp_path / "good.npy", np.ones((3, 4)))
     (tmp_path / "cut.npy").write_bytes((tmp_path / "good.npy").read_bytes()[:-8])
@@ -214,7 +208,7 @@ def test_check_names_every_broken_file(tmp_path):
     assert all(f"{name} (" in str(error.value) for name in broken[:4])
 
 
-def test_ids_that_are_numbers_stand_for_their_digits(tmp_path):
+def test_integer_ids_are_converted_to_strings(tmp_path):
     np.save(tmp_path / "7.npy", np.ones((3, 4)))
     store = FeatureStore(tmp_path)
     for number in (7, np.int64(7), torch.tensor(7), "7"):
@@ -238,11 +232,11 @@ def test_an_id_with_two_files_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"offsets": np.array([1, 2, 3])}, "'offsets' must rise from 0 to 3"),
+        ({"offsets": np.array([1, 2, 3])}, "'offsets' must increase from 0 to 3"),
         ({"offsets": np.array([0, 1, 2])}, "they go from 0 to 2"),
-        ({"offsets": np.array([0, 4, 3])}, "fall in between"),
+        ({"offsets": np.array([0, 4, 3])}, "decrease in between"),
         ({"offsets": np.array([0, 3])}, "2 ids need 3 whole numbers"),
-        ({"ids": np.array(["a", "a"])}, "'a' stands twice"),
+        ({"ids": np.array(["a", "a"])}, "'a' appears twice"),
         ({"features": np.ones((3, 2), complex)}, "'features' is complex128"),
         ({"scale": np.ones(2)}, r"'scale' is \(2,\); 3 rows of features need as many"),
     ],
@@ -254,16 +248,16 @@ def test_archives_whose_index_does_not_fit_are_refused(tmp_path, change, message
         FeatureStore(tmp_path / "f.npz")
 
 
-def test_archives_are_written_where_they_were_asked_for_and_whole(tmp_path):
+def test_archives_are_written_atomically_to_the_given_path(tmp_path):
     path = write_feature_archive(tmp_path / "archive", {"a": [[1, 2, 3]], 5: torch.ones(2, 3)})
     assert path.exists()
     assert FeatureStore(path)["5"].tolist() == [[1, 1, 1]] * 2
     before = path.read_bytes()
     for features, message in [
         ({}, "no ids were given"),
-        ({"a": np.ones((2, 3)), "b": np.ones((2, 4))}, r"have not the width 3: b \(4\)"),
+        ({"a": np.ones((2, 3)), "b": np.ones((2, 4))}, r"do not have the width 3: b \(4\)"),
         ({"a": np.full((2, 3), np.nan)}, "NaN"),
-        ({"5": np.ones((1, 2)), 5: np.ones((1, 2))}, "the same text"),
+        ({"5": np.ones((1, 2)), 5: np.ones((1, 2))}, "the same string"),
         ({None: np.ones((1, 2))}, "must be an id"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -272,7 +266,7 @@ def test_archives_are_written_where_they_were_asked_for_and_whole(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["archive"]
 
 
-def test_a_single_source_and_numbers_that_cannot_be_are_refused(tmp_path):
+def test_a_single_source_and_invalid_numbers_are_refused(tmp_path):
     np.save(tmp_path / "good.npy", np.ones((3, 4)))
     with pytest.raises(ValueError, match=r"kinds must be a list of sources, \[FeatureStore\]"):
         ClipFeatures(FeatureStore(tmp_path))
@@ -281,11 +275,11 @@ def test_a_single_source_and_numbers_that_cannot_be_are_refused(tmp_path):
             ClipFeatures([{}], **options)
     with pytest.raises(ValueError, match="max_tokens"):
         TextFeatures(WORDS, max_tokens=0)
-    with pytest.raises(ValueError, match="must rise from 0"):
+    with pytest.raises(ValueError, match="must increase from 0"):
         PooledFeatures({"v": np.ones((2, 1))}, {"v": [1, 0]})["v"]
 
 
-def test_what_was_computed_once_is_kept_and_equal():
+def test_results_are_cached_and_equal():
     sources = [{"v": clips_of(9, 4), "w": clips_of(7, 4, seed=1)}]
     text = TextFeatures(WORDS)
     rows = [{"qid": q, "vid": v} for q in (1, 2) for v in ("v", "w")] * 2
@@ -301,8 +295,6 @@ def test_what_was_computed_once_is_kept_and_equal():
         MomentDetrCollator(counted, text)(rows)
     assert sorted(computed) == ["v", "v", "w", "w"], "once a pair of video and query"
 
-
-# --- lengths, rates and limits ------------------------------------------------------------------------------------
 
 LONG = {
     "qid": 1, "vid": "v", "duration": 600, "relevant_windows": [[400, 420], [10, 20]],
@@ -327,7 +319,7 @@ def test_the_collators_clip_length_reaches_the_pairs_and_the_spans():
         MomentDetrCollator(ClipFeatures(source, clip_seconds=1), TextFeatures(WORDS), pairs=pairs)
     umt = UMTCollator(ClipFeatures(source, clip_seconds=1))([{**row, "relevant_windows": [[20, 99], [40, 50]]}])
     assert umt["boundary_labels"].tolist() == [[[20, 30]]], (
-        "what lies behind 30 clips of a second is no moment of theirs"
+        "what lies after 30 clips of a second is no moment of theirs"
     )
 
 
@@ -345,7 +337,7 @@ def test_a_long_video_is_kept_whole_unless_told_otherwise():
         cut.check([LONG])
     told = " ".join(str(warning.message) for warning in said)
     assert "1 of 1 videos are longer than max_clips=75: 225 of 300 clips are cut (v: 300)" in told
-    assert "1 moments lie behind the last clip of their video and are dropped (1 [400, 420])" in told
+    assert "1 moments lie after the last clip of their video and are dropped (1 [400, 420])" in told
     collator = MomentDetrCollator(cut, text)
     batch = collator([LONG])
     assert batch["span_labels"].tolist() == [[[pytest.approx(0.1), pytest.approx(10 / 150)]]]
@@ -387,13 +379,13 @@ def test_streams_and_labels_of_another_rate_are_refused():
     with pytest.raises(ValueError, match="those of the audio 1 s"):
         UMTCollator(video, audio=ClipFeatures([{"v": clips_of(20)}], clip_seconds=1))
     data = Dataset.from_list([{"vid": "v", "label": [[1]] * 10, "num_frames": 300}])
-    with pytest.raises(ValueError, match=r"not a row every 15 frames: v \(40 rows for 300 frames\)"):
+    with pytest.raises(ValueError, match=r"not have one row every 15 frames: v \(40 rows for 300 frames\)"):
         pool_frames({"v": clips_of(40)}, data)
     with pytest.raises(ValueError, match="10 clips of features and 4 captions"):
         pseudo_queries({"v": ["a"] * 4}, {"v": clips_of(10)}, videos=["v"])
 
 
-def test_long_texts_are_told_before_training(tmp_path):
+def test_long_texts_are_reported_before_training(tmp_path):
     with pytest.warns(UserWarning, match="1 of 2 texts are longer than max_tokens=2 and lose 1 tokens: 1"):
         TextFeatures(WORDS, max_tokens=2).check([{"qid": 1}, {"qid": 2}])
     collator = How2Collator(
@@ -407,7 +399,7 @@ def test_long_texts_are_told_before_training(tmp_path):
     )
     assert told[1].startswith("1 of 1 video entries are longer than max_frames=3 frames and lose 2")
     for item, message in [
-        ({"video_id": "v", "transcript": None, "summary": "a"}, "'transcript' of 'v' must be a text"),
+        ({"video_id": "v", "transcript": None, "summary": "a"}, "'transcript' of 'v' must be a string"),
         ({"video_id": "w", "transcript": "a", "summary": "a"}, "no features of 'w'"),
         ({"video_id": None, "transcript": "a", "summary": "a"}, "must be an id"),
     ]:
@@ -424,8 +416,6 @@ def test_generated_ids_that_lead_out_of_the_folder_are_refused(tmp_path):
         write_how2_mini(tmp_path / "a", {"../s": generate_how2_mini(1, seed=0)})
     assert not list(tmp_path.iterdir())
 
-
-# --- collators ----------------------------------------------------------------------------------------------------
 
 RATED = {
     "qid": 1, "vid": "v", "relevant_windows": [[0.0, 4.0]], "relevant_clip_ids": [0, 1],
@@ -473,13 +463,13 @@ def test_rows_without_ratings_give_batches_without_pairs_and_mixed_rows_are_name
         ({"qid": None}, "'qid' of a row must be an id"),
     ],
 )
-def test_labels_that_cannot_be_are_named_by_query(change, message):
+def test_invalid_labels_are_named_by_query(change, message):
     collator = MomentDetrCollator(ClipFeatures([{"v": clips_of(10)}]), TextFeatures(WORDS))
     with pytest.raises(ValueError, match=message):
         collator([{**RATED, **change}])
 
 
-def test_scores_and_options_that_cannot_be_are_refused():
+def test_invalid_scores_and_options_are_refused():
     clips = ClipFeatures([{"v": clips_of(3)}])
     for scores in ([0.5, float("nan"), 0], [0.5, 2, 0], [[1], [1], [1]]):
         with pytest.raises(ValueError, match="vid 'v': 'clip_scores'"):

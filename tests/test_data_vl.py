@@ -150,9 +150,6 @@ def coco(folder, *records):
     return path
 
 
-# --- formats -------------------------------------------------------------------------------------------------------
-
-
 def test_texts_targets_and_batches_are_those_of_the_original(reference_data, tmp_path):
     stored = json.loads(reference_data("golden/vl_adapter/data/task_formats.json").read_text())
     for name, data in readers(tmp_path).items():
@@ -274,17 +271,14 @@ def test_the_published_sets(reference_data):
     assert len(load_how2qa(folder / "how2qa" / "how2QA_val_release.csv", None)) == 2852
 
 
-# --- batches -------------------------------------------------------------------------------------------------------
-
-
-def test_frames_are_padded_or_pooled_to_a_number():
+def test_frames_are_padded_or_pooled_to_a_fixed_length():
     frames = torch.arange(10.0).view(5, 2)
     assert resize_frames(frames, 7).tolist() == [*frames.tolist(), [0, 0], [0, 0]]
     assert torch.equal(resize_frames(frames, 5), frames)
     assert resize_frames(frames, 2).tolist() == [[4, 5], [8, 9]]  # frames 0 to 2, and 2 to 4
 
 
-def test_images_stand_behind_each_other_and_videos_have_64_tokens(tmp_path):
+def test_images_are_concatenated_and_videos_have_64_tokens(tmp_path):
     data = readers(tmp_path)
     features = {"train-10171-0-img0": np.full((2, 3), 1.0), "train-10171-0-img1": np.full((3, 3), 2.0)}
     boxes = {"train-10171-0-img0": np.full((2, 4), 0.1), "train-10171-0-img1": np.full((3, 4), 0.2)}
@@ -325,7 +319,7 @@ def test_answers_are_drawn_by_their_scores(tmp_path):
     assert collator([{**data[0], "draw": None}])["scores"].tolist() == pytest.approx([0.9])
 
 
-def test_what_lengths_cut_is_said_before_training(tmp_path):
+def test_what_the_lengths_cut_is_reported_before_training(tmp_path):
     data = list(readers(tmp_path)["vqa"])
     collator = VLCollator(WordTokenizer(), {row["visuals"][0]: np.ones((1, 2)) for row in data})
     with pytest.warns(UserWarning, match="1 texts of task 'vqa' are longer than their limit"):
@@ -339,7 +333,7 @@ def test_what_lengths_cut_is_said_before_training(tmp_path):
     ("change", "message"),
     [
         ({"visuals": []}, "vqa '1': 'visuals' must name its images"),
-        ({"text": None}, "vqa '1': 'text' must be a text"),
+        ({"text": None}, "vqa '1': 'text' must be a string"),
         ({"tokens": (np.ones((2, 2)), np.ones((2, 3)))}, r"vqa '1': the boxes must be numbers \(V, 4\)"),
         ({"tokens": (np.ones((2, 2)), np.ones((1, 4)))}, "2 visual tokens, 1 boxes"),
         (
@@ -364,8 +358,6 @@ def test_rows_that_make_no_batch_are_refused(tmp_path, change, message):
         VLCollator(WordTokenizer(), stored)([{**row, "visuals": ["x"]}])
 
 
-# --- bad files -----------------------------------------------------------------------------------------------------
-
 PLACE = r"bad\.json.*, (line|entry) 2.*"
 
 
@@ -374,7 +366,7 @@ PLACE = r"bad\.json.*, (line|entry) 2.*"
     [
         (load_vqa, VQA, {"question_id": 1}, "the question '1' was already given"),
         (load_vqa, VQA, {"question_id": None}, "'question_id' must be an id"),
-        (load_vqa, VQA, {"sent": " "}, "'sent' must be a text"),
+        (load_vqa, VQA, {"sent": " "}, "'sent' must be a non-empty string"),
         (load_vqa, VQA, {"label": {"net": 7}}, "'label': the score of 'net' must be a number from 0 to 1"),
         (load_vqa, VQA, {"label": ["net"]}, "'label' must be an object"),
         (load_vqa, VQA, {"label": {"": 1}}, "'label' holds a blank answer"),
@@ -407,7 +399,7 @@ def load_parts(path):
             "'answer_idx' must be a number from 0 to 4, not 5",
         ),
         (lambda p: load_tvqa(p, SUBTITLES), TVQA, {"vid_name": "v9"}, "there are no subtitles of the video 'v9'"),
-        (lambda p: load_tvqa(p, SUBTITLES), TVQA, {"a4": None}, "'a4' must be a text"),
+        (lambda p: load_tvqa(p, SUBTITLES), TVQA, {"a4": None}, "'a4' must be a non-empty string"),
         (lambda p: load_tvqa(p, SUBTITLES), TVQA, {"ts": "3-1"}, "'ts' must be 'start-end' in seconds, not '3-1'"),
         (lambda p: load_tvc(p, SUBTITLES), TVC, {"ts": [2, 1]}, r"'ts' must be \[start, end\]"),
         (lambda p: load_tvc(p, SUBTITLES), TVC, {"descs": []}, "'descs' must be a list of objects"),
@@ -438,7 +430,7 @@ def load_parts(path):
             {"people": [{**PERSON, "box_cxcywh": [0.9, 0.5, 0.4, 0.1]}]},
             "'box_cxcywh' ends outside the image",
         ),
-        (load_coco_people, PEOPLE, {"captions": ["a", " "]}, "'captions' must be a text"),
+        (load_coco_people, PEOPLE, {"captions": ["a", " "]}, "'captions' must be a non-empty string"),
     ],
 )
 def test_lines_are_named(tmp_path, load, good, change, message):
@@ -470,9 +462,6 @@ def test_files_of_another_kind_are_refused(tmp_path):
         load_kilogram_parts(lines(tmp_path / "k.jsonl", named), lines(tmp_path / "s.jsonl", SHAPE))
 
 
-# --- submissions ---------------------------------------------------------------------------------------------------
-
-
 def test_submissions_are_in_each_benchmark_s_form(tmp_path):
     data, path = readers(tmp_path), tmp_path / "out"
 
@@ -496,16 +485,16 @@ def test_submissions_are_in_each_benchmark_s_form(tmp_path):
     assert json.loads(written("yc2c", data["yc2c"], "rice")) == expected
 
 
-def test_submissions_that_cannot_be_leave_the_file_as_it_was(tmp_path):
+def test_invalid_submissions_leave_the_file_unchanged(tmp_path):
     data, path = readers(tmp_path), tmp_path / "out"
     path.write_text("before")
     for task, rows, predictions, message in [
         ("vcr", data["vqa"], ["a", "b"], "task must be one of"),
         ("vqa", data["vqa"], ["a"], "2 rows and 1 predictions"),
-        ("vqa", data["vqa"], ["a", None], "the prediction of '2' must be a text"),
+        ("vqa", data["vqa"], ["a", None], "the prediction of '2' must be a string"),
         ("vqa", [{"id": "x"}], ["a"], "the id 'x' must be a whole number"),
-        ("gqa", [data["gqa"][0]] * 2, ["a", "b"], "1 ids come twice, such as 07333408"),
-        ("tvc", data["tvc"], ["a", "b"], "1 ids come twice, such as 7"),
+        ("gqa", [data["gqa"][0]] * 2, ["a", "b"], "1 ids appear twice, such as 07333408"),
+        ("tvc", data["tvc"], ["a", "b"], "1 ids appear twice, such as 7"),
     ]:
         with pytest.raises(ValueError, match=message):
             write_predictions(path, task, rows, predictions)

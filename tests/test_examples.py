@@ -80,7 +80,7 @@ def test_one_run_writes_adapter_report_and_picture(how2, tmp_path, summarize):
     assert {"rouge_before", "rouge_after", "rouge_zeroed_at_test", "without_video"} <= set(result)
     assert {"task_loss", "pvla_loss"} <= set(result["log"][0])
     report = (tmp_path / "report.md").read_text()
-    for part in ("trainable parameters", "ROUGE-L", "PVLA loss", "reference:", "video zeroed"):
+    for part in ("trainable parameters", "ROUGE-L", "PVLA loss", "lower = better aligned", "reference:", "zeroed"):
         assert part in report
     assert (tmp_path / "learning_curve.png").stat().st_size > 1000
     assert json.loads((tmp_path / "results.json").read_text())["world_size"] == 1
@@ -211,7 +211,7 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(how2, tmp_path, summariz
         (["--method", "prompt"], "would align the prompts as frames; add --no_pvla"),
         (["--new_visual_modules", '{"mask_fusion": false}'], "is a vg_bart with its own"),
         (["--new_visual_modules", '{"masks": false}'], r"must be options among \['cross_attn_type'"),
-        (["--new_visual_modules", "no"], "'no' is no JSON"),
+        (["--new_visual_modules", "no"], "'no' is not valid JSON"),
     ],
 )
 def test_bad_arguments_end_before_training(arguments, message, how2, tmp_path, summarize):
@@ -374,9 +374,6 @@ def test_two_processes_see_the_loss_of_one(how2, tmp_path, summarize):
     assert torch.allclose(*losses, rtol=1e-4)
 
 
-# --- the original's recipe ----------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def recipe_trainer(monkeypatch, tmp_path):
     """A trainer of a tiny new VG-BART with the arguments of the recipe file and the command line."""
@@ -429,7 +426,7 @@ def test_every_trained_parameter_has_one_rate_also_where_values_are_equal(recipe
 
 
 def test_the_rates_fall_in_steps_of_epochs(recipe_trainer):
-    trainer = recipe_trainer("--lr_step_epochs", 2)  # 30 items in steps of 4 x 5: two steps an epoch
+    trainer = recipe_trainer("--lr_step_epochs", 2)  # 30 items in steps of 4 x 5: two steps per epoch
     optimizer = trainer.create_optimizer()
     scheduler = trainer.create_scheduler(num_training_steps=200)
     rates = []

@@ -47,10 +47,10 @@ def test_every_kind_of_bad_input_is_one_line(world, tmp_path, monkeypatch):  # n
     ends("--pvla_weight", "inf", says="--pvla_weight inf is no finite number")
     ends("--pvla_blocks", "first", says="--pvla_blocks 'first'")
     ends("--nms_threshold", 3, says="--nms_threshold 3.0 must be at most 1")
-    ends("--target_modules", "(", says="is no regular expression")
+    ends("--target_modules", "(", says="is not a regular expression")
     ends("--target_modules", "nothing", says="No modules were targeted")
     ends("--cell", "transformer", says="transformer")
-    ends("--model_options", "{", says="--model_options '{' is no JSON")
+    ends("--model_options", "{", says="--model_options '{' is not valid JSON")
     ends("--model_options", '{"d_modle": 3}', says="must be a JSON object with fields of")
     ends("--model_options", '{"d_model": 15}', says="d_model (15)")
     ends("--model_options", "[1]", says="must be a JSON object")
@@ -61,7 +61,7 @@ def test_every_kind_of_bad_input_is_one_line(world, tmp_path, monkeypatch):  # n
     ends("--audio_features", world["features"], says="Moment-DETR has one stream")
     ends("--video", "v", says="--video and --predict_features have no meaning without --predict")
     ends("--features", f"{world['features']},", says="names an empty place")
-    ends("--features", f"{world['features']},{world['features']}", says="nothing says which count")
+    ends("--features", f"{world['features']},{world['features']}", says="unclear which to read")
     ends("--features", tmp_path / "none.npz", says="neither a folder of features nor a feature archive")
     ends("--model_name_or_path", world["folder"] / "encoder", says="no Moment-DETR and no UMT")
     ends("--projection", tmp_path / "pca.npz", says="pca.npz does not exist")
@@ -99,7 +99,7 @@ def test_bad_input_of_the_pretraining_is_one_line(world, tmp_path, monkeypatch):
     short = write_jsonl(tmp_path / "short.jsonl", [{**row, "captions": row["captions"][:3]} for row in rows])
     ends(says="20 clips of features and 3 captions", captions=short)
     words = write_jsonl(tmp_path / "words.jsonl", [{**row, "captions": "red"} for row in rows])
-    ends(says="words.jsonl, line 1: 'captions' must be a list of texts", captions=words)
+    ends(says="words.jsonl, line 1: 'captions' must be a list of strings", captions=words)
 
 
 def test_ids_that_lead_out_of_the_output_folder_stay_in_it(world, tmp_path):  # noqa: F811
@@ -161,9 +161,9 @@ def test_the_cache_spares_the_encoder_and_grows(world, tmp_path, monkeypatch):  
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["text.npz"]
 
 
-def test_texts_and_projections_that_cannot_be_are_named(world, tmp_path):  # noqa: F811
+def test_invalid_texts_and_projections_are_named(world, tmp_path):  # noqa: F811
     encoder = SentenceEncoder(world["encoder"][1])
-    for texts, message in [("red", "a list of texts is expected"), ([None], "is no text"), ([" "], "is no text")]:
+    for texts, message in [("red", "a list of strings"), ([None], "non-empty strings"), ([" "], "non-empty strings")]:
         with pytest.raises(ValueError, match=message):
             encoder.tokens(texts)
     for arrays, message in [

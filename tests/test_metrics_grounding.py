@@ -144,5 +144,5 @@ def test_highlight_failures():
         youtube_highlights_map([[1.0, 2.0]], [[1]])
     with pytest.raises(ValueError, match=r"must be \(clips, annotators\), not \(2,\)"):
         tvsum_map([[1.0, 2.0]], [[1, 2]])
-    with pytest.raises(ValueError, match=r"as many annotators, not \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"the same number of annotators, not \[1, 2\]"):
         tvsum_map([[1.0], [1.0]], [[[1]], [[1, 2]]])

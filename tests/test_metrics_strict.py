@@ -20,7 +20,7 @@ SCORES, WINDOWS = (
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
-def test_a_diverged_model_gets_no_figure(bad):
+def test_a_diverged_model_gets_no_score(bad):
     with pytest.raises(ValueError, match="video 0: the list of scores holds"):
         tvsum_map([[bad] * 5], [[[5], [1], [1], [1], [1]]], top_k=1)
     with pytest.raises(ValueError, match="video 1: the list of scores holds"):
@@ -45,7 +45,7 @@ def test_a_diverged_model_gets_no_figure(bad):
         ({"qid": [1]}, "predictions, record 0: 'qid' must be an id"),
     ],
 )
-def test_predictions_that_cannot_be_are_named(change, message):
+def test_invalid_predictions_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         evaluate_qvhighlights([{**SCORES, **WINDOWS, **change}], [TRUTH])
 
@@ -68,7 +68,7 @@ def test_predictions_that_cannot_be_are_named(change, message):
         ({"duration": None}, "has no duration"),
     ],
 )
-def test_ground_truth_that_cannot_be_is_named(change, message):
+def test_invalid_ground_truth_is_named(change, message):
     with pytest.raises(ValueError, match=f"query 1.* {message}|query 1:? {message}"):
         evaluate_qvhighlights([{**SCORES, **WINDOWS}], [{**TRUTH, **change}])
 
@@ -79,15 +79,15 @@ def test_every_record_is_evaluated_once_or_none():
         evaluate_qvhighlights([{**SCORES, **WINDOWS}, {**WINDOWS, "qid": 2}], two)
     with pytest.raises(ValueError, match="1 of 2 predictions have no 'pred_relevant_windows', the first is qid 1"):
         evaluate_qvhighlights([SCORES, {**SCORES, **WINDOWS, "qid": 2}], two)
-    with pytest.raises(ValueError, match="predictions: qid 1 comes twice"):
+    with pytest.raises(ValueError, match="predictions: qid 1 appears twice"):
         evaluate_qvhighlights([SCORES, SCORES], [TRUTH])
-    with pytest.raises(ValueError, match="ground truth: qid 1 comes twice"):
+    with pytest.raises(ValueError, match="ground truth: qid 1 appears twice"):
         evaluate_qvhighlights([SCORES], [TRUTH, TRUTH])
     with pytest.raises(ValueError, match="neither 'pred_relevant_windows' nor"):
         evaluate_qvhighlights([{"qid": 1}], [TRUTH])
 
 
-def test_clips_of_a_second_and_videos_with_a_rest():
+def test_clips_of_a_second_and_videos_with_a_remainder():
     truth = {**TRUTH, "relevant_clip_ids": [7], "relevant_windows": [[7, 8]]}
     scores = {"qid": 1, "pred_saliency_scores": [0.1] * 7 + [0.9]}
     assert evaluate_qvhighlights([scores], [truth], clip_seconds=1)["brief"]["HL-min-VeryGood-Hit1"] == 100
@@ -110,7 +110,7 @@ def test_arrays_and_tensors_are_taken(convert):
     assert youtube_highlights_map([convert([0.5, 0.25])], [convert([1, -1])]) == 1
 
 
-def test_annotations_that_cannot_be_are_named():
+def test_invalid_annotations_are_named():
     for given, message in [([[9]], "holds 9"), ([[NAN]], "holds nan"), ([["a"]], "rows of"), ([[]], "no annotations")]:
         with pytest.raises(ValueError, match=f"video 0.*{message}"):
             tvsum_map([[1.0]], [given])
@@ -187,12 +187,10 @@ def test_many_queries_at_once_equal_one_at_a_time():
     assert result["HL-min-Good"]["HL-mAP"] == pytest.approx(highlights, abs=0.0051)
 
 
-# --- texts --------------------------------------------------------------------------------------------------------
-
 HINDI, CHINESE = "गिटार बजाना सीखें", "学习弹吉他"
 
 
-def test_texts_in_other_scripts_need_a_tokenizer_and_are_told_so():
+def test_texts_in_other_scripts_need_a_tokenizer_and_give_a_warning():
     with pytest.warns(UserWarning, match="4 of 6 texts have no word of ASCII letters or digits"):
         lost = rouge_scores([HINDI, CHINESE, "play é"], [HINDI, CHINESE, "play é"])
     assert lost["rouge1"] == pytest.approx(100 / 3)
@@ -203,11 +201,11 @@ def test_texts_in_other_scripts_need_a_tokenizer_and_are_told_so():
         rouge_scores([HINDI], [HINDI], tokenizer=str.upper)
 
 
-def test_what_is_no_text_is_named_by_number():
+def test_entries_that_are_not_strings_are_named_by_index():
     for variant in ("rouge_score", "easy_rouge"):
-        with pytest.raises(ValueError, match="reference 1 must be a text, not None"):
+        with pytest.raises(ValueError, match="reference 1 must be a string, not None"):
             rouge_scores(["a", "b"], ["a", None], variant)
-        with pytest.raises(ValueError, match="predictions must be a list of texts, not 'ab'"):
+        with pytest.raises(ValueError, match="predictions must be a list of strings, not 'ab'"):
             rouge_scores("ab", ["a", "b"], variant)
     for row in ("1", "9:1 1:1", "1:1 9:1", "a:b c:d", "1:0 1:1"):
         with pytest.raises(ValueError, match=r"item 0 of the alignment text: .* is no row"):
@@ -216,10 +214,7 @@ def test_what_is_no_text_is_named_by_number():
         content_f1(None)
 
 
-# --- spans --------------------------------------------------------------------------------------------------------
-
-
-def test_spans_that_cannot_be_are_refused_and_nan_stays_nan():
+def test_invalid_spans_are_refused_and_nan_stays_nan():
     good = torch.tensor([[0.0, 4.0]])
     for overlap in (temporal_iou, generalized_temporal_iou):
         assert overlap(torch.tensor([[NAN, 1.0]]), good).isnan().all()

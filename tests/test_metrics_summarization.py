@@ -22,7 +22,7 @@ def test_easy_rouge_counts_punctuation_and_case():
     assert rouge_scores(["Hello ."], ["hello ."], variant="rouge_score")["rouge1"] == 100.0
 
 
-def test_repeated_words_are_counted_once_a_match():
+def test_repeated_words_are_counted_once_per_match():
     assert rouge_scores(["a a a a"], ["a b"], variant="easy_rouge")["rouge1"] == pytest.approx(100 / 3)
 
 

@@ -26,9 +26,6 @@ def sampler(**options):
     return MultitaskBatchSampler(SIZES, BATCHES, **options)
 
 
-# --- the order of batches ------------------------------------------------------------------------------------------
-
-
 def test_batches_are_those_of_the_original_loader(reference_data):
     cases = json.loads(reference_data("golden/vl_adapter/data/multitask_sampling.json").read_text())["cases"]
     for case in cases:
@@ -98,9 +95,6 @@ def test_balanced_with_restart_has_as_many_batches_of_each_task_in_every_epoch()
     assert stops.length_varies
 
 
-# --- several processes, resuming -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("processes", [2, 3, 4])
 @pytest.mark.parametrize("even", [False, True])
 def test_accelerate_gives_every_process_whole_batches_and_all_of_them_once(processes, even):
@@ -152,7 +146,7 @@ def test_a_state_goes_on_where_it_was_taken():
     assert len(resumed) == 14
     assert head + list(resumed) == head + list(iterator)
     assert list(resumed) == list(ours)  # both are in epoch 2
-    with pytest.raises(ValueError, match="batch 19 is behind the 18 batches of epoch 0"):
+    with pytest.raises(ValueError, match="batch 19 is beyond the 18 batches of epoch 0"):
         sampler().load_state_dict({"epoch": 0, "batch": 19})
     with pytest.raises(ValueError, match="'epoch' and 'batch'"):
         sampler().load_state_dict({"epoch": 0})
@@ -171,9 +165,6 @@ def test_draws_depend_on_seed_epoch_and_index_only_in_workers_too():
     assert plain[0] != plain[1]
     assert all(0 <= draw < 1 for epoch in plain for draw in epoch.values())
     assert draws(num_workers=1, persistent_workers=True) == plain
-
-
-# --- bad input -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -202,16 +193,13 @@ def test_tasks_sizes_and_batch_sizes_must_fit():
         MultitaskDataset([1, 2])
     with pytest.raises(ValueError, match="the dataset of task 'vqa' has no length or no rows"):
         MultitaskDataset({"vqa": iter([1])})
-    with pytest.raises(ValueError, match="example 0 of task 'vqa' is no mapping: 1"):
+    with pytest.raises(ValueError, match="example 0 of task 'vqa' is not a mapping: 1"):
         MultitaskDataset({"vqa": [1]})[0]
     data = dataset(vqa=3, nlvr=2)
     assert data.by_task()["nlvr"][1]["text"] == "nlvr 1"
     for index in (5, -1):
         with pytest.raises(IndexError):
             data[index]
-
-
-# --- losses --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", ["vl_bart/backbone", "vl_t5/backbone", "vl_t5/video_adapter_single"])

@@ -130,9 +130,6 @@ def relative_error(actual, expected):
     return float((actual - expected).norm() / expected.norm())
 
 
-# --- gradients -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("task", list(TASKS))
 def test_accumulated_batches_of_one_task_give_the_gradient_of_one_large_batch(tmp_path, task):
     train = data(**{task: 8})
@@ -186,9 +183,6 @@ def test_the_alignment_is_added_to_the_task_loss(tmp_path, caplog, task):
     assert not caplog.records  # the loss is not taken for one of the model's that should be divided otherwise
 
 
-# --- evaluation ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("generates", [False, True])
 def test_tasks_are_evaluated_one_by_one_with_their_own_losses_and_metrics(tmp_path, generates):
     train, model = data(), tiny_model()
@@ -215,9 +209,6 @@ def test_tasks_are_evaluated_one_by_one_with_their_own_losses_and_metrics(tmp_pa
         assert predicted.predictions[:3, : tokens.shape[1]].tolist() == tokens.tolist()
 
 
-# --- going on ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("stop", [4, 9])
 def test_a_resumed_run_ends_with_the_same_weights_and_log(tmp_path, stop):
     def run(folder, steps, resume=None):
@@ -238,9 +229,6 @@ def test_a_resumed_run_ends_with_the_same_weights_and_log(tmp_path, stop):
         return [{n: v for n, v in e.items() if n.endswith("loss")} for e in trainer.state.log_history if "loss" in e]
 
     assert losses(resumed) == losses(whole)
-
-
-# --- what is refused -----------------------------------------------------------------------------------------------
 
 
 def test_batches_without_a_task_or_of_several_are_refused(tmp_path):
@@ -319,9 +307,6 @@ def test_unused_weights_of_other_tasks_are_told_to_ddp(tmp_path):
     per_task = get_peft_model(tiny_model(()), LoraConfig(**lora), adapter_name="vqa")
     per_task.add_adapter("nlvr", LoraConfig(**lora))
     assert trainer_of(tmp_path, data(), model=per_task).args.ddp_find_unused_parameters is True
-
-
-# --- all of it together --------------------------------------------------------------------------------------------
 
 
 def test_read_and_alignment_on_vl_bart_from_files_to_predictions(tmp_path):

@@ -19,7 +19,7 @@ SHORT = ["accelerate_loop", "adapt_any_model", "adapt_video_language_model", "al
 def test_a_video_language_model_learns_under_both_losses(capsys):
     losses = runpy.run_path(str(EXAMPLES / "adapt_video_language_model.py"))["main"](["--steps", "12"])
     assert losses[-1] < losses[0] - 0.1
-    assert "(16 of 21 real)  <->  language model.language_model.layers.1 (1, 21, 32) (3 of 21 real)" in (
+    assert "(16 of 21 tokens)  <->  language model.language_model.layers.1 (1, 21, 32) (3 of 21 tokens)" in (
         capsys.readouterr().out
     )
 

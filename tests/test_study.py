@@ -37,9 +37,6 @@ def places(tmp_path):
     return study_runs.Places(tmp_path / "data", tmp_path / "out", "encoder")
 
 
-# --- the budget ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", [name for name, s in study_settings.SETTINGS.items() if s.choices_of is None])
 def test_every_method_of_a_setting_has_the_same_budget(name):
     rows = study_settings.SETTINGS[name].rows
@@ -123,9 +120,6 @@ def vg_bart():
     sizes = {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
     config = VGBartConfig(vocab_size=20, visual_feature_dim=8, max_position_embeddings=32, **sizes, **heads)
     return VGBartForConditionalGeneration(config)
-
-
-# --- the plan -----------------------------------------------------------------------------------------------------
 
 
 def small_setting(**changes):
@@ -229,8 +223,6 @@ def test_summaries_of_moments_are_divided_by_source(tmp_path):
         write_moments_by_source(*arguments, tmp_path / "other", num_train=31, num_validation=20)
 
 
-# --- the queue ----------------------------------------------------------------------------------------------------
-
 SCRIPT = """
 import os, sys, time
 print("imported", flush=True)
@@ -313,9 +305,6 @@ def wait_for(condition, seconds=300):
     while not condition():
         assert time.monotonic() < ends
         time.sleep(0.05)
-
-
-# --- tables and pictures ------------------------------------------------------------------------------------------
 
 
 def made_up_results(seeds=4, queries=30, gain=5.0):

@@ -81,7 +81,7 @@ def test_computed_answers_agree_with_the_tokens():
         (lambda: generate_vl_mini(1, seed=0, tasks=["guess"]), r"tasks=\['guess'\] must be some of"),
         (lambda: generate_vl_mini(1, seed=0, topics=[]), r"topics=\[\] must be some of"),
         (lambda: generate_vl_mini(-1, seed=0), "num_examples must be a whole number from 0 on"),
-        (lambda: shape_tokens([[shape("star")]]), "type 'star' of an object is none of"),
+        (lambda: shape_tokens([[shape("star")]]), "type 'star' of an object is not one of"),
         (lambda: shape_tokens([[], [], []]), "a scene without objects has no visual tokens"),
         (lambda: piece_tokens({"1": [[0, 0], [1, 1]]}, (0, 0, 1, 1)), "piece '1' has 2 corners"),
         (lambda: people_tokens([{"box_cxcywh": (0, 0, 1, 1), "keypoints": [[0, 0, 0]]}]), r"shape \(1, 3\)"),

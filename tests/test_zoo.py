@@ -27,7 +27,7 @@ TEXT_AND_SOUND = [
 
 # What READ refuses by name, with the reason it gives; everything else is exact.
 REFUSED = {
-    "funnel": {"left padding": "nothing tells which", "right padding": "nothing tells which"},
+    "funnel": {"left padding": "it is unknown which", "right padding": "it is unknown which"},
     "prophetnet": {"cache": "does not follow the cache of ProphetNetDecoder"},
 }
 

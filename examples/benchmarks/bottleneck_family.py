@@ -6,7 +6,7 @@
 
 Random weights, float32, one thread; a step is forward, backward and AdamW's step. Times are processor times, medians
 of steps interleaved over the methods, as in training_step.py, whose model, batch and clock are used here. The plain
-adapter is written as the paper prints it, at the same positions (behind every attention and feed-forward block) and of
+adapter is written as the paper prints it, at the same positions (after every attention and feed-forward block) and of
 the same width d // 8; LoRA adapts queries and values at the rank that VL-Adapter's scripts give it.
 
 The `adapters` library cannot stand beside them: its newest version needs transformers 4.57, this package 5.18.
@@ -46,7 +46,7 @@ LIMITS = {OURS: (PLAIN, 1.0), **{name: (OURS, 1.3) for name in CONFIGS if name.s
 
 
 class PlainAdapter(nn.Module):
-    """y + Up(gelu(Down(y))) behind a linear layer."""
+    """y + Up(gelu(Down(y))) after a linear layer."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()

@@ -230,7 +230,7 @@ def markdown(results: Results) -> str:
     lines = [
         f"**{results['title']}**", "", f"{results['setting']}.", "", *(f"* {line}" for line in results["backends"]),
         "",
-        f"| method | s a step | : {THEIRS} | kept for backward, MiB | gradients and optimizer, MiB | trained |",
+        f"| method | s per step | : {THEIRS} | kept for backward, MiB | gradients and optimizer, MiB | trained |",
         "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for name, row in methods.items():

@@ -48,7 +48,7 @@ def check_alignment(script: AlignmentArguments) -> None:
         try:
             re.compile(script.pvla_modules)
         except re.error as error:
-            raise ValueError(f"--pvla_modules {script.pvla_modules!r} is no regular expression: {error}") from error
+            raise ValueError(f"--pvla_modules {script.pvla_modules!r} is not a regular expression: {error}") from error
     _config(script)
 
 

@@ -299,7 +299,7 @@ def open_store(places: str) -> Any:
     for name, store in zip(names, stores, strict=True):
         for vid in store:
             if seen.setdefault(vid, name) is not name:
-                raise ValueError(f"the features of {vid!r} are at {seen[vid]} and at {name}: nothing says which count")
+                raise ValueError(f"the features of {vid!r} are at {seen[vid]} and at {name}: unclear which to read")
     return stores[0] if len(stores) == 1 else ChainMap(*stores)
 
 
@@ -309,7 +309,7 @@ def model_options(arguments: DataArguments) -> dict[str, Any]:
     try:
         options = json.loads(arguments.model_options)
     except ValueError as error:
-        raise ValueError(f"--model_options {arguments.model_options!r} is no JSON: {error}") from error
+        raise ValueError(f"--model_options {arguments.model_options!r} is not valid JSON: {error}") from error
     known = set(inspect.signature(kind).parameters) - {"kwargs"}
     if not isinstance(options, dict) or set(options) - known:
         raise ValueError(

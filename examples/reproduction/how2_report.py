@@ -82,7 +82,10 @@ def _losses(log: list[dict[str, float]]) -> str:
     for key, name in (("task_loss", "task loss"), ("pvla_loss", "PVLA loss"), ("loss", "total loss")):
         if training and key in training[0]:
             parts.append(f"{name} {training[0][key]:.4f} -> {training[-1][key]:.4f}")
-    return "- training: " + ", ".join(parts)
+    lines = ["- training: " + ", ".join(parts)]
+    if training and "pvla_loss" in training[0]:
+        lines.append("- PVLA loss: partial transport distance between video and text states; lower = better aligned")
+    return "\n".join(lines)
 
 
 def _draw(path: Path, log: list[dict[str, float]]) -> None:

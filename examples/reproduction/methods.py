@@ -50,7 +50,7 @@ def check_method(script: MethodArguments) -> None:
     try:
         re.compile(script.target_modules)
     except re.error as error:
-        raise ValueError(f"--target_modules {script.target_modules!r} is no regular expression: {error}") from error
+        raise ValueError(f"--target_modules {script.target_modules!r} is not a regular expression: {error}") from error
 
 
 def apply_method(

@@ -136,7 +136,7 @@ def weak_labels(script: ScriptArguments, seed: int) -> Any:
         if vid in captions:
             raise ValueError(f"{record.place}: the video {vid!r} was already given")
         if not isinstance(record["captions"], list):
-            raise ValueError(f"{record.where('captions')} must be a list of texts, not {shown(record['captions'])}")
+            raise ValueError(f"{record.where('captions')} must be a list of strings, not {shown(record['captions'])}")
         captions[vid] = record["captions"]
     return pseudo_queries(
         captions,

@@ -14,7 +14,7 @@ UNKNOWN = "<unk>"
 
 
 def word_tokenizer(words: Iterable[str], special_tokens: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Whole words, in alphabetical order behind the special tokens."""
+    """Whole words, in alphabetical order after the special tokens."""
     vocabulary = {word: index for index, word in enumerate([*special_tokens, *sorted(words)])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

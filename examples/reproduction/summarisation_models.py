@@ -95,7 +95,7 @@ def options_of_new_modules(script: ModelArguments, kind: str) -> dict[str, Any]:
     try:
         options = json.loads(script.new_visual_modules)
     except json.JSONDecodeError as error:
-        raise ValueError(f"--new_visual_modules {script.new_visual_modules!r} is no JSON: {error}") from error
+        raise ValueError(f"--new_visual_modules {script.new_visual_modules!r} is not valid JSON: {error}") from error
     known = set(inspect.signature(BACKBONES[kind].model.config_class).parameters) - {"kwargs", "visual_feature_dim"}
     if not isinstance(options, dict) or set(options) - known:
         raise ValueError(f"--new_visual_modules {script.new_visual_modules} must be options among {sorted(known)}")

@@ -173,7 +173,7 @@ def say_once(key: Hashable, message: str) -> None:
 
 
 def refuse(what: str, name: str, reason: str) -> None:
-    """Say once that a backend that somebody named cannot take a case; of its own choice the package says nothing."""
+    """Warn once that a backend that was chosen explicitly cannot run a case; automatic choices do not warn."""
     if name != "torch" and is_forced():
         say_once(
             (what, name, reason),

@@ -1,10 +1,10 @@
-"""The command `peft-read`: what a method would adapt and train, model cards, a demonstration, a check."""
+"""The command `peft-read`: what READ or another peft method adapts in a model; cards, a demonstration, a check."""
 
 from __future__ import annotations
 
 import argparse
-import runpy
 import shutil
+import subprocess
 import sys
 import tempfile
 import warnings
@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils import logging as hub_logging
 from peft import PeftConfig
 from transformers.utils import logging as transformers_logging
 
@@ -27,6 +28,7 @@ from .recurrence import CELLS
 __all__ = ["main"]
 
 GPU_CHECK = Path("examples", "benchmarks", "gpu_check.py")
+DESCRIPTION = "Shows what READ, or any other method of peft, adapts in a model and how many parameters it trains."
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,44 +42,66 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     transformers_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()  # without a network the Hub's client reports every retry
     try:
         with warnings.catch_warnings():
-            # peft asks transformers for names that are going away, which the reader of a table cannot change.
+            # Warnings of peft and transformers about their own settings, which the reader of a table cannot change.
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
             return int(options.run(options))
     except (OSError, ValueError, ImportError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
+        if "Please specify `target_modules`" in message:
+            message += " Here that is --target-modules NAME ..."
         print(f"peft-read {options.command}: {message}", file=sys.stderr)
         return 2
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="peft-read", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="peft-read", description=DESCRIPTION, epilog="peft-read COMMAND --help lists the options of a command."
+    )
     parser.add_argument("--version", action="version", version=f"peft-read {metadata.version('peft-read')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    inspect = _command(commands, "inspect", _inspect, "what a method would adapt in a model: a table and a tree")
-    inspect.add_argument("--method", default="read", help="read, bottleneck, lora or any other method of peft (read)")
-    inspect.add_argument("--adapter", metavar="FOLDER", type=Path, help="the method and settings of a saved adapter")
-    inspect.add_argument("--r", type=int, help="the width or rank; k of READ (4)")
-    inspect.add_argument("--cell", help=f"READ's recurrence: {', '.join(CELLS)} (rnn)")
+    inspect = _command(
+        commands, "inspect", _inspect, "show the modules that a method adapts in a model, as a table and a tree"
+    )
+    inspect.add_argument(
+        "--method", default="read", help="read, bottleneck, lora or any other method of peft (default: read)"
+    )
+    inspect.add_argument(
+        "--adapter", metavar="FOLDER", type=Path, help="take method, settings and base model from a saved adapter"
+    )
+    inspect.add_argument("--r", type=int, help="width or rank of the adapter; k in READ (default: 4)")
+    inspect.add_argument("--cell", help=f"READ's recurrence: {', '.join(CELLS)} (default: rnn)")
     _add_model(inspect, needed=False)
 
-    count = _command(commands, "count", _count, "how many parameters methods train, for several widths")
-    count.add_argument("--method", nargs="+", default=["read"], help="methods of peft, side by side (read)")
-    count.add_argument("--r", type=int, nargs="+", help="the widths or ranks (4 8 16)")
-    count.add_argument("--cell", nargs="+", help="READ's recurrences (rnn none)")
+    count = _command(
+        commands, "count", _count, "count the trained parameters of several methods, widths and recurrences"
+    )
+    count.add_argument("--method", nargs="+", default=["read"], help="methods of peft (default: read)")
+    count.add_argument("--r", type=int, nargs="+", help="widths or ranks (default: 4 8 16)")
+    count.add_argument("--cell", nargs="+", help="READ's recurrences (default: rnn none)")
     _add_model(count)
 
-    card = _command(commands, "card", _card, "the model card of a saved adapter, made from its files")
-    card.add_argument("adapter", metavar="FOLDER", type=Path, help="the folder with adapter_config.json")
-    card.add_argument("--write", action="store_true", help="write it into FOLDER/README.md instead of printing it")
+    card = _command(commands, "card", _card, "print the model card of a saved adapter")
+    card.add_argument("adapter", metavar="FOLDER", type=Path, help="a folder with adapter_config.json")
+    card.add_argument("--write", action="store_true", help="write the card to FOLDER/README.md instead")
 
-    demo = _command(commands, "demo", _demo, "READ at work in some seconds, without a download")
-    demo.add_argument("--steps", type=int, default=150, help="optimiser steps for each adapter (150)")
+    demo = _command(
+        commands,
+        "demo",
+        _demo,
+        "train READ, and the same adapter without a recurrence, on a toy task: seconds, no download",
+    )
+    demo.add_argument("--steps", type=int, default=150, help="optimiser steps for each adapter (default: 150)")
 
-    check = _command(commands, "check", _check, "versions, backends and, where there is a GPU, its kernels")
-    check.add_argument("--checkout", type=Path, default=Path.cwd(), help="the checkout with examples/ (here)")
+    check = _command(commands, "check", _check, "print versions and backends, and check the kernels if there is a GPU")
+    check.add_argument(
+        "--checkout", metavar="FOLDER", type=Path, default=Path.cwd(),
+        help="a checkout of peft_read, for its check of the kernels (default: the current folder)",
+    )  # fmt: skip
     return parser
 
 
@@ -91,18 +115,24 @@ def _add_model(parser: argparse.ArgumentParser, *, needed: bool = True) -> None:
     text = "a folder with config.json, or a name on the Hub"
     parser.add_argument("model", metavar="MODEL", nargs=None if needed else "?", help=text)
     parser.add_argument(
-        "--target-modules", nargs="+", metavar="NAME", help="the method's default for the model if absent"
-    )
-    parser.add_argument("--exclude-modules", nargs="+", metavar="NAME")
+        "--target-modules", nargs="+", metavar="NAME",
+        help="modules to adapt: names, a regular expression, or language, vision, audio, all or all-linear (default: "
+        "the method's own for the model)",
+    )  # fmt: skip
+    parser.add_argument("--exclude-modules", nargs="+", metavar="NAME", help="modules to leave out")
     parser.add_argument("--no-bias", action="store_true", help="READ without biases")
     parser.add_argument("--bidirectional", action="store_true", help="READ in both directions of time; encoders only")
     parser.add_argument(
-        "--set", nargs="+", metavar="NAME=VALUE", default=[], help="other settings of the method, values as in YAML"
+        "--set",
+        nargs="+",
+        metavar="NAME=VALUE",
+        default=[],
+        help="other settings of the method's configuration, values as in YAML",
     )
 
 
 def _config_of(options: argparse.Namespace, method: str, r: int | None, cell: str | None) -> PeftConfig:
-    """The configuration of one method from the options; those that are READ's alone are refused with another."""
+    """The configuration of one method from the options; options of READ are refused for other methods."""
     given: dict[str, Any] = {"r": r, "exclude_modules": options.exclude_modules}
     given["target_modules"] = _target_modules(options.target_modules, method)
     if method.lower() == "read":
@@ -154,7 +184,7 @@ def _count(options: argparse.Namespace) -> int:
     ranked = [method for method in options.method if "r" in method_fields(method)]
     for option, given, takers in (("--cell", options.cell, reads), ("--r", options.r, ranked)):
         if given is not None and not takers:
-            raise ValueError(f"{option} means nothing to {', '.join(map(str.upper, options.method))}")
+            raise ValueError(f"{option} is not a setting of {', '.join(map(str.upper, options.method))}")
     inspections: list[tuple[str, int | None, Inspection]] = []
     for method in options.method:
         for cell in (options.cell or ["rnn", "none"]) if method in reads else [None]:
@@ -177,7 +207,7 @@ def _card(options: argparse.Namespace) -> int:
     folder: Path = options.adapter
     config = saved_config(folder)
     if not isinstance(config, AdapterConfig):
-        raise ValueError(f"{folder} holds no adapter of this package's; peft itself writes the card of its methods")
+        raise ValueError(f"{folder} holds no adapter of this package; peft writes the cards of its own methods")
     mapping = config.auto_mapping if isinstance(config.auto_mapping, dict) else None
     with tempfile.TemporaryDirectory() as scratch:
         place = folder if options.write else Path(scratch)
@@ -198,7 +228,7 @@ def _card(options: argparse.Namespace) -> int:
 def _demo(options: argparse.Namespace) -> int:
     if options.steps < 1:
         raise ValueError(f"--steps should be a positive number, got {options.steps}")
-    print("A small frozen model with random weights, and sequences that repeat two random tokens (chance: 2.08).")
+    print("A small frozen model with random weights learns sequences that repeat two random tokens (guessing: 2.08).")
     demonstrate(options.steps)
     return 0
 
@@ -211,14 +241,15 @@ def _check(options: argparse.Namespace) -> int:
     print(show_backends())
     script = options.checkout / GPU_CHECK
     if not torch.cuda.is_available():
-        print("no CUDA device: nothing more to check; on one, examples/benchmarks/gpu_check.py checks the kernels")
+        print(f"no CUDA device, so no kernels to check (with one, this command runs {GPU_CHECK} of a checkout)")
         return 0
     if not script.is_file():
         print(
-            f"the check of the kernels is {GPU_CHECK} of a checkout; {options.checkout} has none (--checkout FOLDER)"
+            f"kernels not checked: {options.checkout} is not a checkout of peft_read, it has no {GPU_CHECK} "
+            "(--checkout FOLDER)"
         )
         return 0
-    return int(runpy.run_path(str(script))["main"]([]) or 0)
+    return subprocess.run([sys.executable, str(script)], check=False).returncode
 
 
 if __name__ == "__main__":

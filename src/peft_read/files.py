@@ -49,7 +49,7 @@ def write_whole(path: str | os.PathLike, mode: str = "w", encoding: str = "utf-8
     if target.is_dir():
         raise IsADirectoryError(f"{path} is a folder, not a file")
     if target.exists() and not target.is_file():
-        raise OSError(f"{path} is no regular file, so that it cannot be replaced")
+        raise OSError(f"{path} is not a regular file, so that it cannot be replaced")
     part = target.with_name(f".{target.name[:_LONGEST]}.{secrets.token_hex(6)}.part")
     try:
         with part.open(mode.replace("w", "x"), encoding=None if mode == "wb" else encoding) as file:

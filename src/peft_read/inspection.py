@@ -19,6 +19,7 @@ from . import models
 
 __all__ = ["AdaptedModule", "Inspection", "empty_model", "inspect_model"]
 
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 # What peft's methods raise where a configuration does not fit a model; this package's raise ValueError.
 UNFIT = (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError)
@@ -171,12 +172,26 @@ def empty_model(name: str, **options: Any) -> PreTrainedModel:
         **options: of `AutoConfig.from_pretrained`, such as `revision`.
 
     Raises:
-        OSError: there is no such folder or model, or the Hub cannot be reached.
-        ValueError: the configuration is none of transformers' or of this project's.
+        OSError: there is no such model, or the Hub cannot be reached.
+        ValueError: there is no such folder, it has no `config.json`, or the configuration is not one of transformers'
+            or of this project's.
     """
-    if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().is_dir():
-        raise ValueError(f"there is no such folder: {name}")  # else the Hub would call it a bad name of a model
-    config = AutoConfig.from_pretrained(name, **options)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            adapter = (folder / "adapter_config.json").is_file()
+            raise ValueError(
+                f"{name} holds no model, it has no config.json"
+                + ("; it holds an adapter: peft-read inspect --adapter, or its base model" if adapter else "")
+            )
+    elif not HUB_NAME.fullmatch(name):
+        raise ValueError(f"there is no such folder: {name}")
+    try:
+        config = AutoConfig.from_pretrained(str(folder) if folder.is_dir() else name, **options)
+    except OSError as error:
+        if folder.is_dir():
+            raise
+        raise OSError(f"there is no folder {name}, and no model of that name came from the Hub: {error}") from error
     cls = _class_of(name, config)
     with torch.device("meta"):
         return cls._from_config(config) if cls is not AutoModel else AutoModel.from_config(config)
@@ -189,7 +204,7 @@ def _class_of(name: str, config: PretrainedConfig) -> Any:
     cls = getattr(transformers, architectures[0], None) or getattr(models, architectures[0], None)
     if cls is None:
         raise ValueError(
-            f"{name} is a {architectures[0]}, which is no class of transformers {transformers.__version__}: models "
+            f"{name} is a {architectures[0]}, which is not a class of transformers {transformers.__version__}: models "
             "with code of their own are built with from_pretrained(..., trust_remote_code=True) and inspected with "
             "inspect_model"
         )

@@ -20,7 +20,7 @@ def plain_number(name: str, value: Any) -> float:
     """
     value = _item(value)
     if isinstance(value, bool | str | bytes | complex) or not hasattr(value, "__float__") or _is_array(value):
-        raise ValueError(f"{name}={value!r} is no number")
+        raise ValueError(f"{name}={value!r} is not a number")
     try:
         number = float(value)
     except OverflowError as error:

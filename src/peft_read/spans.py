@@ -38,22 +38,22 @@ def start_end_to_centre_width(spans: Tensor) -> Tensor:
 
 
 def clips_of(duration_seconds: float, clip_seconds: float, *, partial: bool = False) -> int:
-    """How many clips a video has: int(duration / clip), with `partial` also the rest that fills no clip."""
+    """How many clips a video has: int(duration / clip), with `partial` also the incomplete clip at the end."""
     clips = duration_seconds / clip_seconds
     return math.ceil(clips - 1e-9) if partial else int(clips + 1e-9)
 
 
 def check_windows(windows: NDArray, where: str, *, end: float = math.inf, allow_empty: bool = False) -> None:
-    """Windows of a video in seconds: no NaN, none reversed, none before its start or behind its end.
+    """Windows of a video in seconds: no NaN, none reversed, none before its start or after its end.
 
     Args:
         windows: (n, 2) start and end.
-        where: what they are called and where they stand, the beginning of the message.
+        where: the beginning of the error message.
         end: seconds at which the video ends.
         allow_empty: whether a window may have the length 0.
 
     Raises:
-        ValueError: the first window that cannot be.
+        ValueError: names the first invalid window.
     """
     for start, stop in np.asarray(windows, dtype=np.float64).tolist():
         if not (math.isfinite(start) and math.isfinite(stop)):
@@ -65,7 +65,7 @@ def check_windows(windows: NDArray, where: str, *, end: float = math.inf, allow_
         elif stop == start and not allow_empty:
             problem = "has no length"
         elif stop > end:
-            problem = f"ends behind the video, which ends at {end:g} s"
+            problem = f"ends after the video, which ends at {end:g} s"
         else:
             continue
         raise ValueError(f"{where}: the window [{start:g}, {stop:g}] {problem}")

@@ -34,7 +34,7 @@ def array_of(value: Any) -> NDArray:
     """An array of a list, an array or a tensor, whatever its device and dtype, or of a list of such.
 
     Raises:
-        ValueError: the parts have different lengths, or the value is none of these.
+        ValueError: the parts have different lengths, or the value is not one of these.
     """
     if hasattr(value, "detach"):
         value = value.detach().cpu()

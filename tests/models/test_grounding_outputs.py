@@ -50,7 +50,7 @@ def predicted(model, collator, folder):
     return Trainer(model, arguments, data_collator=collator).predict(ROWS)
 
 
-def test_moment_detr_keeps_every_label_and_tells_padded_clips_from_real_ones(tmp_path):
+def test_moment_detr_keeps_every_label_and_marks_padded_clips(tmp_path):
     result = predicted(moment_detr(), MomentDetrCollator(CLIPS, TEXT), tmp_path)
     spans = result.label_ids[0]
     assert spans.shape == (7, 2, 2)
@@ -63,7 +63,7 @@ def test_moment_detr_keeps_every_label_and_tells_padded_clips_from_real_ones(tmp
     assert [len(row) for row in scores] == LENGTHS
 
 
-def test_umt_keeps_every_label_and_tells_padded_clips_from_real_ones(tmp_path):
+def test_umt_keeps_every_label_and_marks_padded_clips(tmp_path):
     result = predicted(umt(), UMTCollator(CLIPS, text=TEXT), tmp_path)
     _, boundaries, mask = result.predictions
     assert (mask > 0).sum(1).tolist() == LENGTHS
@@ -104,8 +104,8 @@ def test_no_pair_adds_nothing_and_labels_are_checked():
         loss([[0]], [[0, 1]])
     model, batch = moment_detr(), MomentDetrCollator(CLIPS, TEXT)(ROWS[:1])
     for spans, message in [
-        ([[[10.0, 20.0]]], "shares of the video"),
-        ([[[0.5, float("nan")]]], "shares of the video"),
+        ([[[10.0, 20.0]]], "fractions of the video"),
+        ([[[0.5, float("nan")]]], "fractions of the video"),
     ]:
         with pytest.raises(ValueError, match=message):
             model(**{**batch, "span_labels": torch.tensor(spans), "span_mask": torch.ones(1, 1)})
@@ -124,9 +124,6 @@ def test_additive_masks_are_refused(build):
         model(**inputs, video_mask=additive)
     with pytest.raises(ValueError, match="text_mask holds negative numbers or NaN"):
         model(**inputs, text_mask=additive[:, 1:])
-
-
-# --- float32 ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
@@ -184,9 +181,6 @@ def test_losses_are_computed_in_float32_under_autocast():
         torch.testing.assert_close(actual[name], value, rtol=0, atol=0)
 
 
-# --- waiting for the device ---------------------------------------------------------------------------------------
-
-
 class Waits(TorchDispatchMode):
     """Counts the operations after which a program must wait for its device."""
 
@@ -211,7 +205,7 @@ def as_on_a_device(monkeypatch):
     monkeypatch.setattr("peft_read.spans._check_spans", lambda *spans, **options: None)
 
 
-def test_matching_brings_the_costs_of_all_layers_to_the_host_at_once(as_on_a_device, monkeypatch):
+def test_matching_copies_the_costs_of_all_layers_to_the_host_once(as_on_a_device, monkeypatch):
     transfers = []
     split = np.split
     monkeypatch.setattr(losses.np, "split", lambda packed, *a, **k: transfers.append(packed) or split(packed, *a, **k))
@@ -226,14 +220,11 @@ def test_matching_brings_the_costs_of_all_layers_to_the_host_at_once(as_on_a_dev
         assert len(transfers) == 1
 
 
-def test_umt_never_waits(as_on_a_device):
+def test_umt_never_synchronises(as_on_a_device):
     model, batch = umt(decoder_layers=2, loss_layers=[0, 1]), UMTCollator(CLIPS, text=TEXT)(ROWS)
     with Waits() as waits:
         model(**batch).loss.backward()
     assert waits.seen == []
-
-
-# --- windows ------------------------------------------------------------------------------------------------------
 
 
 def test_windows_of_long_videos_are_not_cut_at_150_seconds():
@@ -245,7 +236,7 @@ def test_windows_of_long_videos_are_not_cut_at_150_seconds():
     classified = MomentDetrConfig(span_loss_type="ce", num_span_bins=100)
     bins = torch.full((1, 1, 200), -9.0)
     bins[0, 0, 90], bins[0, 0, 195] = 9, 9
-    assert ranked_windows(logits, bins, [150.0], config=classified) == [[]], "it begins behind the video"
+    assert ranked_windows(logits, bins, [150.0], config=classified) == [[]], "it begins after the video"
     bins[0, 0, 90], bins[0, 0, 50] = -9, 9  # first clip 50, last clip 95: cut at 150 s
     assert ranked_windows(logits, bins, [150.0], config=classified)[0][0][:2] == [100, 150]
     bins[0, 0, 195], bins[0, 0, 120] = 0, 9  # the likeliest last clip, 20, lies before the likeliest first one
@@ -259,7 +250,7 @@ def test_windows_of_long_videos_are_not_cut_at_150_seconds():
         ranked_windows(logits, span, [-1], config=config)
 
 
-def test_a_window_behind_the_clips_is_no_target():
+def test_a_window_after_the_last_clip_is_not_a_target():
     targets = boundary_targets(torch.tensor([[[400.0, 420.0], [4.0, 6.0]]]), torch.ones(1, 2), 75, UMTConfig())
     assert targets.weight.nonzero().tolist() == [[0, 2]]
     assert int(targets.windows) == 1

@@ -174,7 +174,7 @@ def forward_by_hand(model, video, text):
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_each_option_follows_its_formula_whatever_the_padding(options):
+def test_each_option_follows_its_formula_for_any_padding(options):
     model, inputs = small_model(**options), batch()
     output = model(**inputs)
     for i, (clips, words) in enumerate([(9, 2), (6, 4), (1, 1)]):
@@ -313,7 +313,7 @@ def test_examples_without_moments_and_highlights_alone():
     assert unlabelled.loss_dict is None
 
 
-def test_the_encoder_hears_of_mask_and_segments_by_name():
+def test_the_encoder_gets_mask_and_segments_by_name():
     model, inputs = small_model(), batch()
     heard = {}
     model.transformer.encoder.register_forward_pre_hook(

@@ -26,7 +26,7 @@ def adapters(model):
     )
 
 
-def test_default_targets_are_the_last_linears_of_the_feed_forward_blocks():
+def test_default_targets_are_the_last_linear_layers_of_the_feed_forward_blocks():
     bart = adapted(vision_guided.small_model(vision_guided.BART, use_img_trans=True))
     t5 = adapted(vision_guided.small_model(vision_guided.T5))
     detr = adapted(moment_detr.small_model())

@@ -230,7 +230,7 @@ def test_heat_maps_by_hand():
     assert targets.offset[0, 5] == 0.5
     assert targets.weight[0].tolist() == [0.0] * 5 + [1.0] + [0.0] * 6
     assert targets.windows == 2
-    # a centre behind the last clip is cut at L - 0.5
+    # a centre after the last clip is cut at L - 0.5
     late = boundary_targets(torch.tensor([[[22.0, 30.0]]]), None, 12, config)
     assert late.weight[0, 11] == 1
     assert late.offset[0, 11] == 0.5
@@ -287,7 +287,7 @@ def test_labels_without_their_head_are_ignored():
     assert set(model(**inputs, **targets).loss_dict) == {"d0.saliency_loss"}
 
 
-def test_every_encoder_hears_of_the_mask_by_name():
+def test_every_encoder_gets_the_mask_by_name():
     model = small_model()
     inputs, heard = batch(model), {}
     for name in ("video_enc", "audio_enc", "cross_enc", "query_dec", "video_enc.encoder", "cross_enc.encoder"):
@@ -385,7 +385,7 @@ def test_original_options_and_wrapped_checkpoints(tmp_path):
     loaded = UMTForTemporalGrounding.from_original_checkpoint(path, config)
     assert all(value.equal(loaded.state_dict()[key]) for key, value in model.state_dict().items())
     for changes, message in [
-        ({"audio_enc": None}, "both or none of audio_enc and cross_enc"),
+        ({"audio_enc": None}, "both or neither of audio_enc and cross_enc"),
         ({"video_enc": {"dims": [6, 8, 16], "enc_cfg": {}}}, r"must be \[features, width\]"),
         ({"query_dec": {"dec_cfg": {"heads": 2, "ratio": 2}}}, "heads must be the same everywhere"),
         ({"query_dec": {"dec_cfg": [{"heads": 4}, {"heads": 2}]}}, "layers of a stack must be equal"),
@@ -430,7 +430,7 @@ def test_failures():
         ({"fusion_type": "max"}, "must be 'sum', 'mean' or 'concat', not 'max'"),
         ({"heads": ["center"]}, r"not \['center'\]"),
         ({"heads": []}, r"not \[\]"),
-        ({"pred_layers": [1]}, "names a layer that is none of 1"),
+        ({"pred_layers": [1]}, "names a layer that is not one of 1"),
     ]:
         with pytest.raises(ValueError, match=message):
             UMTConfig(**{**SMALL, **options})

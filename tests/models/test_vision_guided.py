@@ -243,7 +243,7 @@ def test_no_fusion_layer_means_the_plain_model(backbone):
     torch.testing.assert_close(model(**text, labels=LABELS).logits, plain(**text, labels=LABELS).logits)
 
 
-def test_a_plain_checkpoint_is_a_start(backbone, tmp_path):
+def test_a_plain_checkpoint_can_be_loaded(backbone, tmp_path):
     plain = backbone.plain_model_class(backbone.plain_config_class(**backbone.sizes))
     plain.save_pretrained(tmp_path)
     model = backbone.model_class.from_plain_checkpoint(tmp_path, **VISUAL, cross_attn_type=1)
@@ -403,12 +403,12 @@ def test_bfloat16_runs(backbone):
         ({"softmax_dim": "frames"}, "must be 'text' or 'video', not 'frames'"),
     ],
 )
-def test_configurations_that_make_no_sense(backbone, options, message):
+def test_invalid_configurations_are_refused(backbone, options, message):
     with pytest.raises(ValueError, match=message):
         backbone.config_class(**backbone.sizes, **{**VISUAL, **options})
 
 
-def test_inputs_that_make_no_sense(backbone):
+def test_invalid_inputs_are_refused(backbone):
     model, inputs = small_model(backbone), batch()
     text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     with pytest.raises(ValueError, match="pass video_features, or use a configuration with fusion_layer=None"):
@@ -425,7 +425,7 @@ def test_inputs_that_make_no_sense(backbone):
 
 def test_layers_that_do_not_exist_cannot_fuse():
     for layer in (2, -3):
-        with pytest.raises(ValueError, match=f"fusion_layer={layer} is none of the 2 encoder layers"):
+        with pytest.raises(ValueError, match=f"fusion_layer={layer} is not one of the 2 encoder layers"):
             VGBartConfig(**BART.sizes, **VISUAL, fusion_layer=layer)
 
 
@@ -475,7 +475,7 @@ def test_t5_may_fuse_after_a_block(layer):
     torch.testing.assert_close(model(**inputs, labels=LABELS).logits, whole(**text, labels=LABELS).logits)
     for options, message in [
         ({"fusion_place": "start"}, "'final' or 'layer'"),
-        ({"fusion_layer": 2}, "none of the 2"),
+        ({"fusion_layer": 2}, "not one of the 2"),
     ]:
         with pytest.raises(ValueError, match=message):
             VGT5Config(**T5.sizes, **{"fusion_place": "layer", **options})

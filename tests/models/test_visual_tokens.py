@@ -293,7 +293,7 @@ def test_a_grid_is_pooled_to_a_smaller_one(backbone):
     plain.load_state_dict(model.state_dict())
     torch.testing.assert_close(plain(**inputs, labels=LABELS).logits, output.logits)
     for features, image_ids, message in [
-        (torch.zeros(1, 8, 2), None, "the 8 visual tokens of an image are no square"),
+        (torch.zeros(1, 8, 2), None, "the 8 visual tokens of an image are not a square"),
         (torch.zeros(1, 3, 2), None, "no more than 3"),
         (torch.zeros(1, 9, 2), torch.tensor([[0] * 4 + [1] * 5]), "equally many tokens for each image"),
     ]:
@@ -301,7 +301,7 @@ def test_a_grid_is_pooled_to_a_smaller_one(backbone):
             pool_visual(features, torch.zeros(*features.shape[:2], 4), image_ids, tokens=4)
 
 
-def test_a_plain_checkpoint_is_a_start(backbone, tmp_path):
+def test_a_plain_checkpoint_can_be_loaded(backbone, tmp_path):
     plain = backbone.plain_model_class(backbone.plain_config_class(**backbone.sizes))
     plain.save_pretrained(tmp_path)
     model = backbone.model_class.from_plain_checkpoint(tmp_path, visual_feature_dim=600, **PROMPTS)
@@ -543,7 +543,7 @@ def test_prompts_and_the_visual_embedding_travel_with_an_adapter(backbone, tmp_p
     [
         ({"visual_norm": "both"}, "visual_norm='both' is not one of"),
         ({"visual_pooling": "mean"}, "visual_pooling='mean' is not one of"),
-        ({"visual_pooling": "grid", "pooled_tokens": 5}, "pooled_tokens=5 is no square"),
+        ({"visual_pooling": "grid", "pooled_tokens": 5}, "pooled_tokens=5 is not a square"),
         ({"max_objects": 41}, "max_objects=41: .* which has 40"),
         ({"visual_feature_dim": 0}, "visual_feature_dim=0 must be at least 1"),
         ({"num_images": 1.5}, "num_images=1.5 is no integer"),
@@ -552,18 +552,18 @@ def test_prompts_and_the_visual_embedding_travel_with_an_adapter(backbone, tmp_p
         ({**PROMPTS, "prompt_tasks": "vqa"}, "no list of names"),
     ],
 )
-def test_configurations_that_make_no_sense(backbone, options, message):
+def test_invalid_configurations_are_refused(backbone, options, message):
     with pytest.raises(ValueError, match=message):
         backbone.config_class(**{**backbone.sizes, "visual_feature_dim": 12, **options})
 
 
 @pytest.mark.parametrize("name", ["vis_use_transformer", "expand_vis_embedding", "sparse_sample"])
-def test_options_of_the_original_that_are_no_part_of_these_models(backbone, name):
+def test_options_of_the_original_that_are_not_part_of_these_models(backbone, name):
     with pytest.raises(ValueError, match=f"{name}=True of the original"):
         backbone.config_class.from_original_options({**backbone.sizes, "feat_dim": 12, name: True})
 
 
-def test_inputs_that_make_no_sense(backbone):
+def test_invalid_inputs_are_refused(backbone):
     model, inputs = small_model(backbone, max_objects=6), batch(backbone)
     pixels, order = 100 * inputs["visual_boxes"], torch.zeros(3, 6, dtype=torch.long)
     for change, message in [

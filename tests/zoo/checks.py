@@ -393,7 +393,7 @@ def verdict(read: dict, base: Callable[[], dict], tolerance: float = TOLERANCE) 
     if "error" in read:
         if read["error"].startswith("NotImplementedError") and "READ" in read["error"]:
             return "refused"
-        if "some of them padding, as its stack is told, and nothing tells which" in read["error"]:
+        if "some of them padding by the mask of its stack, and it is unknown which" in read["error"]:
             return "refused"  # of padded batches alone
         return "base too" if "error" in base() else "stopped in forward"
     if read["value"] is None:

@@ -1,9 +1,9 @@
-"""Recurrent states that live on transformers' key-value cache and follow it through reorder, crop, repeat and copy.
+"""Recurrent states stored on transformers' key-value cache, which follow its reorder, crop, repeat and copy.
 
 A cache holds one object per layer, and every operation on a batch (reordering beams, repeating prompts, rolling back)
-is a loop over these objects. READ's states ride on one of them: its class is replaced by a subclass of itself, made
-on the fly, that applies each operation to the states too. The cache keeps its own type, length and layers, which
-transformers compares exactly in places.
+is a loop over these objects. READ's states are stored on one of them: its class is replaced by a subclass, made at
+runtime, that applies each operation to the states too. The type, length and layers of the cache do not change;
+transformers compares them exactly in places.
 
 The states of all tokens are kept, not only the last: rolling back is then a slice, and exact for every cell.
 """
@@ -31,7 +31,7 @@ __all__ = [
 ATTRIBUTE = "readapter_states"
 
 # What models call the cache that they are given and return. transformers 5.24 renamed `past_key_values` and
-# `cache_params` to `cache`; which kind of cache it is, the object tells and not its name.
+# `cache_params` to `cache`; the kind of cache is decided by the object, not by its name.
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "cache_params", "layer_past")
 # Other states of incremental decoding: XLNet's and Transformer-XL's, Reformer's, RWKV's, paged attention's.
 OTHER_STATES = ("mems", "past_buckets_states", "state", "block_table")
@@ -134,7 +134,7 @@ def _holds_a_state(layer: Any) -> bool:
 
 
 def saved_states(cache: Cache) -> dict[Hashable, States]:
-    """The states that ride on a cache, by layer and adapter; empty if there are none."""
+    """The states that are stored on a cache, by layer and adapter; empty if there are none."""
     for layer in cache.layers:
         states = layer.__dict__.get(ATTRIBUTE)
         if states is not None:

@@ -35,17 +35,17 @@ class READConfig(AdapterConfig):
             embedding module; only these rows are trained and saved. Tied output embeddings follow.
         rank_pattern: another r for the modules whose name ends with a key (a regular expression).
         cell_pattern: another cell for the modules whose name ends with a key (a regular expression). If absent, the
-            model type may bring one: the decoder of `moment_detr` has no recurrence, since its queries are a set.
+            model type may bring one: the decoder of `moment_detr` has no recurrence, since its queries are unordered.
         dropout: the probability of dropping an entry of GELU(h), before W_up.
-        use_bias: biases in W_down, the recurrence and W_up; False is equation (5) to the letter.
+        use_bias: biases in W_down, the recurrence and W_up; False is exactly equation (5).
         bidirectional: one cell of width r/2 in each direction of time, for encoders only.
         batch_first: whether the adapted modules see (B, T, d); False for (T, B, d).
         init_weights: True makes the adapter the identity (W_up zero); False makes W_up random too. "paper" is the
-            initialisation that the paper prints, W_up and the recurrence zero, through which no gradient can flow.
+            paper's initialisation, W_up and the recurrence zero, with which nothing can be trained.
         pvla: the settings of the alignment loss that the adapter was trained with, if any. A record for the model
             card; the adapter itself does not use it.
 
-    Numbers of numpy and torch become plain ones here, so that what has been made can be saved.
+    Numbers of numpy and torch are converted to Python's, so that the configuration can be saved.
 
     Raises:
         ValueError: if a value is not one of those above.
@@ -103,7 +103,7 @@ class READConfig(AdapterConfig):
         metadata={
             "help": (
                 "True: the adapter starts as the identity. False: W_up is random too. 'paper': W_up and the "
-                "recurrence are zero, as the paper prints, which cannot be trained."
+                "recurrence are zero, as in the paper, which cannot be trained."
             )
         },
     )
@@ -201,5 +201,5 @@ def _token_ids(origin: str, ids: Any) -> list[int]:
         raise ValueError(f"`{origin}` is empty; leave it out to train no embedding.")
     if len(set(tokens)) != len(tokens) or min(tokens) < 0:
         wrong = next(token for token in tokens if token < 0 or tokens.count(token) > 1)
-        raise ValueError(f"`{origin}` holds ids of tokens, from 0 and each of them once; {wrong} is not.")
+        raise ValueError(f"`{origin}` holds ids of tokens, non-negative and without duplicates; {wrong} is not.")
     return tokens

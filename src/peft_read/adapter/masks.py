@@ -1,4 +1,4 @@
-"""Which tokens are real and which belong together, read from the many forms in which models are told."""
+"""Padding and sequence boundaries, read from the many forms of masks, positions and lengths that models take."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = [
 ]
 
 
-# What models add to a score so that it counts for nothing: -1e4 in some, the smallest number of the type in most.
+# What models add to a masked score: -1e4 in some, the smallest number of the type in most.
 FORBIDDING = -1e3
 
 
@@ -29,23 +29,23 @@ def as_mask(
     past: int = 0,
     cache: Cache | None = None,
 ) -> torch.Tensor | None:
-    """The real tokens among the new ones of each sequence, from the attention mask of a stack.
+    """Which of the new tokens are not padding, from the attention mask of a stack.
 
     Args:
-        attention_mask: (B, T) or (B, past + T) or wider, non-zero = real, or additive with 0 = real; (B, 1, T or 1,
-            columns) or (B, T, columns), bool, 0 and 1, or additive, of which a token's own entry tells whether it is
-            real; or a dict of such masks with "full_attention".
+        attention_mask: (B, T) or (B, past + T) or wider, 0 = padding, or additive with 0 = token; (B, 1, T or 1,
+            columns) or (B, T, columns), bool, 0 and 1, or additive, whose diagonal marks the padding; or a dict of
+            such masks with "full_attention".
         batch: B.
         length: T, the number of new tokens.
         past: how many tokens came before.
         cache: the cache, whose first kept column a 4-D mask starts at.
 
     Returns:
-        (B, T), True = real; None if every token is, as far as is known. A mask over pairs with tokens of another
+        (B, T), False = padding; None if no padding is known. A mask over pairs with tokens of another
         sequence, as cross-attention is given, is ignored.
 
     Raises:
-        NotImplementedError: for masks that are no tensors.
+        NotImplementedError: for masks that are not tensors.
         ValueError: if the width fits neither the new tokens nor all of them.
     """
     if isinstance(attention_mask, dict):
@@ -74,7 +74,7 @@ def as_mask(
         mask = _own_entries(allowed if allowed.dim() == 4 else allowed[:, None], length, past, cache)
     if mask.shape[0] != batch:
         mask = mask.expand(batch, length)
-    return _none_if_all_real(mask)
+    return _none_without_padding(mask)
 
 
 def _allowed(mask: torch.Tensor) -> torch.Tensor:
@@ -92,7 +92,7 @@ def _allowed(mask: torch.Tensor) -> torch.Tensor:
 
 
 def attended_keys(mask: torch.Tensor, batch: int) -> torch.Tensor | None:
-    """The real tokens of the sequence that cross-attention reads.
+    """Which tokens of the sequence that cross-attention reads are not padding.
 
     Args:
         mask: (B or 1, heads or 1, T or 1, S), bool, 0 and 1, or additive.
@@ -101,7 +101,7 @@ def attended_keys(mask: torch.Tensor, batch: int) -> torch.Tensor | None:
     Returns:
         (B, S), True = any query may attend to it; None if all are.
     """
-    return _none_if_all_real(_allowed(mask).any(dim=2).any(dim=1).expand(batch, -1))
+    return _none_without_padding(_allowed(mask).any(dim=2).any(dim=1).expand(batch, -1))
 
 
 def _columns(mask: torch.Tensor, length: int, past: int) -> torch.Tensor:
@@ -139,23 +139,23 @@ def _first_full_layer(cache: Cache) -> int:
 
 
 def kept_by_padding_mask(padding: torch.Tensor) -> torch.Tensor | None:
-    """The real tokens of torch's `src_key_padding_mask` (B, T): True, or -inf, is padding there."""
+    """The tokens that torch's `src_key_padding_mask` (B, T) does not mark (True, or -inf, is padding there)."""
     mask = ~padding if padding.dtype == torch.bool else padding == 0
-    return _none_if_all_real(mask)
+    return _none_without_padding(mask)
 
 
-def _none_if_all_real(mask: torch.Tensor) -> torch.Tensor | None:
-    # Reading a value stops a CUDA stream and breaks a compiled graph; there the general path is the cheaper one.
+def _none_without_padding(mask: torch.Tensor) -> torch.Tensor | None:
+    # Reading a value synchronises with the device and breaks a compiled graph; there the general path is cheaper.
     if torch.compiler.is_compiling() or mask.is_cuda:
         return mask
     return None if bool(mask.all()) else mask
 
 
 def block_diagonal_segments(attention_mask: Any, batch: int | None, length: int | None) -> torch.Tensor | None:
-    """The sequences that are packed into each row, told by a mask under which two neighbours cannot see each other.
+    """The sequences that are packed into each row, from a mask under which neighbours do not attend to each other.
 
     Args:
-        attention_mask: (B or 1, 1, T, T), bool, 0 and 1, or additive; anything else tells nothing.
+        attention_mask: (B or 1, 1, T, T), bool, 0 and 1, or additive; anything else is ignored.
         batch: B.
         length: T.
 
@@ -176,7 +176,7 @@ def block_diagonal_segments(attention_mask: Any, batch: int | None, length: int 
 
 
 def packed_segments(position_ids: Any, batch: int | None, length: int | None) -> torch.Tensor | None:
-    """The sequences that are packed into each row, told by positions that do not go up by one.
+    """The sequences that are packed into each row, from positions that do not increase by one.
 
     This is the rule by which transformers builds its block-diagonal masks.
 
@@ -194,7 +194,7 @@ def packed_segments(position_ids: Any, batch: int | None, length: int | None) ->
 
 
 def segments_of_lengths(cumulative: torch.Tensor, batch: int | None, length: int) -> torch.Tensor:
-    """The sequences packed into one row, told by their cumulative lengths (0, l_1, l_1 + l_2, ...).
+    """The sequences packed into one row, from their cumulative lengths (0, l_1, l_1 + l_2, ...).
 
     Raises:
         ValueError: if there is more than one row.

@@ -35,7 +35,7 @@ TARGET_MODULES: dict[str, list[str]] = {
 # Their blocks take (T, B, d).
 SEQUENCE_FIRST = {"fsmt", "xlnet"}
 
-# Moment-DETR's decoder sees queries, which are a set: there is no order for a recurrence to run along.
+# Moment-DETR's decoder sees queries, which are unordered, so there is no sequence for a recurrence.
 CELL_PATTERNS: dict[str, dict[str, str]] = {"moment_detr": {r"decoder\.layers\.\d+\.linear2": "none"}}
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ class READModel(AdapterModel):
                 if left_out:
                     logger.warning(
                         "READ leaves %s out of 'all-linear': they see no sequence of their own. Name them in "
-                        "`target_modules` to adapt them all the same.",
+                        "`target_modules` to adapt them anyway.",
                         named(left_out),
                     )
         if peft_config.cell_pattern is None:
@@ -164,8 +164,8 @@ class READModel(AdapterModel):
         if chunked and settings["cell"] != "none" and "attention" not in current_key:
             raise ValueError(
                 f"READ cannot adapt {current_key!r} of a model with `chunk_size_feed_forward`: its block calls it "
-                "with pieces of the sequences, and the recurrence would begin anew in each. Set "
-                "chunk_size_feed_forward=0 in the model's configuration, which changes nothing but the memory it "
+                "with pieces of the sequences, and the recurrence would restart in each. Set "
+                "chunk_size_feed_forward=0 in the model's configuration, which changes only the memory it "
                 "needs, or use cell='none'."
             )
         layer = Linear(

@@ -29,12 +29,12 @@ __all__ = ["BlockOpening", "Opening", "StackOpening", "TowerOpening", "VideosOpe
 PADDING_MASKS = ("src_key_padding_mask", "decoder_padding_mask")  # True = padding: torch's, and FSMT's
 CUMULATIVE_LENGTHS = ("cu_seq_lens_q", "cu_seqlens")
 MERGED = (
-    "in which several images, videos or clips of the batch may stand one after the other, and nothing tells where "
+    "in which several images, videos or clips of the batch may follow each other, and it is unknown where "
     "each begins: the recurrence would run from one into the next"
 )
-PADDED_SOMEWHERE = "some of them padding, as its stack is told, and nothing tells which"
+PADDED_SOMEWHERE = "some of them padding by the mask of its stack, and it is unknown which"
 TWO_STREAMS = (
-    "and its block is given another sequence of the same length, so that nothing tells which of the two it is"
+    "and its block is given another sequence of the same length, so that it is unknown which of the two it is"
 )
 # The sequences that a block reads beside its own. The encoder's has its mask from the stack.
 OTHER_STATES = re.compile(

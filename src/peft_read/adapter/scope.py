@@ -1,4 +1,4 @@
-"""What one forward pass tells READ's layers: which tokens are real, which belong together, and what came before.
+"""What one forward pass tells READ's layers: padding, sequence boundaries, and what came before.
 
 A layer inside a feed-forward block sees a tensor and nothing else. The stack of blocks around it is given the mask,
 the positions and the cache, so hooks on the stack (`openings.py`) open a scope for the time of its forward, and the
@@ -48,17 +48,17 @@ class Scope:
     Args:
         batch: B, None if unknown.
         length: T, the new tokens of each sequence, None if unknown.
-        mask: (B, T), True = a real token; None if all are.
+        mask: (B, T), False = padding; None if all are.
         segment_ids: (B, T), tokens of a row with different ids are different sequences; None if a row is one.
         cache: the cache that the stack writes its keys and values to, if any.
         past: how many tokens the cache holds before this pass.
         keeps_states: whether the states of this pass may be wanted later.
         source: the sequence that the stack's cross-attention reads, (B, S, d), if any.
-        source_mask: (B, S), True = a real token.
+        source_mask: (B, S), False = padding.
         explicit: whether the user opened it.
         owner: the module whose hooks opened it.
         outer: the scope around it.
-        tower: what the model around the stack was given, if that is no text.
+        tower: what the model around the stack was given, if that is not text.
         unclear: why the sequences in the rows cannot be told, if they cannot.
     """
 
@@ -161,7 +161,7 @@ class Scope:
             batch_first: its layout; the sources themselves are (B, S, d).
 
         Returns:
-            (B, S) and the mask (B, S), None if all of its tokens are real; None if the input is none of them.
+            (B, S) and the mask (B, S), None without padding; None if the input is not one of them.
         """
         sources = [] if self.source is None else [(self.source, self.source_mask, batch_first)]
         # What a block is given has its layout; what the stack is given is (B, S, d).
@@ -269,7 +269,7 @@ def sequence_scope(mask: torch.Tensor | None = None, segment_ids: torch.Tensor |
     (B, T, d), or (B · T, d).
 
     Args:
-        mask: (B, T), any dtype, non-zero = a real token.
+        mask: (B, T), any dtype, 0 = padding.
         segment_ids: (B, T) integers; tokens of a row with different ids are different sequences.
 
     Raises:

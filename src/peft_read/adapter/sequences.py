@@ -1,4 +1,4 @@
-"""From the tensor that a module puts out to sequences (B, T, d) and back, or an error where that cannot be told."""
+"""Reshapes a module's output to sequences (B, T, d) and back; an error if the sequences are unknown."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Notice", "Sequences", "as_sequences", "padding_of"]
 
 
 class Notice:
-    """Warns once, however many layers would."""
+    """Warns once for all layers."""
 
     def __init__(self) -> None:
         self.said = False
@@ -33,7 +33,7 @@ class Sequences:
     Args:
         tensor: (B, T, d).
         restore: turns a (B, T, d) into the shape that the module had put out.
-        mask: (B, T), True = a real token; None if all are.
+        mask: (B, T), False = padding; None if all are.
         scope: where segments and earlier states are; None if these sequences have none.
         call: how often the layer has been called before in this pass.
     """
@@ -76,11 +76,11 @@ def as_sequences(
         scope: that of the block or the stack, if any.
         path: the module's path, for messages.
         batch_first: the layout of a 3-D output.
-        notice: where to say, once, that vectors are taken for sequences of one token.
+        notice: warns once that vectors are taken for sequences of one token.
         chunked: whether the block calls its feed-forward part with pieces of the sequences.
 
     Raises:
-        ValueError: if nothing tells which rows of the output follow each other.
+        ValueError: if it is unknown which rows of the output follow each other.
     """
     seen = None if scope is None else (scope.batch, scope.length)
     for around in () if scope is None else scope.around():
@@ -150,7 +150,7 @@ def _why_not_its_own(output: torch.Tensor, scope: Scope, path: str, chunked: boo
         # A head that is given the last token alone would forget those before it.
         return f"{stack}, and their cache carries on" if shape[1] == 1 < length and scope.keeps_states else None
     if shape[0] == batch and scope.mask is not None and scope.tower is None:
-        return f"{stack}, some of them padded, and nothing tells which of these rows are padding"
+        return f"{stack}, some of them padded, and it is unknown which of these rows are padding"
     return None
 
 
@@ -187,7 +187,7 @@ def _of_frames(sequences: Sequences, scope: Scope | None) -> Sequences:
 
 
 def padding_of(output: torch.Tensor, scope: Scope | None, *, batch_first: bool) -> torch.Tensor | None:
-    """Which rows of a module's output are real, in the shape of the output without its last dimension.
+    """Which rows of a module's output are not padding, in the shape of the output without its last dimension.
 
     Args:
         output: (..., d).
@@ -195,7 +195,7 @@ def padding_of(output: torch.Tensor, scope: Scope | None, *, batch_first: bool) 
         batch_first: the layout of a 3-D output.
 
     Returns:
-        True = real; None if all are, or if nothing is known of these rows.
+        False = padding; None if all are, or if nothing is known of these rows.
     """
     for around in () if scope is None else scope.around():
         sequences = None if around.mask is None else _in_scope(output, around, "", batch_first)
@@ -211,7 +211,7 @@ def _without_scope(output: torch.Tensor, batch_first: bool, notice: Notice) -> S
     shape = output.shape
     if output.dim() < 3:
         notice(
-            f"READ adapts a module whose output has the shape {tuple(shape)}, and nothing tells which rows are one "
+            f"READ adapts a module whose output has the shape {tuple(shape)}, and it is unknown which rows are one "
             "sequence. Each row is taken for a sequence of one token, which gives the recurrence nothing to carry. "
             "Target a module that sees (batch, tokens, d), or describe the sequences with `sequence_scope(mask=...)`."
         )

@@ -20,7 +20,7 @@ PATIENCE = 3  # backward passes: in the first, W_up is zero and nothing but W_up
 class GradientWatch:
     """A forward hook of the adapted model that watches the first backward passes, warns once, and removes itself.
 
-    It sees three things that no error tells: a layer that the forward pass never calls, since the model reads its
+    It detects three problems that raise no error: a layer that the forward pass never calls, since the model reads its
     weights itself or does not use it; a layer whose output does not reach the loss, such as an unused pooling head;
     and a recurrence over sequences of one token, or of which only the first token counts.
     """
@@ -115,7 +115,7 @@ def _unreached(layers: dict[str, READLayer], model: nn.Module, reached: set[str]
             f"Never called: {named(uncalled)}; the model reads their weights itself, or did not use them in this pass."
         )
     if unused:
-        yield f"Without a way to the loss: {named(unused)}; what they put out is not used."
+        yield f"Without a way to the loss: {named(unused)}; their output is not used."
     if dead:
         yield "Leave them out with `exclude_modules`, unless another batch uses them."
 

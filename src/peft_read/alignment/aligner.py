@@ -45,8 +45,8 @@ class PVLAConfig:
             tuples; replaces the streams.
         method: the transport solver.
 
-    Numbers of numpy and torch become plain ones when the configuration is made; what a function returns is checked
-    at each step.
+    Numbers of numpy and torch are converted to Python's; the results of schedule functions are checked at each
+    step.
 
     Raises:
         ValueError: a value out of range or of another kind, NaN and infinity included.
@@ -72,11 +72,11 @@ class PVLAConfig:
         for name in ("video", "language"):
             stream = getattr(self, name)
             if stream is not None and not isinstance(stream, Stream):
-                raise ValueError(f"{name}={stream!r} is no Stream")
+                raise ValueError(f"{name}={stream!r} is not a Stream")
         if (self.video is None) != (self.language is None):
             raise ValueError("name both streams, video and language, or neither (then the model's preset is used)")
         if self.extractor is not None and not callable(self.extractor):
-            raise ValueError(f"extractor={self.extractor!r} is no function of batch and outputs")
+            raise ValueError(f"extractor={self.extractor!r} is not a function of batch and outputs")
         if self.extractor is not None and self.video is not None:
             raise ValueError("an extractor replaces the streams: give one or the other")
         if isinstance(self.blocks, str):
@@ -135,8 +135,8 @@ def _scheduled(check: Callable[[Any], float], value: Schedule, progress: float) 
 class Aligner:
     """The alignment loss of one model: records a forward pass, then measures it.
 
-    Works with any training loop; `PVLALossMixin` is this inside a `Trainer`. A copy of the model is another model:
-    its passes are not recorded, until `attach` moves the Aligner to it. The hooks are removed with the Aligner.
+    Works with any training loop; `PVLALossMixin` is this inside a `Trainer`. The passes of a copy of
+    the model are not recorded until `attach` moves the Aligner to it. The hooks are removed with the Aligner.
 
     A block that runs several times in a pass (shared layers) counts once for each run. Blocks that do not run in a
     pass (LayerDrop, early exit) are left out of its mean.
@@ -146,7 +146,7 @@ class Aligner:
         config: what to align.
 
     Raises:
-        ValueError: streams that do not fit the model, or no module or PVLAConfig.
+        ValueError: streams that do not fit the model, or something else than a module and a PVLAConfig.
 
     Example:
         ```python
@@ -254,8 +254,8 @@ class Aligner:
             self._has_aligned = bool(result.mass.any())
             if not self._has_aligned:
                 warnings.warn(
-                    "no example of the batch has both a real video token and a real word, so that there is nothing to "
-                    "align; if it should, look at the streams' masks (non-zero = real; invert_mask for the opposite)",
+                    "no example of the batch has both video tokens and words outside the padding, so there is "
+                    "nothing to align; if it should, look at the streams' masks (0 = padding; else invert_mask)",
                     stacklevel=2,
                 )
         return result
@@ -294,5 +294,5 @@ def _nothing_aligned(batch: Mapping[str, Any]) -> AlignmentDistance:
 
 
 def _shape(states: Tensor, mask: Tensor | None) -> str:
-    shown = "all real" if mask is None else f"{int((mask != 0).sum())} of {mask.numel()} real"
+    shown = "all tokens" if mask is None else f"{int((mask != 0).sum())} of {mask.numel()} tokens"
     return f"{tuple(states.shape)} ({shown})"

@@ -1,4 +1,4 @@
-"""Which checkpoints of a Trainer are whole: each is sealed with the size and the hash of its files when finished."""
+"""Which checkpoints of a Trainer are complete: each finished one is sealed with the sizes and hashes of its files."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def seal_checkpoint(checkpoint: str | Path) -> None:
 
 
 def last_whole_checkpoint(folder: str | Path) -> str | None:
-    """The newest `checkpoint-<step>` in a folder that was written to its end and still holds, None if there is none.
+    """The newest `checkpoint-<step>` in a folder that is complete and intact, None if there is none.
 
     A process that is killed while it saves leaves a folder without its last file, the trainer's state, or with half
     of it; transformers' own `get_last_checkpoint` would return that folder. A checkpoint that `PVLALossMixin` has

@@ -22,7 +22,7 @@ class AlignmentDistance(NamedTuple):
     """One number per block and example; no blocks where none of them ran."""
 
     distance: Tensor  # (blocks, B), differentiable
-    mass: Tensor  # (blocks, B), the transported mass; 1 for pooled distances, 0 where a side has no real token
+    mass: Tensor  # (blocks, B), the transported mass; 1 for pooled distances, 0 where a side is all padding
     converged: Tensor | None = None  # (blocks, B) bool, of transport; see TransportPlan
 
     def mean(self) -> Tensor:
@@ -49,7 +49,7 @@ def alignment_distance(
     """Distance between the video and the language states of every block and example.
 
     `partial_ot` is the paper's POT distance (section 3.3, equations 7 and 8) with cosine cost, uniform weights over
-    real tokens and a fixed fraction of the mass, divided by that mass. The other four are the pooled distances of
+    the tokens and a fixed fraction of the mass, divided by that mass. The other four are the pooled distances of
     Table 9: masked average or maximum over tokens, then 1 - cosine, or squared Euclidean distance / d.
 
     All blocks and examples are solved in one call, in at least float32 and outside autocast.
@@ -57,7 +57,7 @@ def alignment_distance(
     Args:
         video: (B, N, d), or a sequence of such, one per block; N may differ from block to block.
         language: (B, M, d), or a sequence of such.
-        video_mask: (B, N), non-zero = real, for all blocks or one per block; None = all real.
+        video_mask: (B, N), 0 = padding, for all blocks or one per block; None = no padding.
         language_mask: (B, M), likewise.
         distance: one of `DISTANCES`.
         mass: fraction of the mass to transport, in (0, 1]; 1 is the paper's VLA ablation.
@@ -65,8 +65,8 @@ def alignment_distance(
         method: see `partial_optimal_transport`.
 
     Raises:
-        ValueError: an unknown distance or solver, a number out of range, shapes that do not belong together, a mask
-            to be added to attention scores, or a real token that is not finite (the block is named).
+        ValueError: an unknown distance or solver, a number out of range, shapes that do not belong together, an
+            additive attention mask, or (by block) a token that is not finite.
     """
     distance, method = checked_distance(distance), checked_method(method)
     mass, reg = checked_mass(mass), checked_reg(reg)
@@ -167,21 +167,21 @@ def checked_method(method: Any) -> str:
 
 
 def mask_of(mask: Any, where: str) -> Tensor:
-    """A mask in which non-zero means real, as a tensor.
+    """A mask with 0 at padding, as a tensor.
 
     Args:
         mask: a tensor of any dtype, or an array.
         where: whose mask it is, for the message.
 
     Raises:
-        ValueError: no tensor, or complex numbers.
+        ValueError: not a tensor, or complex numbers.
     """
     try:
         tensor = torch.as_tensor(mask)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{where}: a mask must be a tensor, got {type(mask).__name__}") from error
     if tensor.is_complex():
-        raise ValueError(f"{where} has complex entries; it must be non-zero on real tokens and 0 on padding")
+        raise ValueError(f"{where} has complex entries; it must be 0 on padding and non-zero elsewhere")
     return tensor
 
 
@@ -256,7 +256,7 @@ def _check_finite(block: Block, index: int) -> None:
         return
     for name, states, mask in (("video", v, vm), ("language", t, tm)):
         if not bool((states.isfinite().all(-1) | ~mask).all()):
-            raise ValueError(f"block {index}: a real token of the {name} states is NaN or infinite")
+            raise ValueError(f"block {index}: a token of the {name} states outside the padding is NaN or infinite")
 
 
 def _transport_distance(blocks: list[Block], *, mass: float, reg: float, method: str) -> AlignmentDistance:

@@ -35,7 +35,7 @@ def _moment_detr(config: Any) -> tuple[Stream, Stream]:
 
 
 def _umt(config: Any) -> tuple[Stream, Stream]:
-    """Clip-shaped states against the projected text, which never changes; without a text, video against audio."""
+    """States of the clips against the projected text; without text, video against audio."""
     if config.text_feature_dim is not None:
         clips = Stream(r"video_enc|cross_enc|query_dec\.decoder\.\d+", mask=_clip_mask)
         return clips, Stream(["query_gen.mapping"], mask=_text_mask)
@@ -74,7 +74,7 @@ def _vision_guided(config: Any, layers: str, prefix: str) -> tuple[Stream, Strea
 
 
 def _visual_tokens(config: Any, layers: str) -> tuple[Stream, Stream]:
-    """The visual tokens behind the text against the text, in every encoder block; prompts before it are in neither."""
+    """The visual tokens after the text against the text, in every encoder block; prompts are left out."""
     pooled = config.pooled_tokens if config.visual_pooling else None
 
     def images(batch: Batch) -> int:
@@ -92,7 +92,7 @@ def _visual_tokens(config: Any, layers: str) -> tuple[Stream, Stream]:
         mask = batch.get("visual_mask")
         if mask is None or pooled is None:
             return mask
-        return mask.unflatten(1, (images(batch), -1))[:, :, :pooled].flatten(1)  # as the pooled tokens have it
+        return mask.unflatten(1, (images(batch), -1))[:, :, :pooled].flatten(1)  # pooled like the tokens
 
     def text_mask(batch: Batch) -> Tensor | None:
         mask, words = batch.get("attention_mask"), batch.get("input_ids")
@@ -115,7 +115,7 @@ def _placeholder_streams(model: nn.Module) -> tuple[Stream, Stream] | None:
     """The visual tokens against the text, in every block of a language model that reads both in one sequence.
 
     These are the models of transformers that put the features of images and videos at placeholder tokens of the text,
-    whose ids their configuration tells. Frames may come as a video or as images: both are visual tokens.
+    whose ids are in their configuration. Frames may come as a video or as images: both are visual tokens.
 
     Returns:
         The streams; None for a model of another kind.
@@ -158,7 +158,7 @@ def _is_one_of(ids: Tensor, tokens: set[int]) -> Tensor:
 
 
 def _decoder_blocks(owner: Any, model: nn.Module) -> list[str]:
-    """The names in a model of the blocks of its decoder; none where they are not told by their number."""
+    """The names in a model of the blocks of its decoder; none if their names are not numbered."""
     if getattr(owner.config, "is_encoder_decoder", False) or not hasattr(owner, "get_decoder"):
         return []
     decoder = owner.get_decoder()

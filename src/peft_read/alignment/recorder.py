@@ -1,4 +1,4 @@
-"""The recorder: hooks that hand the states of one forward pass to the alignment loss, and to nobody else."""
+"""The recorder: hooks that record the states of one forward pass for the alignment loss."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class AlignedBlock:
 
 
 class _Owner:
-    """What a recording and its hooks have in common: an object of its own, so that no two owners are ever the same.
+    """A unique object that ties a recording to its hooks.
 
-    A copied or unpickled model gets hooks with a copy of it, which no recording has: they record nothing.
+    Hooks of a copied or unpickled model refer to a copy of it, which belongs to no recording: they record nothing.
     """
 
 
@@ -226,7 +226,7 @@ def _install(module: nn.Module, owner: _Owner, side: str, name: str, take_input:
 
 
 class _Hook:
-    """Knows its owner and nothing of the streams: a model can be pickled whatever functions its streams have."""
+    """Refers to its owner and not to the streams: a model can be pickled even if its streams hold functions."""
 
     def __init__(self, owner: _Owner, side: str = "", name: str = "") -> None:
         self.owner, self.side, self.name = owner, side, name

@@ -22,15 +22,15 @@ Tokens = slice | Callable[[Batch, int], Any]
 
 @dataclass(frozen=True)
 class Stream:
-    """One side of the alignment: which modules, which of their tokens, which of these are real.
+    """One side of the alignment: which modules, which of their tokens, and their padding.
 
     Args:
         modules: modules of the *unwrapped* base model (no `base_model.model.` prefix), one per block: a regular
             expression that matches the full name, or a sequence of names. A stream of one module is broadcast over
             the blocks of the other side.
         tokens: part of the module's sequence: None = all, a slice, or `f(batch, length)` that returns one.
-        mask: which tokens are real: None = all, a key of the batch, or `f(batch)`; (B, L) after `tokens`, non-zero =
-            real.
+        mask: which tokens are not padding: None = all, a key of the batch, or `f(batch)`; (B, L) after `tokens`, 0 =
+            padding.
         invert_mask: for masks in which non-zero means padding.
         output: which part of the module's output: an index into a tuple, a key of a mapping, or `f(output)`; a tensor
             output is taken as it is.
@@ -38,7 +38,7 @@ class Stream:
         batch_first: False for modules that work on (L, B, d).
 
     Raises:
-        ValueError: a value of another kind, or an expression that is none.
+        ValueError: a value of another type, or an invalid regular expression.
 
     Example:
         >>> Stream(r"encoder\\.layers\\.\\d+", mask="attention_mask").mask
@@ -58,7 +58,7 @@ class Stream:
             try:
                 re.compile(self.modules)
             except re.error as error:
-                raise ValueError(f"modules={self.modules!r} is no regular expression: {error}") from error
+                raise ValueError(f"modules={self.modules!r} is not a regular expression: {error}") from error
             if not self.modules:
                 raise ValueError("modules='' names no module")
         else:
@@ -96,7 +96,7 @@ class Stream:
         """The state tensor (B, L, d) in a module's output or input.
 
         Raises:
-            ValueError: there is none; the module is named.
+            ValueError: by module, there is no such tensor.
         """
         states = self._part_of(output, name)
         if not isinstance(states, Tensor) or states.dim() != 3:

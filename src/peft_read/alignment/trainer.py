@@ -30,16 +30,17 @@ class PVLALossMixin(_Base):
     """Adds partial video-language alignment to a `Trainer` or a subclass of it; put it before the trainer.
 
     Total loss = task loss + weight x PVLA. The PVLA term is the mean over blocks and over **all** examples of the
-    optimiser step, whatever the micro-batches, gradient accumulation and the number of processes. The task loss of
+    optimiser step, for any micro-batches, gradient accumulation and number of processes. The task loss of
     encoder-decoder models is divided by `num_items_in_batch` where the model itself does not (BART and T5 return the
     mean of the micro-batch, which Trainer takes for the mean of the whole step).
 
-    Logs `loss`, `task_loss`, `pvla_loss` (unweighted) and `pvla_mass`; evaluation adds `eval_pvla_loss` and leaves
-    `eval_loss` alone. Works with READ, with any other peft method, and with full fine-tuning; with `model_init`,
-    `hyperparameter_search` and `auto_find_batch_size` the alignment follows the model that is trained.
+    Logs `loss`, `task_loss`, `pvla_loss` (the unweighted transport distance) and `pvla_mass`; evaluation adds
+    `eval_pvla_loss` and leaves `eval_loss` alone. Works with READ, with any other peft method, and with full
+    fine-tuning; with `model_init`, `hyperparameter_search` and `auto_find_batch_size` the alignment follows the model
+    that is trained.
 
     Every checkpoint is sealed with the sizes and hashes of its files when it is finished; resuming takes the newest
-    one that still holds, see `last_whole_checkpoint`.
+    intact one, see `last_whole_checkpoint`.
 
     Args:
         pvla_config: what to align; None = the plain Trainer.
@@ -162,11 +163,11 @@ class PVLALossMixin(_Base):
         return (loss, outputs) if return_outputs else loss
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in the Trainer; `resume_from_checkpoint=True` takes the last checkpoint that was written whole."""
+        """As in the Trainer; `resume_from_checkpoint=True` takes the last complete checkpoint."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir or ".")
             if resume_from_checkpoint is None:
-                raise ValueError(f"{self.args.output_dir} holds no whole checkpoint to resume from")
+                raise ValueError(f"{self.args.output_dir} holds no complete checkpoint to resume from")
         wrap_again(self)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -219,7 +220,7 @@ class PVLALossMixin(_Base):
         """Report what went wrong in the alignment since the last log, when the device is read anyway.
 
         Raises:
-            FloatingPointError: a distance was no number; the block is named.
+            FloatingPointError: by block, a distance was NaN or infinite.
         """
         assert self._aligner is not None
         bad = self._train_sums.values.get("bad")
@@ -228,7 +229,7 @@ class PVLALossMixin(_Base):
             name = f" ({' <-> '.join(self._aligner.pair.names[index])})" if self._aligner.pair is not None else ""
             raise FloatingPointError(
                 f"the alignment of block {index}{name} was NaN or infinite for {int(bad[index])} examples since the "
-                "last log: its states, or a mask that is to be added to scores, hold what is no number. The weights "
+                "last log: its states, or a mask that is to be added to scores, hold NaN or infinity. The weights "
                 "have been trained on it: go back to an earlier checkpoint."
             )
         if unsolved := int(self._train_sums.get("unsolved")):
@@ -290,7 +291,7 @@ def wrap_again(trainer: Any) -> None:
     """Lets accelerate wrap the model in `train()` although it has been evaluated before.
 
     `evaluate()` and `predict()` prepare the bare model and leave a mark on it, and accelerate then skips it in
-    `train()`: without a DDP wrapper every process would silently train on gradients of its own.
+    `train()`: without a DDP wrapper every process would silently train on its own gradients.
     """
     prepared = getattr(trainer.model, "_is_accelerate_prepared", False)
     if prepared and trainer.accelerator.num_processes > 1 and not trainer.is_fsdp_enabled:
@@ -339,7 +340,7 @@ def _totals(result: AlignmentDistance) -> dict[str, Tensor]:
 
 
 def _failures(result: AlignmentDistance) -> dict[str, Tensor]:
-    """Counts, kept on the device: (blocks,) distances that are no numbers, and problems that did not converge."""
+    """Counts, kept on the device: (blocks,) distances that are NaN or infinite, and problems that did not converge."""
     counts = {"bad": (~result.distance.detach().isfinite()).sum(1)}
     if result.converged is not None:
         counts["unsolved"] = (~result.converged).sum()

@@ -10,7 +10,7 @@ from torch import nn
 __all__ = ["FREEZING_METHODS", "HEADS", "modules_called", "train_only"]
 
 FREEZING_METHODS = ("full", "bias", "partial", "proj", "none")
-# The output layers of models that predict no words, by model type: names of modules, or the ends of names.
+# Output layers of models without a language-modelling head, by model type: module names or their ends.
 HEADS = {
     "moment_detr": ("span_embed", "class_embed", "saliency_proj"),
     "umt": ("saliency_pred", "center_pred", "window_pred", "offset_pred"),
@@ -52,14 +52,14 @@ def _chosen(model: nn.Module, method: str) -> list[nn.Parameter]:
     if method == "bias":
         return [p for name, p in model.named_parameters() if re.search(r"(^|\.)(\w+_)?bias$", name)]
     if method == "partial":
-        # The visual transformer reads features, it is not one of the backbone's own stacks: the paper's counts leave
+        # The visual transformer reads features, it does not belong to the backbone's stacks: the paper's counts leave
         # it out (docs/backbones.md).
         named = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
         inside_heads = {id(inner) for head in _heads(model) for inner in head.modules()}
         stacks = [
             stack
             for name, stack in named
-            # a list of heads is no stack, and neither is the perceptron inside one
+            # neither a list of heads nor an MLP inside one is a stack
             if "img_transformer" not in name and not any(id(inner) in inside_heads for inner in stack.modules())
         ]
         return [p for stack in _outermost(stacks) for p in stack[-1].parameters()]

@@ -21,9 +21,9 @@ class SummariserPrompts(InputPrompts):
     The encoder sees them in its attention and in the fusion, and its outputs are without them, so that the decoder,
     its cross-attention mask and every mode of `generate()` are those of the bare model.
 
-    The paper says no more than "before the input sequences"; the rest is ours. The positions of the real words and
-    frames do not move: BART's prompts come in behind the norm of the embeddings, without a position; T5's stand at the
-    relative distances of words put before the first one; the visual transformer scales them as it does frames, without
+    The paper says only "before the input sequences"; the rest is our choice. The positions of words and frames do not
+    change: BART's prompts come in after the norm of the embeddings, without a position; T5's have the
+    relative distances of words before the first one; the visual transformer scales them as it does frames, without
     a position code.
 
     Args:

@@ -1,4 +1,4 @@
-"""Freezing a model and giving it prompts, whichever of the project's backbones it is."""
+"""Freezes any of the project's backbones and adds prompts to it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def add_prompts(model: nn.Module, *, length: int = 10, also: Sequence[str] = ())
 
     Source: READ-PVLA section 4.1, baseline "Prompt": learnable vectors are put before the input sequences, the rest
     is frozen. The vectors become `model.prompts` and part of its state dict: length · (d + width of the video's
-    states that they stand before) numbers.
+    states) numbers.
 
     Args:
         model: a Moment-DETR, UMT, VG-BART or VG-T5, without an adapter.

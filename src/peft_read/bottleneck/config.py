@@ -28,7 +28,7 @@ class BottleneckConfig(AdapterConfig):
         r: the width of the bottleneck; d // `reduction_factor` if absent.
         reduction_factor: how many times narrower than d the bottleneck is.
         activation: the name of one of transformers' activations.
-        target_modules: names or a regular expression of the modules to adapt, or one of peft_read's words. If absent,
+        target_modules: names or a regular expression of the modules to adapt, or one of the keywords below. If absent,
             the last linear layer of every attention and every feed-forward block (Houlsby's positions);
             "feed_forward" (Pfeiffer's) or "attention": those of one kind; "language", "vision", "audio", "all": those
             of that part of a multimodal model; "all-linear": every linear layer.
@@ -40,11 +40,11 @@ class BottleneckConfig(AdapterConfig):
         norm_before: a LayerNorm before Down, one per position, shared by the tasks.
         norm_after: a LayerNorm after Up, one per position, shared by the tasks.
         init_weights: True makes the adapter the identity (Up zero, or the norm after it); False makes both random;
-            "original" draws what the implementation of VL-Adapter (arXiv 2112.06825) draws: N(0, s) where the base
-            model has a deviation s of its own for linear layers (BART: `init_std`), torch's defaults elsewhere (T5).
+            "original" is that of VL-Adapter's implementation (arXiv 2112.06825): N(0, s) if the base model's
+            configuration has a standard deviation s (BART: `init_std`), else torch's defaults (T5).
         low_rank: the rank of Down and Up, each a product of two matrices; full if absent.
         tasks: the names of the tasks that the adapter serves; `set_task` chooses the one of the next forward passes.
-        share: what the tasks share: None nothing, "all" everything, "down" or "up" that half.
+        share: weights that all tasks share: None, "all", or half of them, "down" or "up".
 
     Raises:
         ValueError: if a value is not one of those above.
@@ -90,7 +90,7 @@ class BottleneckConfig(AdapterConfig):
     norm_after: bool = field(default=False, metadata={"help": "A LayerNorm after Up."})
     init_weights: Union[bool, str] = field(  # noqa: UP007
         default=True,
-        metadata={"help": "True: the identity. False: random. 'original': as VL-Adapter's implementation draws."},
+        metadata={"help": "True: the identity. False: random. 'original': as in VL-Adapter's implementation."},
     )
     low_rank: Optional[int] = field(  # noqa: UP045
         default=None, metadata={"help": "The rank of Down and Up; full if absent."}
@@ -99,7 +99,7 @@ class BottleneckConfig(AdapterConfig):
         default=None, metadata={"help": "The tasks that the adapter serves, chosen by `set_task`."}
     )
     share: Optional[str] = field(  # noqa: UP045
-        default=None, metadata={"help": "What the tasks share: nothing, 'all', 'down' or 'up'."}
+        default=None, metadata={"help": "Weights that all tasks share: none, 'all', 'down' or 'up'."}
     )
 
     def __post_init__(self) -> None:
@@ -140,7 +140,7 @@ class BottleneckConfig(AdapterConfig):
             raise ValueError(f"share={self.share!r} says what tasks share; name them in `tasks`.")
 
     def tasks_apart(self, half: str) -> list[str]:
-        """The tasks that have a half of the adapter, "down" or "up", of their own; none where it is shared."""
+        """The tasks with separate weights in a half of the adapter, "down" or "up"; none if it is shared."""
         return [] if self.tasks is None or self.share in ("all", half) else self.tasks
 
     def width(self, d: int, path: str) -> int:
@@ -161,7 +161,7 @@ class BottleneckConfig(AdapterConfig):
             )
         if width > d:
             raise ValueError(
-                f"r={width} is no bottleneck of {path!r}, whose output has width {d}; r is at most as large."
+                f"r={width} is not a bottleneck of {path!r}, whose output has width {d}; r is at most as large."
             )
         return width
 
@@ -191,7 +191,8 @@ class CompacterConfig(BottleneckConfig):
 
     Args:
         phm_dim: n, which must divide d and r.
-        shared_rule: who shares the rules: "model" all products, "tasks" the tasks at each Down and Up, None nobody.
+        shared_rule: the rules are shared by all products ("model"), by the tasks at each Down and Up ("tasks"), or
+            not at all (None).
         factorized_rank: the rank of the B_i, each a product of two matrices; full if absent.
 
     The published scripts of VL-Adapter have phm_dim=2, shared_rule=None and factorized_rank=None.
@@ -207,7 +208,7 @@ class CompacterConfig(BottleneckConfig):
 
     phm_dim: int = field(default=4, metadata={"help": "The number n of Kronecker products."})
     shared_rule: Optional[str] = field(  # noqa: UP045
-        default="model", metadata={"help": "Who shares the rules: 'model', 'tasks', or nobody."}
+        default="model", metadata={"help": "The rules are shared by 'model', by 'tasks', or not at all."}
     )
     factorized_rank: Optional[int] = field(  # noqa: UP045
         default=1, metadata={"help": "The rank of the larger factors; full if absent."}
@@ -257,8 +258,8 @@ class HyperformerConfig(BottleneckConfig):
 
     y -> y + Up(act(Down(y))) as in `BottleneckConfig`, whose arguments apply here too, with weights and biases that
     are generated once per forward pass: an embedding of the task and one of the layer go through an MLP and a
-    LayerNorm, and linear generators, one pair per kind of position and stack, make Down and Up of the result; the
-    norms too where they are on.
+    LayerNorm, and linear generators, one pair per kind of position and stack, compute Down and Up, and
+    the norms if there are any, from the result.
 
     Args:
         task_embedding_dim: the width of the embeddings of tasks and layers.

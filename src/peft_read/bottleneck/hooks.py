@@ -36,7 +36,7 @@ class _Generate:
 
 
 class _Forget:
-    """Forward hook of a stack: what was generated for it goes with the pass, also where that failed."""
+    """Forward hook of a stack: drop the weights generated for the pass, also if it failed."""
 
     def __init__(self, generate: _Generate) -> None:
         self.generate = generate
@@ -54,7 +54,7 @@ class _KeepTasks:
 
 
 def _capture(modules: list[TaskModule]) -> Callable[[bool], AbstractContextManager[None]]:
-    """What a block computed now depends on: the task of each module, and what was generated."""
+    """The context of a block's computation: the task of each module, and the generated weights."""
     tasks = [module.task for module in modules]
     generated = [dict(module.generated) for module in modules if isinstance(module, HyperformerShared)]
 

@@ -19,7 +19,7 @@ EPSILON = 1e-6  # of the norm of what everything is generated from, as the origi
 
 @dataclass(frozen=True)
 class Position:
-    """Where an adapter stands.
+    """The position of an adapter.
 
     Args:
         stack: the key of the stack that its layer belongs to, "encoder" or "decoder" mostly.
@@ -73,11 +73,11 @@ class Generator(nn.Module):
 
 
 class StackHypernetwork(nn.Module):
-    """What generates the adapters of one stack.
+    """The hypernetwork of one stack.
 
     Args:
         config: the widths, and which norms there are.
-        positions: where the adapters of the stack stand.
+        positions: of the stack's adapters.
     """
 
     def __init__(self, config: HyperformerConfig, positions: list[Position]) -> None:
@@ -164,7 +164,7 @@ class Hypernetworks(nn.Module):
 
     Args:
         config: the configuration.
-        positions: where the adapters stand.
+        positions: of the adapters.
     """
 
     def __init__(self, config: HyperformerConfig, positions: list[Position]) -> None:

@@ -1,4 +1,4 @@
-"""Where Hyperformer's adapters stand: the stack, the kind of position and the layer of each target."""
+"""The positions of Hyperformer's adapters: the stack, the kind of position and the layer of each target."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def stacks_of(paths: list[str], model: nn.Module) -> dict[str, tuple[str, str]]:
 
 
 def positions_of(widths: dict[str, int], config: HyperformerConfig, model: nn.Module) -> dict[str, Position]:
-    """Where the adapters will stand, by the path of their module.
+    """The positions of the adapters, by the path of their module.
 
     Args:
         widths: d of each target.

@@ -126,10 +126,10 @@ def reset_linear(linear: nn.Linear, init_weights: bool | str, *, zero: bool, dev
     """Initialise a full Down or Up.
 
     Args:
-        linear: it.
+        linear: the layer.
         init_weights: "original" draws N(0, `deviation`) with zero biases, or torch's default where the base model has
             no deviation of its own; else Kaiming normal with zero biases.
-        zero: whether it is to be zero, whatever the above.
+        zero: set it to zero instead.
         deviation: of the base model's own linear layers, if it has one.
     """
     if zero:

@@ -19,7 +19,7 @@ NAME = "shared_over_layers"  # of the module in the adapted model; no prefix of 
 
 
 class BottleneckState(BaseTunerLayer, TaskModule):
-    """Whatever holds weights of this family: a layer, or what the layers of a model share.
+    """The base of modules that hold weights of this family: layers, and what they share.
 
     One container per module, named after the method, holds the weights of each adapter.
     """
@@ -51,7 +51,7 @@ class BottleneckState(BaseTunerLayer, TaskModule):
         return list(getattr(self.parts[adapter], "tasks", None) or ()) if adapter in self.parts else []
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuse: the adapters are not linear."""
+        """Raise an error: the adapters are not linear."""
         raise NotImplementedError("Bottleneck adapters cannot be merged: their activation is not linear.")
 
     def unmerge(self) -> None:
@@ -63,7 +63,7 @@ def needed_task(task: str | None, tasks: list[str]) -> str:
     """The task whose weights a forward pass takes.
 
     Raises:
-        ValueError: if none was chosen and there are several, or the chosen one is none of them.
+        ValueError: if none was chosen and there are several, or the chosen one is not one of them.
     """
     if task in tasks:
         return task  # type: ignore[return-value]
@@ -89,7 +89,7 @@ class _Shared(nn.Module, BottleneckState):
     """A child of the adapted model, so that peft finds, trains, saves, moves and deletes what it holds."""
 
     other_param_names: tuple[str, ...] = ()
-    # What peft asks its layers about the module they wrap.
+    # What peft reads of the module that a layer wraps.
     weight = bias = in_features = out_features = None  # type: ignore[assignment]
 
     def __init__(self, like: torch.Tensor | None) -> None:
@@ -114,7 +114,7 @@ class _Shared(nn.Module, BottleneckState):
         return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """X as it is: a `torch.nn.Sequential` calls whatever stands in it."""
+        """The identity: a `torch.nn.Sequential` calls all of its modules."""
         return x
 
     def __repr__(self) -> str:
@@ -194,7 +194,7 @@ class _KeepInGraph(torch.autograd.Function):
 
 
 def keep_in_graph(x: torch.Tensor, others: list[nn.Parameter]) -> torch.Tensor:
-    """X, in a graph that also reaches the weights of the tasks that this pass does not serve.
+    """Return x in a graph that also reaches the weights of the tasks that this pass does not serve.
 
     DistributedDataParallel waits for all trained parameters; those of other tasks would have to be searched for
     (`find_unused_parameters=True`), or the next step would fail. They get no gradient, so that an optimizer leaves

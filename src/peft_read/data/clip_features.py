@@ -1,4 +1,4 @@
-"""ClipFeatures and TextFeatures: what a grounding model sees of a video's clips and of a query's words."""
+"""ClipFeatures and TextFeatures: a grounding model's input features of clips and of query tokens."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def l2_normalize(features: NDArray) -> NDArray:
 
 
 def temporal_endpoints(num_clips: int) -> NDArray:
-    """Where each clip starts and ends, as shares of the video: rows (i / L, (i + 1) / L), shape (L, 2).
+    """Where each clip starts and ends, as fractions of the video: rows (i / L, (i + 1) / L), shape (L, 2).
 
     Raises:
         ValueError: no clip.
@@ -46,9 +46,9 @@ def temporal_endpoints(num_clips: int) -> NDArray:
 def query_similarity(clips: NDArray, tokens: NDArray, *, channels: int = SIMILARITY_CHANNELS) -> NDArray:
     """How similar each clip is to the query: z-score over the clips, and 4s, of the cosine s with its mean token.
 
-    The pair is repeated, so that an input LayerNorm over hundreds of feature channels does not drown it. A model that
-    shall learn the match of video and text from a few hundred queries needs this channel; it is meaningful only where
-    both sides come from one embedding space.
+    The pair is repeated, so that it keeps its weight in an input LayerNorm over hundreds of feature channels. A
+    model that is to learn the match of video and text from a few hundred queries needs this channel; it is meaningful
+    only where both sides come from one embedding space.
 
     Args:
         clips: (L, width).
@@ -68,7 +68,7 @@ def query_similarity(clips: NDArray, tokens: NDArray, *, channels: int = SIMILAR
             f"the query similarity needs one space: clips are {clips.shape[1]} wide, query tokens {tokens.shape[1]}"
         )
     if channels < 2 or channels % 2:
-        raise ValueError(f"channels={channels} must be even: z-score and cosine take turns")
+        raise ValueError(f"channels={channels} must be even: z-score and cosine alternate")
     cosine = l2_normalize(clips) @ l2_normalize(tokens.mean(0))  # (L,)
     score = (cosine - cosine.mean()) / (cosine.std() + SPREAD_EPSILON)
     pair = np.stack((score, SIMILARITY_SCALE * cosine), axis=1)
@@ -76,7 +76,7 @@ def query_similarity(clips: NDArray, tokens: NDArray, *, channels: int = SIMILAR
 
 
 class PooledFeatures:
-    """Features whose rows are denser than clips: the rows of a clip are averaged.
+    """Features with several rows per clip, averaged to one.
 
     Args:
         features: by id, (rows, width).
@@ -100,7 +100,7 @@ class PooledFeatures:
 
         Raises:
             KeyError: no features of that id.
-            ValueError: not one clip number per row, or numbers that are negative or fall.
+            ValueError: not one clip number per row, or numbers that are negative or decrease.
         """
         rows, clips = read_features(self.features, video_id), self._clips(video_id)
         if clips.shape != (len(rows),):
@@ -116,11 +116,11 @@ class PooledFeatures:
 
     def _clips(self, video_id: str) -> NDArray[np.int64]:
         if video_id not in self:
-            raise KeyError(f"there are no features of {video_id!r} whose clips are known")
+            raise KeyError(f"there are no features of {video_id!r} with known clip numbers")
         where = f"clip numbers of {video_id!r}"
         clips = table(self.clip_of_row[video_id], where, low=0, whole=True, empty=False).astype(np.int64)
         if clips[0] != 0 or (np.diff(clips) < 0).any():
-            raise ValueError(f"{where} must rise from 0: {shown(clips.tolist())}")
+            raise ValueError(f"{where} must increase from 0: {shown(clips.tolist())}")
         return clips
 
 
@@ -163,7 +163,7 @@ class TextFeatures:
 
         Raises:
             KeyError: no features of that text.
-            ValueError: they have no token.
+            ValueError: they are empty.
         """
         tokens = read_features(self.features, self.id(row))[: self.max_tokens]
         if not len(tokens):
@@ -175,7 +175,7 @@ class TextFeatures:
         return self.prepared(self.raw(row))
 
     def prepared(self, tokens: NDArray) -> NDArray:
-        """Tokens as the model gets them, of the stored ones."""
+        """Converts stored tokens to what the model gets."""
         return l2_normalize(tokens) if self.normalize else tokens
 
     def check(self, rows: Iterable[Mapping[str, Any]]) -> int:
@@ -201,21 +201,21 @@ class TextFeatures:
 
 
 class ClipFeatures:
-    """Clip features of several kinds side by side, with what a grounding model needs to know about their place.
+    """Clip features of several kinds, concatenated, with channels for similarity to the query and position.
 
-    Every kind is L2-normalised a clip at a time and cut to the shortest, then joined; then follow the query similarity
-    and the temporal endpoints, in this order. What was computed once is kept.
+    Every kind is L2-normalised clip by clip, cut to the shortest and concatenated; the query similarity and the
+    temporal endpoints are appended in this order. Results are cached.
 
     Args:
         kinds: one or more sources by video id, each (clips, width), such as SlowFast and CLIP.
         normalize: L2-normalise each kind.
         endpoints: append `temporal_endpoints`, 2 channels.
-        similarity: append `query_similarity`, with the kind of this index; None = not.
+        similarity: index of the kind to append `query_similarity` of; None = none.
         max_clips: clips kept, from the start; None = all.
         max_difference: by how many clips two streams, or features and labels, of a video may differ. More means that
             their rates differ, and is an error.
         clip_seconds: length of a clip, which the collators and `check` take from here.
-        cache_bytes: memory for what was computed once, at most; 0 = compute every time.
+        cache_bytes: most memory of the cache; 0 = no cache.
 
     Raises:
         ValueError: no kind, a similarity with a kind that does not exist, a number that is not positive.
@@ -264,14 +264,14 @@ class ClipFeatures:
         Args:
             row: with `vid`.
             tokens: (T, width), not normalised; needed for the query similarity.
-            at_most: clips of another stream or of the labels, which this one is cut to.
-            text_id: what tells the tokens from others; with it, or without a similarity, the result is kept and
-                returned again, not to be written to.
+            at_most: length to cut to, such as that of another stream or of the labels.
+            text_id: key of the tokens in the cache. With it, or without a similarity, the result is cached and must
+                not be modified.
 
         Raises:
             KeyError: a kind has no features of the video.
             ValueError: the similarity is asked for without tokens, kinds differ by more than `max_difference` clips,
-                or features are empty or no (clips, width).
+                or features are empty or not (clips, width).
         """
         video_id = id_of(row.get("vid"), "'vid' of a row")
         if self.similarity is not None and text_id is None:
@@ -313,16 +313,16 @@ class ClipFeatures:
     def check(self, rows: Iterable[Mapping[str, Any]], *, clip_seconds: float | None = None) -> int:
         """Reads the features of all rows once, and warns of what will be cut.
 
-        Cut are clips behind `max_clips`, and moments behind the last clip. A video whose features last longer or
-        shorter than its `duration`, or have more or fewer clips than `clip_scores`, by more than `max_difference`
-        clips has features of another rate than `clip_seconds` says, which is an error.
+        Clips after `max_clips` and moments after the last clip are cut. Features that are longer or shorter than the
+        video's `duration` or its `clip_scores` by more than `max_difference` clips have another rate than
+        `clip_seconds`, which is an error.
 
         Args:
-            rows: of the dataset; `duration`, `relevant_windows` and `clip_scores` where they have them.
+            rows: of the dataset; `duration`, `relevant_windows` and `clip_scores` are optional.
             clip_seconds: length of a clip; None = that of these features.
 
         Returns:
-            The width that the model gets, all channels together.
+            The width of the model's input, all channels together.
 
         Raises:
             ValueError: features that are missing, unreadable, empty, non-finite, of another width or, between kinds or
@@ -387,14 +387,14 @@ class ClipFeatures:
         if dropped or shortened:
             named = f" ({listed(dropped)})" if dropped else ""
             warnings.warn(
-                f"{len(dropped)} moments lie behind the last clip of their video and are dropped{named}; {shortened} "
-                "end behind it and are cut there",
+                f"{len(dropped)} moments lie after the last clip of their video and are dropped{named}; {shortened} "
+                "end after it and are cut there",
                 stacklevel=3,
             )
 
 
 class _Cache:
-    """Arrays by key, until their memory is used up.
+    """Arrays by key, up to a limit of memory.
 
     Args:
         limit: in bytes.
@@ -408,7 +408,7 @@ class _Cache:
         return self._arrays.get(key)
 
     def keep(self, key: Hashable, array: NDArray) -> NDArray:
-        """The array, which is kept where there is room."""
+        """Stores the array if there is room, and returns it."""
         if self.used + array.nbytes <= self.limit:
             array.flags.writeable = False
             self._arrays[key] = array

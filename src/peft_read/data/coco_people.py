@@ -1,4 +1,4 @@
-"""The persons of COCO's images as boxes and key points, with the captions of the images."""
+"""The people in COCO's images as boxes and key points, with the captions of the images."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def load_coco_people(
     require_people: bool = True,
     prompt: str = TASK_PROMPTS["caption"],
 ) -> Dataset:
-    """Captions of images whose persons are given.
+    """Captions of images with annotated people.
 
     Source: Lin et al., "Microsoft COCO", ECCV 2014; its captions and key points, joined by image.
 
     Args:
         annotations: an object per line with `image_id`, `width`, `height`, `captions`, and `people`, a list of
-            {"box_cxcywh" in shares of the image, "keypoints" 17 x [x, y, visibility 0, 1 or 2]}, or null.
-        each: a row for each "caption" (with a target), or for each "image" (with references only).
+            {"box_cxcywh" in fractions of the image, "keypoints" 17 x [x, y, visibility 0, 1 or 2]}, or null.
+        each: one row per "caption" (with a target), or per "image" (with references only).
         require_people: leave out the images without persons; else their `people` is empty.
         prompt: the whole text of the input.
 
@@ -43,7 +43,7 @@ def load_coco_people(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: by file, line and field, whatever is missing, twice or none of what it should be, boxes outside the
+        ValueError: by file, line and field, a field that is missing, duplicate or invalid, boxes outside the
             image included.
     """
     from datasets import List as ListOf

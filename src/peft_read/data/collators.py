@@ -1,4 +1,4 @@
-"""Batches for the grounding models: features padded with their masks, moments, and pairs of clips for the saliency."""
+"""Batches for the grounding models: padded features with masks, moments, and pairs of clips for the saliency loss."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Row = Mapping[str, Any]
 Pairs = tuple[list[int], list[int]]  # salient clips, and less salient clips in the same order
 PairSampler = Callable[..., Pairs]
 
-NO_PAIR = -1  # in the place of a clip's index: nothing to compare
-PADDING = -100  # in rows of `span_labels` that are none, the value that transformers' Trainer pads with
-# The features of a few videos end a clip or two before the annotations; what lies further behind was cut away.
+NO_PAIR = -1  # in place of a clip's index: no pair
+PADDING = -100  # padding rows of `span_labels`, the value that transformers' Trainer pads with
+# The features of a few videos end a clip or two before the annotations; what comes later was cut away.
 LATE_CLIPS = 3
 
 
@@ -36,7 +36,7 @@ def annotated_pairs(row: Row, num_clips: int, generator: np.random.Generator) ->
 
     Hard: the relevant clip with the highest summed rating against the one with the lowest. Easy: a random relevant
     clip against a random other one; a copy of the hard pair where every clip is relevant. A relevant clip up to three
-    behind the features counts as the last, as in the original; one further behind was cut away and takes no part.
+    after the features counts as the last, as in the original; one further on was cut away and takes no part.
 
     Args:
         row: with `relevant_clip_ids` and `saliency_scores`.
@@ -47,7 +47,7 @@ def annotated_pairs(row: Row, num_clips: int, generator: np.random.Generator) ->
         Two pairs; a clip paired with itself where there is nothing to compare.
 
     Raises:
-        ValueError: as many clips as ratings are needed, clips are no whole numbers from 0 on, ratings are not finite.
+        ValueError: clips and ratings differ in number, clips are not non-negative integers, ratings are not finite.
     """
     where = _where(row)
     relevant = table(row["relevant_clip_ids"], f"{where}'relevant_clip_ids'", low=0, whole=True).astype(np.int64)
@@ -74,12 +74,12 @@ def annotated_pairs(row: Row, num_clips: int, generator: np.random.Generator) ->
 def window_pairs(row: Row, num_clips: int, generator: np.random.Generator, *, clip_seconds: float = 2.0) -> Pairs:
     """Two random clips inside the row's windows against two outside, for weak labels without ratings.
 
-    A clip is inside if its middle is. Where nothing is inside or nothing outside, a clip is paired with itself.
+    A clip is inside if its centre is. Without a clip on either side, a clip is paired with itself.
 
     Args:
         row: with `relevant_windows` in seconds.
         num_clips: clips that the features have.
-        generator: of the draw.
+        generator: of the random draws.
         clip_seconds: length of a clip; a collator passes its own.
 
     Raises:
@@ -98,17 +98,17 @@ def window_pairs(row: Row, num_clips: int, generator: np.random.Generator, *, cl
 def ranked_pairs(row: Row, num_clips: int, generator: np.random.Generator, *, count: int = 32) -> Pairs:
     """The best clip against the worst, and random pairs of clips with different scores, the better one first.
 
-    For datasets that score every clip and name no moments (TVSum, YouTube Highlights); not of the original, which
-    does not train Moment-DETR on them. Where all scores are equal a clip is paired with itself.
+    For datasets that score every clip and name no moments (TVSum, YouTube Highlights); not part of the
+    original, which does not train Moment-DETR on them. Where all scores are equal a clip is paired with itself.
 
     Args:
         row: with `clip_scores`.
         num_clips: clips that the features have.
-        generator: of the draw.
+        generator: of the random draws.
         count: pairs.
 
     Raises:
-        ValueError: scores that are no finite numbers.
+        ValueError: scores that are not finite numbers.
     """
     scores = table(row["clip_scores"], f"{_where(row)}'clip_scores'", empty=False)[:num_clips]
     if scores.min() == scores.max():
@@ -134,9 +134,9 @@ COLUMNS: dict[Callable[..., Pairs], tuple[str, ...]] = {
 class MomentDetrCollator:
     """Batches rows for `MomentDetrForTemporalGrounding`.
 
-    Moments are given to the model as shares of (number of clips x clip length), as in the original, at most
-    `max_windows` of them. A moment behind the last clip of the features is dropped, and counted in `dropped_moments`;
-    one that ends behind it is cut there. Rows without labels (None, or no such columns) give batches without labels.
+    Moments are given to the model as fractions of (number of clips x clip length), as in the original, at most
+    `max_windows` of them. A moment after the last clip of the features is dropped, and counted in `dropped_moments`;
+    one that ends after it is cut there. Rows without labels (None, or no such columns) give batches without labels.
 
     Args:
         clips: features of the video.
@@ -146,8 +146,8 @@ class MomentDetrCollator:
         span_loss_type: of the model's configuration, `"l1"` or `"ce"`.
         max_windows: moments kept of a query, a random subset where there are more.
         clip_seconds: length of a clip; None = that of `clips`.
-        generator: of every draw; a default one with seed 0 if absent. In a worker process of a DataLoader the
-            worker's own seed takes its place, so that workers and epochs do not repeat each other's draws.
+        generator: of all random draws; by default one with seed 0. In a worker process of a DataLoader it is
+            replaced by one with the worker's seed, so that workers and epochs draw differently.
 
     Returns:
         A batch of `video_features` (B, L, Dv), `video_mask` (B, L), `text_features` (B, T, Dt), `text_mask` (B, T);
@@ -155,8 +155,8 @@ class MomentDetrCollator:
         pairs `saliency_pos_labels`, `saliency_neg_labels` (B, P), -1 where there is nothing to compare.
 
     Raises:
-        ValueError: options that cannot be; a row (by qid) whose labels cannot be, or a batch of which some rows have
-            labels and others have none.
+        ValueError: invalid options; a row (by qid) with invalid labels, or a batch in which only some rows have
+            labels.
     """
 
     def __init__(
@@ -199,7 +199,7 @@ class MomentDetrCollator:
         if self.pairs is not None and self._have_pairs(rows):
             drawn = [self.pairs(row, len(video), self.generator) for row, video in zip(rows, videos, strict=True)]
             positive, negative = (torch.tensor([pair[side] for pair in drawn]) for side in (0, 1))
-            nothing = positive == negative  # a clip against itself: a constant in the loss, without a gradient
+            nothing = positive == negative  # a clip paired with itself: a constant in the loss, without a gradient
             batch["saliency_pos_labels"] = positive.masked_fill(nothing, NO_PAIR)
             batch["saliency_neg_labels"] = negative.masked_fill(nothing, NO_PAIR)
         return batch
@@ -222,7 +222,7 @@ class MomentDetrCollator:
         if len(inside) < len(windows):
             if not self.dropped_moments:
                 logger.warning(
-                    "%s%d of %d moments lie behind the %d clips of its features and are dropped; `check` lists all",
+                    "%s%d of %d moments lie after the %d clips of its features and are dropped; `check` lists all",
                     *(_where(row), len(windows) - len(inside), len(windows), num_clips),
                 )
             self.dropped_moments += len(windows) - len(inside)
@@ -252,8 +252,8 @@ class UMTCollator:
     """Batches rows for `UMTForTemporalGrounding`.
 
     Streams and labels are cut to the shortest; where they differ by more clips than `video.max_difference`, before
-    `max_clips`, their rates differ, which is an error. A moment behind the last clip is dropped, and counted in
-    `dropped_moments`; one that ends behind it is cut there.
+    `max_clips`, their rates differ, which is an error. A moment after the last clip is dropped, and counted in
+    `dropped_moments`; one that ends after it is cut there.
 
     Args:
         video: features of the clips.
@@ -266,8 +266,8 @@ class UMTCollator:
         (B, n, 2) in seconds, padded with -1, and `boundary_mask` (B, n), 1 = a moment.
 
     Raises:
-        ValueError: the query similarity without text, streams with different clip lengths; a row (by qid or vid) whose
-            labels cannot be, or a batch of which some rows have labels and others have none.
+        ValueError: the query similarity without text, streams with different clip lengths; a row (by qid or vid) with
+            invalid labels, or a batch in which only some rows have labels.
     """
 
     def __init__(
@@ -361,7 +361,7 @@ class UMTCollator:
 
 
 def _with_clip_seconds(pairs: PairSampler, clip_seconds: float) -> PairSampler:
-    """The sampler, told the length of a clip if it asks for it."""
+    """The sampler with the length of a clip bound, if it has that argument."""
     chosen = getattr(pairs, "keywords", {}).get("clip_seconds")
     if chosen is not None and chosen != clip_seconds:
         raise ValueError(f"pairs has clip_seconds={chosen}, the collator {clip_seconds:g}: pass one of them")
@@ -378,7 +378,7 @@ def _check_batch(rows: Sequence[Row]) -> None:
 
 
 def _where(row: Row) -> str:
-    """Which row it is, for messages."""
+    """The name of a row in messages."""
     names = [f"{name} {shown(row[name])}" for name in ("qid", "vid") if row.get(name) is not None]
     return f"{names[0]}: " if names else ""
 
@@ -406,7 +406,7 @@ def _clip_scores(row: Row) -> NDArray[np.float64]:
 
 
 def _padded(kind: str, sequences: Sequence[NDArray]) -> dict[str, Tensor]:
-    """Features padded with zeros to the longest, and their mask, 1 = real."""
+    """Features padded with zeros to the longest, and their mask, 0 = padding."""
     if len({features.shape[1] for features in sequences}) > 1:
         widths = sorted({features.shape[1] for features in sequences})
         raise ValueError(f"the {kind} features of a batch have different widths: {widths}; `check` names them")
@@ -415,14 +415,14 @@ def _padded(kind: str, sequences: Sequence[NDArray]) -> dict[str, Tensor]:
 
 
 def _padded_rows(sequences: Sequence[Tensor | NDArray], value: float) -> tuple[Tensor, Tensor]:
-    """Rows (n, width) of every example below each other, padded with `value` to (B, n, width), and the mask (B, n)."""
+    """The rows (n, width) of every example, padded with `value` to (B, n, width), and the mask (B, n)."""
     first = torch.as_tensor(np.array(sequences[0][:0])) if isinstance(sequences[0], np.ndarray) else sequences[0]
     longest = max(len(rows) for rows in sequences)
     padded = torch.full((len(sequences), longest, sequences[0].shape[1]), value, dtype=first.dtype)
     mask = torch.zeros(len(sequences), longest, dtype=torch.long)
     for index, rows in enumerate(sequences):
         if isinstance(rows, np.ndarray):
-            padded[index, : len(rows)].numpy()[...] = rows  # kept features are read-only, which torch warns of
+            padded[index, : len(rows)].numpy()[...] = rows  # cached features are read-only, which torch warns of
         else:
             padded[index, : len(rows)] = rows
         mask[index, : len(rows)] = 1

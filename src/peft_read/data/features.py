@@ -44,17 +44,18 @@ class FeatureStore:
     * one `.npz` archive with `ids` (n,), `offsets` (n + 1,), `features` (frames of all items, width) and, where these
       are int8, `scale` (frames,): row = features x scale.
 
-    Nothing is read before it is asked for, but the archive's index. Ids that are whole numbers stand for their digits.
+    Features are read when they are asked for; only the archive's index is read at once. Integer ids are converted to
+    strings.
 
     Args:
         path: folder or archive.
-        name: how the files of a folder are called, with `{id}` where the id is: `"{id}_rgb"`, `"qid{id}"`. Files that
-            are called otherwise are left aside.
+        name: pattern of the file names in a folder, with `{id}` for the id: `"{id}_rgb"`, `"qid{id}"`. Other files are
+            ignored.
         array: the array of a `.npz` file, such as `"last_hidden_state"` or `"token"` of published text features.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: an archive that cannot be read, without the arrays above, or whose arrays do not fit each other; an
+        FileNotFoundError: there is no such folder or file.
+        ValueError: an archive that cannot be read, lacks the arrays above, or whose arrays do not fit each other; an
             id with two files; a name without `{id}`.
 
     Example:
@@ -96,7 +97,7 @@ class FeatureStore:
 
         Raises:
             KeyError: no features of that id.
-            ValueError: a file that cannot be read, or holds something else than one (frames, width) array of numbers.
+            ValueError: a file that cannot be read, or does not hold one (frames, width) array of numbers.
         """
         if self._archive is None:
             return _read_file(self._file(video_id), self.array)
@@ -107,11 +108,11 @@ class FeatureStore:
         return features
 
     def num_rows(self, video_id: str | int) -> int:
-        """Frames of one video; of an archive and of `.npy` files without reading them.
+        """Number of frames of one video; archives and `.npy` files are not read for it.
 
         Raises:
             KeyError: no features of that id.
-            ValueError: a file that cannot be read, or holds something else.
+            ValueError: a file that cannot be read, or does not hold one array of frames.
         """
         if self._archive is None:
             file = self._file(video_id)
@@ -151,7 +152,7 @@ def read_features(features: Features | Mapping[str, Any], key: str) -> NDArray[n
 
     Raises:
         KeyError: no features of that id.
-        ValueError: a file that cannot be read, or something else than one (length, width) array of numbers.
+        ValueError: a file that cannot be read, or features that are not one (length, width) array of numbers.
     """
     if key not in features:
         raise KeyError(f"{place_of(features) or 'the mapping of features'} has no features of {key!r}")
@@ -162,7 +163,7 @@ def read_features(features: Features | Mapping[str, Any], key: str) -> NDArray[n
 
 
 def row_count(features: Features | Mapping[str, Any], key: str) -> int | None:
-    """Rows of one id, read from the index where there is one; None: it has no features.
+    """Number of rows of one id, from the index where there is one; None: it has no features.
 
     Raises:
         ValueError: a file that cannot be read.
@@ -176,7 +177,7 @@ def row_count(features: Features | Mapping[str, Any], key: str) -> int | None:
 
 
 def place_of(features: object) -> str:
-    """Where features lie, for messages; empty where that is not known."""
+    """The path of the features for messages; empty if unknown."""
     return str(getattr(features, "path", ""))
 
 
@@ -215,7 +216,7 @@ def check_features(
             continue
         width = rows.shape[1] if width is None else width
         if rows.shape[1] != width:
-            problems.setdefault(f"have not the width {width}", []).append(f"{key} ({rows.shape[1]})")
+            problems.setdefault(f"do not have the width {width}", []).append(f"{key} ({rows.shape[1]})")
         elif not len(rows):
             problems.setdefault("have no frame", []).append(key)
         elif not np.isfinite(rows).all():
@@ -232,23 +233,23 @@ def check_features(
 def write_feature_archive(
     path: str | Path, features: Mapping[str, Any], *, extra: Mapping[str, NDArray] | None = None
 ) -> Path:
-    """Writes the features of many items into one archive that `FeatureStore` reads, whole or not at all.
+    """Writes the features of many items atomically into one archive that `FeatureStore` reads.
 
     Args:
         path: the archive; no suffix is added.
         features: by id, each (frames, width), all of one width.
-        extra: further arrays, which `FeatureStore` leaves aside.
+        extra: further arrays, which `FeatureStore` ignores.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: no features, an id that is none, or features (by id) that are no (frames, width) of finite numbers
-            or have another width than the first.
+        ValueError: no features, an invalid id, or features (by id) that are not (frames, width), not finite, or of
+            another width than the first.
     """
     ids = [id_of(key, "an id of the archive") for key in features]
     if len(set(ids)) < len(ids):
-        raise ValueError(f"two ids of the archive are the same text: {shown(list(features))}")
+        raise ValueError(f"two ids of the archive are the same string: {shown(list(features))}")
     check_features({key: features[given] for key, given in zip(ids, features, strict=True)}, ids, name=f"{path}")
     rows = [array_of(part) for part in features.values()]
     rows = [part if part.dtype.kind == "f" else part.astype(np.float32) for part in rows]
@@ -273,7 +274,7 @@ def _files_by_id(folder: Path, name: str) -> dict[str, Path]:
                 twice.append(f"{files[match.group(1)].name} and {file.name}")
             files[match.group(1)] = file
     if twice:
-        raise ValueError(f"{folder}: {len(twice)} ids have two files, and nothing says which counts: {listed(twice)}")
+        raise ValueError(f"{folder}: {len(twice)} ids have two files, unclear which to read: {listed(twice)}")
     if not files:
         called = "" if name == "{id}" else f" called {name.replace('{id}', '<id>')!r}"
         raise FileNotFoundError(f"{folder} holds no .npy or .npz feature file{called}")
@@ -281,13 +282,13 @@ def _files_by_id(folder: Path, name: str) -> dict[str, Path]:
 
 
 def _load(path: Path, *, memory_map: bool = False) -> Any:
-    """What numpy reads of a file; no pickled objects.
+    """Loads a file with numpy, without pickled objects.
 
     Raises:
-        ValueError: it is no regular file, or numpy cannot read it.
+        ValueError: it is not a regular file, or numpy cannot read it.
     """
     if not path.is_file():
-        raise ValueError(f"{path} is no regular file (a broken link, a pipe or a folder?)")
+        raise ValueError(f"{path} is not a regular file (a broken link, a pipe or a folder?)")
     try:
         return np.load(path, allow_pickle=False, mmap_mode="r" if memory_map else None)
     except Exception as error:  # a damaged file fails anywhere inside zip, zlib or numpy's header
@@ -302,7 +303,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """
     loaded = _load(path)
     if isinstance(loaded, np.ndarray):
-        raise ValueError(f"{path} is a single array, no .npz file")
+        raise ValueError(f"{path} is a single array, not a .npz file")
     with loaded:
         try:
             return {name: loaded[name] for name in loaded.files}
@@ -321,7 +322,7 @@ def _read_archive(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path}: 'ids' is {_described(ids)}; it must be a list of strings")
     names = [str(name) for name in ids.tolist()]
     if len(set(names)) < len(names):
-        raise ValueError(f"{path}: {next(n for n in names if names.count(n) > 1)!r} stands twice in 'ids'")
+        raise ValueError(f"{path}: {next(n for n in names if names.count(n) > 1)!r} appears twice in 'ids'")
     if features.ndim != 2 or features.dtype.kind not in REAL:
         raise ValueError(f"{path}: 'features' is {_described(features)}; it must be numbers (frames, width)")
     if offsets.shape != (len(ids) + 1,) or offsets.dtype.kind not in "iu":
@@ -331,8 +332,8 @@ def _read_archive(path: Path) -> dict[str, np.ndarray]:
     offsets = offsets.astype(np.int64)
     if offsets[0] != 0 or offsets[-1] != len(features) or (np.diff(offsets) < 0).any():
         raise ValueError(
-            f"{path}: 'offsets' must rise from 0 to {len(features)}, the rows of features; they go from {offsets[0]} "
-            f"to {offsets[-1]}{'' if (np.diff(offsets) >= 0).all() else ' and fall in between'}"
+            f"{path}: 'offsets' must increase from 0 to {len(features)}, the rows of features; they go from "
+            f"{offsets[0]} to {offsets[-1]}{'' if (np.diff(offsets) >= 0).all() else ' and decrease in between'}"
         )
     archive["offsets"] = offsets
     if features.dtype == np.int8 and "scale" not in archive:

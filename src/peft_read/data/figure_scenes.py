@@ -1,4 +1,4 @@
-"""Figures of seven pieces, as in KiloGram, and what is said of them."""
+"""Figures of seven pieces, as in KiloGram, with statements and questions about them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _where(centre: np.ndarray, extent: np.ndarray) -> str:
 
 
 def piece_facts(scene: Any, rng: Random) -> Facts:
-    """What is said of the pieces of a figure, their places, and its outline."""
+    """Facts about the pieces of a figure, their places, and its outline."""
     kinds, centres = scene["kinds"], scene["centres"]
     number, other = (str(value + 1) for value in rng.permutation(7)[:2])
     where = _where(centres[number], scene["extent"])

@@ -42,7 +42,7 @@ def load_how2(
         split: such as `sum_train`, `sum_cv`, `sum_devtest` in How2.
         num_samples: size of a low-resource subset; None = all.
         seed: of the random subset.
-        subset: "random" (the paper's "randomly draw"), or "first" (the first lines, as the released code does).
+        subset: "random" (the paper: "randomly draw"), or "first" (the first lines, as in the released code).
         require_summary: False where only transcripts exist.
 
     Returns:
@@ -51,7 +51,7 @@ def load_how2(
     Raises:
         FileNotFoundError: a missing file.
         ValueError: an empty file; by file and line: another encoding than UTF-8, a line without an id or a text, an id
-            that comes twice; ids of the two files that differ, a subset larger than the split.
+            that appears twice; ids of the two files that differ, a subset larger than the split.
     """
     from datasets import Dataset
 
@@ -119,7 +119,7 @@ class How2Collator:
         decoder_start_token_id: first decoder input; of the model's configuration.
         max_source_length, max_target_length: in tokens, the target without its eos (511 and 63 in the original).
         max_frames: frames kept, from the start (256 in the original).
-        zero_video: replace every feature by zero: the ablation that shows what the video is worth.
+        zero_video: replace every feature by zero: the ablation without the information in the video.
 
     Returns:
         A batch of `input_ids`, `attention_mask` (B, S); `video_features` (B, F, width), `video_mask` (B, F);
@@ -174,7 +174,7 @@ class How2Collator:
         }
 
     def check(self, items: Iterable[Mapping[str, Any]]) -> None:
-        """Warns of what the lengths cut: transcripts, summaries and videos that are longer, and by how much."""
+        """Warns of transcripts, summaries and videos that are longer than the limits, and by how much."""
         cut: dict[str, list[int]] = {}
         for item in items:
             lengths = (
@@ -220,7 +220,7 @@ class How2Collator:
 
 def _text(item: Mapping[str, Any], field: str) -> str:
     if not isinstance(item.get(field), str):
-        raise ValueError(f"{field!r} of {item.get('video_id')!r} must be a text, not {shown(item.get(field))}")
+        raise ValueError(f"{field!r} of {item.get('video_id')!r} must be a string, not {shown(item.get(field))}")
     return item[field]
 
 

@@ -1,13 +1,13 @@
-"""How2-mini: a generated summarisation set in the How2 layout, in which neither stream is enough and order matters.
+"""How2-mini: a generated summarisation dataset in the How2 layout that needs both streams and their order.
 
 A clip shows three to six steps of an instruction. A step is a *motion* (one of ten: cut, join, pour ...) done to an
 object with a *look* (one of eight: round, long, flat ...), and lasts two to four frames.
 
 * The **video** carries what is done and when: a frame feature is code(motion) + code(look) + an offset of the domain +
-  noise. It knows no names: several objects of a domain share a look.
+  noise. It does not tell which object it is: several objects of a domain share a look.
 * The **transcript** names the objects, in shuffled order, among chatter and objects that are never touched. It says
   neither what is done nor when.
-* The **summary** tells the steps in temporal order, in the words of the domain: a motion "cut" is *chop* in cooking,
+* The **summary** lists the steps in temporal order, in the words of the domain: a motion "cut" is *chop* in cooking,
   *prune* in gardening.
 
 So a model must find the word for every frame (the alignment that PVLA asks for), and keep the order (the recurrence
@@ -31,7 +31,7 @@ __all__ = ["HOW2_MINI_DOMAINS", "How2MiniClip", "generate_how2_mini", "how2_mini
 
 FEATURE_DIM = 64
 WORLD_SEED = 20240222  # the codes of motions, looks and domains: one video encoder for every split and seed
-FRAME_NOISE = 0.35  # standard deviation a channel; code channels have standard deviation 1 / sqrt(2)
+FRAME_NOISE = 0.35  # standard deviation per channel; code channels have standard deviation 1 / sqrt(2)
 FEATURE_SCALE = 1 / 9  # frames of about unit norm, as those of CLIP and of other contrastive encoders
 
 
@@ -150,14 +150,14 @@ def generate_how2_mini(
 
     Args:
         num_clips: how many.
-        seed: of the draw; the codes of motions, looks and domains do not depend on it.
+        seed: of the clips; the codes of motions, looks and domains do not depend on it.
         domains: keys of `HOW2_MINI_DOMAINS`, drawn uniformly.
         num_steps: fewest and most steps of a clip, at most eight.
         wandering: probability that an object comes from any of `domains` instead of the clip's own.
         prefix: video ids are `<prefix><seed>_<index>`.
 
     Raises:
-        ValueError: an unknown domain, or numbers of clips or steps that cannot be.
+        ValueError: an unknown domain, or invalid numbers of clips or steps.
     """
     count(num_clips, "num_clips", low=0)
     if not domains or isinstance(domains, str):
@@ -188,7 +188,7 @@ def generate_how2_mini(
             frames += [motions[motion] + looks[look] + offsets[name]] * int(rng.integers(2, 5))
         features = np.stack(frames) + FRAME_NOISE * rng.normal(size=(len(frames), FEATURE_DIM))
 
-        # Named but untouched objects: only the video tells them from the others.
+        # Objects that are named but not used: only the video tells which.
         num_named = min(NUM_LOOKS, steps_shown + int(rng.integers(1, 3)))
         sentences = [MENTIONS[rng.integers(len(MENTIONS))].format(noun=noun) for noun in nouns[:num_named]]
         sentences += [CHATTER[rng.integers(len(CHATTER))] for _ in range(int(rng.integers(0, 3)))]
@@ -210,7 +210,7 @@ def generate_how2_mini(
 def how2_mini_talk(num_lines: int, *, seed: int) -> list[str]:
     """Draws lines of plain talk that use the words of all domains out of context: text to denoise, no video.
 
-    A language model knows the words of a domain whose videos it has never seen; this text is where it learns them.
+    Pretraining on this text teaches a language model the words of domains whose videos it has not seen.
     """
     rng = np.random.default_rng(seed)
     domains = list(HOW2_MINI_DOMAINS.values())
@@ -245,7 +245,7 @@ def write_how2_mini(folder: str | Path, clips: dict[str, Sequence[How2MiniClip]]
         The folder.
 
     Raises:
-        ValueError: a split or video id that is no file name, or an id that comes twice.
+        ValueError: a split or video id that is no file name, or an id that appears twice.
     """
     folder = Path(folder)
     for split, items in clips.items():
@@ -253,7 +253,8 @@ def write_how2_mini(folder: str | Path, clips: dict[str, Sequence[How2MiniClip]]
         if bad := [name for name in (split, *ids) if not name or safe_name(name) != name]:
             raise ValueError(f"{shown(bad[0])} cannot be the name of a file in every file system")
         if len(set(ids)) < len(ids):
-            raise ValueError(f"an id of {split!r} comes twice: {next(name for name in ids if ids.count(name) > 1)!r}")
+            twice = next(name for name in ids if ids.count(name) > 1)
+            raise ValueError(f"an id of {split!r} appears twice: {twice!r}")
     features = folder / "video_features"
     features.mkdir(parents=True, exist_ok=True)
     for split, items in clips.items():
@@ -263,7 +264,7 @@ def write_how2_mini(folder: str | Path, clips: dict[str, Sequence[How2MiniClip]]
             with write_whole(folder / split / file) as text:
                 text.write("\n".join(lines) + "\n")
         for item in items:
-            # Thousands of small files that are drawn anew from a seed: waiting for the disk at each would take longer
-            # than all the rest, and one that was cut off is an error by name where it is read.
+            # Not written atomically: for thousands of small files that would take longer than everything else. They
+            # can be generated again, and a truncated file is an error by name where it is read.
             np.save(features / f"{item.video_id}.npy", item.features)
     return folder

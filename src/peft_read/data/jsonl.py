@@ -1,4 +1,4 @@
-"""Reading text files of a dataset, lines and JSON, plain or compressed, with file and line of whatever is wrong."""
+"""Reads text and JSON files, plain or compressed; errors name the file and the line."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CHUNK = 2000  # records that are Python objects at the same time
 
 
 class Record(dict):
-    """One JSON object of a file, which knows where it stands.
+    """One JSON object of a file, with its place in the file.
 
     Args:
         fields: the object.
@@ -49,19 +49,19 @@ class Record(dict):
         return f"{self.place}: {field!r}"
 
     def text(self, field: str) -> str:
-        """A field that must be a string with something in it.
+        """A field that must be a non-empty string.
 
         Raises:
-            ValueError: it is none, or blank, or cannot be encoded.
+            ValueError: it is not a string, is blank, or cannot be encoded.
         """
         value = self.get(field)
         if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{self.where(field)} must be a text, not {shown(value)}")
+            raise ValueError(f"{self.where(field)} must be a non-empty string, not {shown(value)}")
         return encodable(value, self.where(field))
 
 
 def encodable(text: str, where: str) -> str:
-    """The text, if it is one: half of a surrogate pair can neither be stored nor tokenised.
+    """The text unchanged; lone surrogates, which can be neither stored nor tokenised, are refused.
 
     Raises:
         ValueError: it holds a lone surrogate.
@@ -74,7 +74,7 @@ def encodable(text: str, where: str) -> str:
 
 
 def find_annotations(path: str | Path) -> Path:
-    """The file itself, or the same with `.xz` or `.gz` behind its name.
+    """The file itself, or the same with `.xz` or `.gz` appended to its name.
 
     Raises:
         FileNotFoundError: none of them exists; the message lists what the folder holds.
@@ -84,7 +84,7 @@ def find_annotations(path: str | Path) -> Path:
         if candidate.is_file():
             return candidate
     others = sorted(file.name for file in path.parent.glob("*.json*")) if path.parent.is_dir() else []
-    what = "is no regular file" if path.exists() else "does not exist (nor with .xz or .gz)"
+    what = "is not a regular file" if path.exists() else "does not exist (nor with .xz or .gz)"
     raise FileNotFoundError(f"{path} {what}; annotations in its folder: {others or 'none'}")
 
 
@@ -92,24 +92,24 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Line numbers and lines of a UTF-8 file, without line ends and without a byte-order mark; one at a time.
 
     Raises:
-        ValueError: another encoding (by line), or a compressed file that is cut off or none.
+        ValueError: another encoding (by line), or a compressed file that is truncated or invalid.
     """
     try:
         with _open(path) as file:
             for number, raw in enumerate(file, start=1):
                 yield number, _decoded(raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw, path, number)
     except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is cut off, or no {path.suffix} file: {error}") from error
+        raise ValueError(f"{path} is truncated, or not a {path.suffix} file: {error}") from error
 
 
 def _decoded(raw: bytes, path: Path, number: int) -> str:
     if b"\0" in raw:
-        raise ValueError(f"{path}, line {number}: a NUL byte; the file is no UTF-8 text (UTF-16, or binary?)")
+        raise ValueError(f"{path}, line {number}: a NUL byte; the file is not UTF-8 text (UTF-16, or binary?)")
     try:
         return raw.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path}, line {number}: no UTF-8 (byte {raw[error.start]:#04x} at position {error.start}); convert it"
+            f"{path}, line {number}: not UTF-8 (byte {raw[error.start]:#04x} at position {error.start}); convert it"
         ) from error
 
 
@@ -117,7 +117,7 @@ def iterate_members(path: str | Path) -> Iterator[tuple[str, Record]]:
     """The members of a file with one JSON object of objects, {id: {...}}; one at a time, for large files.
 
     Raises:
-        ValueError: it is no such file, or an id comes twice; file and line are named.
+        ValueError: by file and line: it is not such a file, or an id appears twice.
     """
     path = find_annotations(path)
     text = "\n".join(line for _, line in read_lines(path))
@@ -134,23 +134,23 @@ def iterate_members(path: str | Path) -> Iterator[tuple[str, Record]]:
         key, position = _parsed(text, position, place)
         position = _skip(text, position)
         if not isinstance(key, str) or text[position : position + 1] != ":":
-            raise ValueError(f"{place}: no JSON: a string and ':' were expected")
+            raise ValueError(f"{place}: invalid JSON: a string and ':' were expected")
         fields, position = _parsed(text, _skip(text, position + 1), place)
         if key in seen:
-            raise ValueError(f"{place}: {key!r} comes twice")
+            raise ValueError(f"{place}: {key!r} appears twice")
         seen.add(key)
         if not isinstance(fields, dict):
             raise ValueError(f"{place}: {key!r} must be a JSON object, not {shown(fields)}")
         yield id_of(key, place), Record(fields, f"{place}, {key!r}")
         position = _skip(text, position)
         if text[position : position + 1] not in (",", "}"):
-            raise ValueError(f"{place}: no JSON: ',' or '}}' was expected behind {key!r}; is the file cut off?")
+            raise ValueError(f"{place}: invalid JSON: ',' or '}}' was expected after {key!r}; is the file cut off?")
         closed = text[position] == "}"
         position = _skip(text, position + 1)
     if not seen:
         raise ValueError(f"{path} is empty")
     if not closed or position < len(text):
-        raise ValueError(f"{path}: no JSON: {'text behind the object' if closed else 'it is cut off'}")
+        raise ValueError(f"{path}: invalid JSON: {'text after the object' if closed else 'it is cut off'}")
 
 
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -165,7 +165,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} comes twice in one object")
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} appears twice in one object")
     return fields
 
 
@@ -177,20 +177,20 @@ def _parsed(text: str, position: int, place: str) -> tuple[Any, int]:
     try:
         return _decoder.raw_decode(text, position)
     except RecursionError as error:
-        raise ValueError(f"{place}: no JSON that can be read: it is nested too deeply") from error
-    except ValueError as error:  # no JSON, or a number of thousands of digits
-        raise ValueError(f"{place}: no JSON: {getattr(error, 'msg', error)}") from error
+        raise ValueError(f"{place}: JSON that cannot be read: it is nested too deeply") from error
+    except ValueError as error:  # invalid JSON, or a number of thousands of digits
+        raise ValueError(f"{place}: invalid JSON: {getattr(error, 'msg', error)}") from error
 
 
 def parse_json(text: str, place: str) -> Any:
     """One JSON value and nothing else.
 
     Raises:
-        ValueError: no JSON, text behind it, or a field that comes twice in one object.
+        ValueError: invalid JSON, text after it, or a field that appears twice in one object.
     """
     value, end = _parsed(text, _skip(text, 0), place)
     if _skip(text, end) < len(text):
-        raise ValueError(f"{place}: no JSON: text behind the value")
+        raise ValueError(f"{place}: invalid JSON: text after the value")
     return value
 
 
@@ -202,7 +202,7 @@ def read_jsonl(path: str | Path, *, required: Iterable[str] = ()) -> list[Record
         required: fields that every record must have.
 
     Raises:
-        ValueError: a line that is no JSON object or lacks a field, or an empty file.
+        ValueError: a line that is not a JSON object or lacks a field, or an empty file.
     """
     return list(iterate_jsonl(path, required=required))
 
@@ -217,7 +217,7 @@ def iterate_jsonl(path: str | Path, *, required: Iterable[str] = ()) -> Iterator
         has_records, place = True, f"{path}, line {number}"
         record, end = _parsed(line, _skip(line, 0), place)
         if _skip(line, end) < len(line):
-            raise ValueError(f"{place}: no JSON: text behind the object")
+            raise ValueError(f"{place}: invalid JSON: text after the object")
         if not isinstance(record, dict):
             raise ValueError(f"{place}: a JSON object was expected, not {type(record).__name__}")
         if missing := [field for field in required if field not in record]:
@@ -228,9 +228,9 @@ def iterate_jsonl(path: str | Path, *, required: Iterable[str] = ()) -> Iterator
 
 
 def dataset_of(rows: Iterable[dict[str, Any]], features: Features) -> Dataset:
-    """A dataset of rows that are made one at a time: only `CHUNK` of them are Python objects at once.
+    """A dataset built from rows `CHUNK` at a time, so that not all of them are Python objects at once.
 
-    The rows hold what the features say, in Python's own numbers and lists, so that they need no encoding.
+    The rows hold plain Python numbers and lists of the types in `features`, so they need no encoding.
     """
     import pyarrow
     from datasets import Dataset, concatenate_datasets

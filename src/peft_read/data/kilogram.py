@@ -30,7 +30,7 @@ def load_kilogram_captions(
     Args:
         annotations: an object per line with `tangram`, `whole`, `set`, and `part` {piece: name} or `part_names`.
         shapes: an object per line with `tangram`, `viewbox` [x, y, width, height], `pieces` {number: [[x, y], ...]}.
-        each: a row for each "annotation" (with a target), or for each "shape" (with references only).
+        each: one row per "annotation" (with a target), or per "shape" (with references only).
         prompt: the whole text of the input.
 
     Returns:
@@ -39,7 +39,7 @@ def load_kilogram_captions(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: by file, line and field, whatever is missing, twice or none of what it should be; a tangram without
+        ValueError: by file, line and field, a field that is missing, duplicate or invalid; a tangram without
             a shape.
     """
     rows = _captions(*_read(annotations, shapes, each), each, prompt)
@@ -53,9 +53,9 @@ def load_kilogram_parts(
 
     Args:
         annotations: see `load_kilogram_captions`; the lines with `part_names` only are left out.
-        shapes: see there.
-        each: a row for each piece of each "annotation" (with a target), or for each piece of each "shape" (with the
-            names that all annotators gave it).
+        shapes: see `load_kilogram_captions`.
+        each: one row per piece of each "annotation" (with a target), or per piece of each "shape" (with the names
+            from all annotators).
         prompt: before the question.
 
     Returns:
@@ -64,7 +64,7 @@ def load_kilogram_parts(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: as there, or no annotation names pieces by number.
+        ValueError: as `load_kilogram_captions`, or no annotation names pieces by number.
     """
     records, drawn = _read(annotations, shapes, each)
     named = {name: [record for record in of_tangram if "part" in record] for name, of_tangram in records.items()}
@@ -115,7 +115,7 @@ def _shape(record: Record) -> Shape:
 
 
 def _corners(corners: Any, where: str) -> list[list[float]]:
-    # A few of the published drawings write x and y of a corner behind each other, one number an entry.
+    # A few of the published drawings give x and y of a corner as two entries instead of one pair.
     flat = table(corners, where, columns=0)
     if flat.shape[1] not in (1, 2) or flat.size % 2 or flat.size < 6:
         raise ValueError(f"{where} must be at least three corners [x, y], not {shown(corners)}")

@@ -1,4 +1,4 @@
-"""Several tasks as one dataset, and batches of which each holds one task."""
+"""Several tasks as one dataset, and batches of one task each."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ SAMPLING = ("round_robin", "balanced")
 
 
 class MultitaskDataset(Dataset):
-    """The examples of several tasks behind each other, each with the name of its task.
+    """Concatenates the datasets of several tasks; every example carries the name of its task.
 
     An item is the row of its dataset with two more entries: `task`, the name under which the dataset was given, and
     `draw`, a number from 0 to 1 (exclusive) that depends on the seed, the epoch and the index only. `VLCollator` draws
-    one of several answers with it, so that a run that is resumed draws what the uninterrupted one would have drawn.
+    one of several answers with it, so that a resumed run draws the same answers as an uninterrupted one.
 
     Args:
         datasets: by task, each with a length and rows that are mappings.
@@ -34,7 +34,7 @@ class MultitaskDataset(Dataset):
         sizes: examples by task.
 
     Raises:
-        ValueError: no dataset, one without length or rows, or an empty one.
+        ValueError: no dataset, a dataset without length or rows, or an empty one.
 
     Example:
         >>> data = MultitaskDataset({"vqa": [{"text": "who?"}], "nlvr": [{"text": "a dog"}, {"text": "a cat"}]})
@@ -65,27 +65,27 @@ class MultitaskDataset(Dataset):
         """One example.
 
         Raises:
-            IndexError: there is none of that number.
-            ValueError: its row is no mapping.
+            IndexError: the index is out of range.
+            ValueError: its row is not a mapping.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
         task = next(task for task in reversed(self.tasks) if index >= self._starts[task])
         row = self.datasets[task][int(index) - self._starts[task]]
         if not isinstance(row, Mapping):
-            raise ValueError(f"example {index - self._starts[task]} of task {task!r} is no mapping: {shown(row)}")
+            raise ValueError(f"example {index - self._starts[task]} of task {task!r} is not a mapping: {shown(row)}")
         return {**row, "task": task, "draw": self._draw(index)}
 
     def set_epoch(self, epoch: int) -> None:
-        """Which epoch the next draws belong to; `MultitaskBatchSampler` calls it."""
+        """Sets the epoch of `draw`; called by `MultitaskBatchSampler`."""
         self._epoch.fill_(count(epoch, "epoch", low=0))
 
     def by_task(self) -> dict[str, TaskView]:
-        """A dataset for each task, as the Trainer takes it for `eval_dataset`."""
+        """One dataset per task, as the Trainer takes for `eval_dataset`."""
         return {task: TaskView(self, task) for task in self.tasks}
 
     def start_of(self, task: str) -> int:
-        """Number of a task's first example."""
+        """Index of a task's first example."""
         return self._starts[task]
 
     def _draw(self, index: int) -> float:
@@ -115,12 +115,12 @@ class MultitaskBatchSampler(Sampler[list[int]]):
     Per epoch: the examples of every task are shuffled and cut into its batches; the list of tasks, each repeated by
     its number of batches, is shuffled with `random.Random(seed + epoch)` and taken **from its end**. Order and indices
     are those of VL-Adapter's loader (Sung et al., CVPR 2022) with its DistributedSampler per task. One thing differs:
-    without `set_epoch` the original's second epoch is empty; here an epoch that was read to its end is followed by
-    the next, and one that was broken off begins again.
+    without `set_epoch` the original's second epoch is empty; here the epoch advances after a complete
+    iteration, and an interrupted one starts again.
 
-    Under accelerate, and in the Trainer, leave `num_replicas` at 1: accelerate hands whole batches of the one order to
-    its processes in turn. `num_replicas` and `rank` are for loops that do not use it; there, as in the original,
-    every process has the same task at the same time and its share of each task's examples.
+    Under accelerate, and in the Trainer, leave `num_replicas` at 1: accelerate distributes whole batches over its
+    processes in turn. `num_replicas` and `rank` are for loops that do not use it; there, as in the original, all
+    processes have the same task at the same time, each its share of the task's examples.
 
     Args:
         sizes: a `MultitaskDataset`, or examples by task. With the dataset, its draws follow the epoch.
@@ -129,17 +129,17 @@ class MultitaskBatchSampler(Sampler[list[int]]):
             `n_batches`; the epoch ends when a task has none left, unless `restart`.
         n_batches: batches of each task under "balanced"; None: the sum of all batches over the number of tasks,
             rounded down.
-        restart: under "balanced", a task that has run out begins anew, in another order, and every epoch has
-            `n_batches` batches of each task. The original stops.
+        restart: under "balanced", a task without batches left starts again in another order, so that every epoch has
+            `n_batches` batches of each task. In the original the epoch ends.
         shuffle: whether the order of the tasks is shuffled; examples of a task always are.
         seed: of both orders.
         num_replicas: processes that share the examples of each task.
         rank: which of them this one is.
-        multiple_of: the epoch is filled up to a multiple of this number of batches by repeating its first ones, so
-            that each of so many processes gets as many.
+        multiple_of: pad the epoch to a multiple of this number of batches by repeating its first ones, so that this
+            number of processes gets equally many.
 
     Raises:
-        ValueError: an empty task, another `sampling`, tasks without a batch size, numbers that are none.
+        ValueError: an empty task, another `sampling`, tasks without a batch size, invalid numbers.
 
     Example:
         >>> sampler = MultitaskBatchSampler({"vqa": 4, "nlvr": 2}, {"vqa": 2, "nlvr": 1})
@@ -147,7 +147,7 @@ class MultitaskBatchSampler(Sampler[list[int]]):
         'nlvr 1, vqa 2, vqa 2, nlvr 1'
     """
 
-    # What accelerate asks of a batch sampler: batches differ in length, the last ones are kept.
+    # Attributes that accelerate reads: batches differ in length, the last ones are kept.
     batch_size = None
     drop_last = False
 
@@ -190,16 +190,16 @@ class MultitaskBatchSampler(Sampler[list[int]]):
 
     @property
     def sampler(self) -> MultitaskBatchSampler:
-        """Itself: where accelerate looks for `set_epoch` once it has wrapped a batch sampler."""
+        """The sampler itself: accelerate looks here for `set_epoch`."""
         return self
 
     @property
     def length_varies(self) -> bool:
-        """Whether epochs differ in length, because a task runs out at another point of each."""
+        """Whether the length depends on the epoch, because a task runs out at different points."""
         return self.sampling == "balanced" and not self.restart and min(self.available.values()) < self.n_batches
 
     def set_epoch(self, epoch: int) -> None:
-        """Which epoch the next iteration gives."""
+        """Sets the epoch of the next iteration."""
         epoch = count(epoch, "epoch", low=0)
         if epoch != self.epoch:
             self._begin_at = 0
@@ -238,20 +238,20 @@ class MultitaskBatchSampler(Sampler[list[int]]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch, and batches handed out of it: a DataLoader with workers asks for batches ahead of the training."""
+        """Epoch and number of batches drawn; a DataLoader with workers draws ahead of the training."""
         return {"epoch": self.epoch, "batch": self._handed_out or self._begin_at}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Goes on where `state_dict` was taken.
+        """Continues from a `state_dict`.
 
         Raises:
-            ValueError: no state of a sampler, or one behind the end of the epoch.
+            ValueError: not the state of a sampler, or beyond the end of the epoch.
         """
         if not isinstance(state, Mapping) or set(state) != {"epoch", "batch"}:
             raise ValueError(f"the state of a sampler has 'epoch' and 'batch', not {shown(state)}")
         epoch, batch = count(state["epoch"], "epoch", low=0), count(state["batch"], "batch", low=0)
         if batch > len(self._order(epoch)):
-            raise ValueError(f"batch {batch} is behind the {len(self._order(epoch))} batches of epoch {epoch}")
+            raise ValueError(f"batch {batch} is beyond the {len(self._order(epoch))} batches of epoch {epoch}")
         self.epoch, self._begin_at, self._handed_out = epoch, batch, 0
 
     def _order(self, epoch: int) -> list[str]:
@@ -278,7 +278,7 @@ class MultitaskBatchSampler(Sampler[list[int]]):
             rank=self.rank,
             seed=self.seed,
         )
-        # A second round within an epoch takes the order of an epoch that no training reaches.
+        # A second pass within an epoch uses the order of an epoch number that no training reaches.
         for shuffled in range(epoch, 2**62, 2**40):
             sampler.set_epoch(shuffled)
             examples = list(sampler)
@@ -287,7 +287,7 @@ class MultitaskBatchSampler(Sampler[list[int]]):
 
 
 def _first_shortage(order: Sequence[str], available: Mapping[str, int]) -> int:
-    """Where the list of tasks first asks for a batch that its task does not have."""
+    """The first position in the list of tasks at which the task has no batch left."""
     used: Counter[str] = Counter()
     for index, task in enumerate(order):
         used[task] += 1
@@ -298,7 +298,7 @@ def _first_shortage(order: Sequence[str], available: Mapping[str, int]) -> int:
 
 def _task_name(task: Any) -> str:
     if not isinstance(task, str) or not task.strip():
-        raise ValueError(f"the name of a task must be a text, not {shown(task)}")
+        raise ValueError(f"the name of a task must be a string, not {shown(task)}")
     return task
 
 

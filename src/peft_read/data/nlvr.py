@@ -1,4 +1,4 @@
-"""NLVR: statements about three boxes of shapes, whose objects are given."""
+"""NLVR: statements about three boxes of shapes, given as lists of objects."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BOXES = 3
 
 
 def load_nlvr(annotations: str | Path, *, prompt: str = TASK_PROMPTS["nlvr"]) -> Dataset:
-    """NLVR as it is published, an object per line.
+    """Reads NLVR in its published format, one JSON object per line.
 
     Source: Suhr et al., "A Corpus of Natural Language for Visual Reasoning", ACL 2017.
 
@@ -36,7 +36,7 @@ def load_nlvr(annotations: str | Path, *, prompt: str = TASK_PROMPTS["nlvr"]) ->
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: by file, line and field, whatever is missing, twice or none of what it should be, an object outside
+        ValueError: by file, line and field, a field that is missing, duplicate or invalid, an object outside
             its box included.
     """
     from datasets import List as ListOf
@@ -65,7 +65,7 @@ def _rows(annotations: str | Path, prompt: str) -> Iterator[dict[str, Any]]:
 def _object(item: Any, record: Record) -> dict[str, Any]:
     where = record.where("structured_rep")
     if not isinstance(item, dict):
-        raise ValueError(f"{where} holds {shown(item)}, which is no object")
+        raise ValueError(f"{where} holds {shown(item)}, which is not an object")
     size = number(item.get("size"), f"{where}: 'size'", above=0, high=PICTURE_SIDE)
     place = {
         name: number(item.get(name), f"{where}: {name!r}", low=0, high=PICTURE_SIDE - size)

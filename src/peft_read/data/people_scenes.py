@@ -1,4 +1,4 @@
-"""Groups of people with key points, as in COCO, and what is said of them."""
+"""Groups of people with key points, as in COCO, with statements and questions about them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _crowd(number: int) -> str:
 
 
 def people_facts(scene: Any, rng: Random) -> Facts:
-    """What is said of the number of people, and of their poses."""
+    """Facts about the number of people and their poses."""
     poses = [pose for _, pose in scene]
     by_place = sorted(scene, key=lambda drawn: drawn[0]["box_cxcywh"][0])
     side, chosen = pick(rng, (("left", by_place[0]), ("right", by_place[-1])))

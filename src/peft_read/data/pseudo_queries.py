@@ -1,4 +1,4 @@
-"""Weak labels for pretraining that need no human: captions as queries, runs of similar clips as their moments."""
+"""Weak labels for pretraining without annotation: captions as queries, runs of similar clips as their moments."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ LONGEST_SHARE = 0.8  # a caption that fits nearly the whole video says nothing a
 def moments_of_similar_clips(
     clips: NDArray, anchor: int, *, threshold: float = 0.3, max_gap: int = 1
 ) -> list[tuple[int, int]]:
-    """The runs of clips that look like one clip.
+    """The runs of clips that are similar to one clip.
 
     A clip belongs if its cosine with the anchor's features exceeds `threshold` x (1 - mean cosine) + mean cosine, a
-    bar between the video's average and identity; so a video of one scene does not become one moment.
+    threshold between the video's average and 1; so a video of one scene does not become one moment.
 
     Args:
         clips: (L, width) features.
         anchor: the clip that the caption was written for.
         threshold: 0 = the average, 1 = identical.
-        max_gap: clips between two runs that are passed over.
+        max_gap: longest gap, in clips, at which two runs are joined.
 
     Returns:
         (first clip, last clip) of each run in order; the anchor lies in one of them.
 
     Raises:
-        ValueError: the anchor is no clip, the threshold is not finite, or the gap is negative.
+        ValueError: the anchor is not a clip, the threshold is not finite, or the gap is negative.
     """
     clips = np.asarray(clips)
     if clips.ndim != 2 or not 0 <= anchor < len(clips):
-        raise ValueError(f"anchor={anchor} is none of the clips of {clips.shape}, (clips, width)")
+        raise ValueError(f"anchor={anchor} is not a clip of features {clips.shape}, (clips, width)")
     number(threshold, "threshold")
     count(max_gap, "max_gap", low=0)
     unit = l2_normalize(clips)
@@ -72,21 +72,21 @@ def pseudo_queries(
     seed: int = 0,
     clip_seconds: float = 2.0,
 ) -> Dataset:
-    """Makes a grounding dataset of captions; the analogue of Moment-DETR's pretraining on speech (its section 4).
+    """Makes a grounding dataset from captions, as Moment-DETR's pretraining does from speech (its section 4).
 
     Captions are drawn without repetition of the text or of a moment. One whose moments cover more than 80 % of the
     video, or are all shorter than `min_clips`, is not used.
 
     Args:
-        captions: by video, one sentence a clip.
+        captions: by video, one sentence per clip.
         features: by video, (clips, width).
-        videos: which to use: those of the training side only, or the later evaluation is no evaluation.
-        per_video: queries per video, at most.
+        videos: the ids to use; leave out those that are evaluated on later.
+        per_video: most queries per video.
         threshold: of `moments_of_similar_clips`.
         max_gap: of `moments_of_similar_clips`.
-        min_clips: length of the longest moment, at least; shorter moments beside it are left out.
-        max_moments: moments a query, at most; the longest are kept.
-        seed: of the draw.
+        min_clips: shortest moment in clips; shorter ones are left out.
+        max_moments: most moments per query; the longest are kept.
+        seed: of the random draw.
         clip_seconds: length of a clip.
 
     Returns:
@@ -94,8 +94,8 @@ def pseudo_queries(
         `relevant_windows` in seconds, and `clip_scores`, 1 inside a moment, 0 outside.
 
     Raises:
-        ValueError: by id, a video without captions or features, captions that are no texts or not one per clip; a
-            number that is not positive, or nothing to learn from.
+        ValueError: by id, a video without captions or features, captions that are not strings or not one per clip;
+            a number that is not positive, or no query at all.
     """
     from datasets import Dataset
 
@@ -110,7 +110,7 @@ def pseudo_queries(
     for vid in dict.fromkeys(videos):
         clips, texts = read_features(features, vid), captions[vid]
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"the captions of {vid!r} must be a list of texts, not {shown(texts)}")
+            raise ValueError(f"the captions of {vid!r} must be a list of strings, not {shown(texts)}")
         if abs(len(clips) - len(texts)) > MAX_DIFFERENCE:
             raise ValueError(
                 f"{vid!r} has {len(clips)} clips of features and {len(texts)} captions: one per clip is needed"

@@ -35,14 +35,15 @@ def load_qvhighlights(annotations: str | Path, *, require_labels: bool = True, c
 
     Returns:
         A dataset with the columns of the file, `qid`, `query`, `vid`, `duration` (seconds), `relevant_windows`
-        [[start, end], ...] in seconds, `relevant_clip_ids`, `saliency_scores` (three numbers 0 to 4 a relevant clip),
+        [[start, end], ...] in seconds, `relevant_clip_ids`, `saliency_scores` (three numbers 0 to 4 per
+        relevant clip),
         and `clip_scores`, the sum of the three over 12 for every clip of the video, 0 outside the relevant ones.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: by file, line and field: a broken line, a field that is missing or has another type, a query
-            without labels, a qid that comes twice, windows that are reversed, negative or behind the video, clips
-            that are negative, twice or behind the video, ratings that are no whole numbers from 0 to 4.
+        ValueError: by file, line and field: an invalid line, a field that is missing or has another type, a query
+            without labels, a duplicate qid, windows that are reversed, negative or after the end of the video, clips
+            that are negative, duplicate or after the end of the video, ratings that are not integers from 0 to 4.
     """
     from datasets import Features, Value
     from datasets import List as ListOf
@@ -70,7 +71,7 @@ def _rows(path: Path, require_labels: bool, clip_seconds: float) -> Iterator[dic
         if qid > LARGEST_ID:
             raise ValueError(f"{record.where('qid')} is too large: {qid}")
         if qid in seen:
-            raise ValueError(f"{record.place}: qid {qid} comes twice")
+            raise ValueError(f"{record.place}: qid {qid} appears twice")
         seen.add(qid)
         yield {
             "qid": qid,
@@ -111,7 +112,7 @@ def _labels(record: Record, required: bool, clip_seconds: float) -> dict[str, An
             f"{record.where('relevant_clip_ids')} names clip {ids.max()}, which begins at "
             f"{ids.max() * clip_seconds:g} s; the video ends at {duration:g} s"
         )
-    # The rest behind the last whole clip is a clip where an annotation names it.
+    # The remainder after the last whole clip counts as a clip if an annotation names it.
     total = np.zeros(max(clips_of(duration, clip_seconds), int(ids.max()) + 1))
     total[ids] = ratings.sum(axis=1) / (ANNOTATORS * BEST_RATING)
     return {
@@ -123,7 +124,7 @@ def _labels(record: Record, required: bool, clip_seconds: float) -> dict[str, An
 
 
 def ground_truth_records(data: Dataset) -> list[dict[str, Any]]:
-    """The dataset as the records that `evaluate_qvhighlights` takes, durations whole where they are."""
+    """The dataset as the records that `evaluate_qvhighlights` takes; integral durations become integers."""
     names = ("qid", "query", "vid", "duration", *LABELS)
     records = []
     for row in data.select_columns(list(names)):
@@ -149,7 +150,7 @@ def low_resource_split(
             several sizes from one pool are nested, and their validation parts are the same.
 
     Returns:
-        Training and validation part, which share no source, whatever of the pool is trained on.
+        Training and validation part; they share no source video, for any `num_train` of the pool.
 
     Raises:
         ValueError: fewer queries than asked for, a pool smaller than `num_train`, or a number that is not positive.

@@ -1,4 +1,4 @@
-"""What VL-mini says of a scene, whatever its kind: a statement, a question with its answer, numbers in words."""
+"""Statements, questions and answers about VL-mini's scenes of any kind, and numbers in words."""
 
 from __future__ import annotations
 

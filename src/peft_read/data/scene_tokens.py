@@ -1,6 +1,6 @@
 """Visual tokens of scenes that are given as objects: shapes in boxes, the pieces of a tangram, people with key points.
 
-One layout of features for the three kinds, so that one backbone reads them all. A token has `SCENE_FEATURE_DIM` = 71
+The three kinds share one layout of features, so that one backbone reads them all. A token has `SCENE_FEATURE_DIM` = 71
 numbers: three that name the kind, then a part for each kind, zero in the tokens of the others.
 
 * shape: type (3), colour (3), size
@@ -45,10 +45,10 @@ def shape_tokens(pictures: Sequence[Sequence[Mapping[str, Any]]]) -> SceneTokens
     """Tokens of shapes in boxes, as NLVR gives them: a token per object, the box it lies in as its picture.
 
     Args:
-        pictures: of each box the objects, with `x_loc`, `y_loc`, `size` (in hundredths of the box), `type`, `color`.
+        pictures: for each box its objects, with `x_loc`, `y_loc`, `size` (in hundredths of the box), `type`, `color`.
 
     Raises:
-        ValueError: a type or colour that NLVR does not have, or no object at all.
+        ValueError: an unknown type or colour, or no object at all.
     """
     rows, boxes, image_ids = [], [], []
     for index, picture in enumerate(pictures):
@@ -97,10 +97,11 @@ def people_tokens(people: Sequence[Mapping[str, Any]]) -> SceneTokens:
     """Tokens of people, as COCO's key points give them: a token per person.
 
     Args:
-        people: of each `box_cxcywh`, in fractions of the picture, and 17 `keypoints` (x, y, visibility 0, 1 or 2).
+        people: for each person `box_cxcywh`, in fractions of the picture, and 17 `keypoints` (x, y, visibility 0, 1
+            or 2).
 
     Raises:
-        ValueError: another number of key points, or nobody.
+        ValueError: another number of key points, or no person.
     """
     rows, boxes = [], []
     for person in people:
@@ -127,12 +128,12 @@ def _row(kind: int) -> np.ndarray:
 
 def _index(known: Sequence[str], item: Mapping[str, Any], key: str) -> int:
     if item[key] not in known:
-        raise ValueError(f"{key} {item[key]!r} of an object is none of {known}")
+        raise ValueError(f"{key} {item[key]!r} of an object is not one of {known}")
     return known.index(item[key])
 
 
 def _area(corners: np.ndarray) -> float:
-    """Of a polygon (N, 2), by the shoelace formula."""
+    """The area of a polygon (N, 2), by the shoelace formula."""
     x, y = corners.T
     return float(abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2)
 

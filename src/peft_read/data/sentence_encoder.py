@@ -20,16 +20,16 @@ __all__ = ["SentenceEncoder"]
 
 logger = logging.getLogger(__name__)
 
-# Of what `tokens` computes: to be raised when the same encoder, projection and text give other numbers.
+# Version of the computation in `tokens`; raised whenever its results change for the same inputs.
 VERSION = 1
 
 
 class SentenceEncoder:
-    """A frozen sentence encoder of the mean-pooling kind (MiniLM, MPNet, ...), optionally with a linear projection.
+    """A frozen sentence encoder with mean pooling (MiniLM, MPNet, ...), optionally with a linear projection.
 
-    A sentence is the mean of its token states, special tokens included, at unit length. Tokens are divided by the
-    length of their mean, so that the mean of a query's tokens IS its sentence, also after the projection
-    x -> (x - mean) components', which is affine.
+    A sentence vector is the mean of the token states, special tokens included, at unit length. Token vectors are
+    divided by the length of their mean, so that the mean of a query's tokens IS its sentence vector, also after the
+    projection x -> (x - mean) components', which is affine.
 
     Args:
         name_or_path: folder or Hub name of the encoder, such as `"sentence-transformers/all-MiniLM-L6-v2"`.
@@ -69,10 +69,10 @@ class SentenceEncoder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of everything that `tokens` depends on beside the text; a cache of its results belongs to one.
+        """A hash of everything that `tokens` depends on beside the text; use it as the key of a cache.
 
-        That is the encoder's weights and tokenizer, the projection's contents, `max_tokens`, and the version of this
-        class.
+        It covers the encoder's weights and tokenizer, the projection's contents, `max_tokens`, and the version of
+        this class.
         """
         digest = hashlib.sha256(f"{VERSION} {self.max_tokens}".encode())
         tokenizer = getattr(self.tokenizer, "backend_tokenizer", None)
@@ -87,20 +87,20 @@ class SentenceEncoder:
         return digest.hexdigest()
 
     def tokens(self, texts: Iterable[str], *, batch_size: int = 64) -> dict[str, NDArray]:
-        """Token features of every different text, by the text: each (T, width) float32.
+        """Token features by text: each (T, width) float32.
 
         A text of more than `max_tokens` tokens is cut, and the log says which.
 
         Raises:
-            ValueError: something that is no text, a text without a token, or a single text in place of a list.
+            ValueError: an entry that is not a non-empty string, or a single string in place of a list.
         """
         if isinstance(texts, str):
-            raise ValueError(f"a list of texts is expected, not the text {shown(texts)}")
+            raise ValueError(f"a list of strings is expected, not the string {shown(texts)}")
         unique = list(dict.fromkeys(texts))
         count(batch_size, "batch_size")
         for text in unique:
             if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"{shown(text)} is no text to encode")
+                raise ValueError(f"texts to encode must be non-empty strings, not {shown(text)}")
         if cut := [text for text in unique if len(self.tokenizer(text, verbose=False)["input_ids"]) > self.max_tokens]:
             logger.warning(
                 "%d of %d texts have more than max_tokens=%d tokens and were cut: %s",
@@ -117,7 +117,7 @@ class SentenceEncoder:
         return {text: encoded[text] for text in unique}
 
     def sentences(self, texts: Sequence[str], *, batch_size: int = 64) -> NDArray:
-        """One vector a text, (n, width) float32; before a projection of unit length."""
+        """One vector per text, (n, width) float32; before a projection of unit length."""
         tokens = self.tokens(texts, batch_size=batch_size)
         return np.stack([tokens[text].mean(0) for text in texts])
 
@@ -144,11 +144,11 @@ def _read_projection(path: Path) -> tuple[NDArray, NDArray]:
         raise FileNotFoundError(f"{path} does not exist; a projection is an .npz file with 'mean' and 'components'")
     arrays = read_arrays(path)
     if missing := {"mean", "components"} - set(arrays):
-        raise ValueError(f"{path} is no projection: it has no {sorted(missing)}, only {sorted(arrays)}")
+        raise ValueError(f"{path} is not a projection: it has no {sorted(missing)}, only {sorted(arrays)}")
     mean, components = arrays["mean"], arrays["components"]
     if components.ndim != 2 or mean.shape != components.shape[1:] or {mean.dtype.kind, components.dtype.kind} - {"f"}:
         raise ValueError(
-            f"{path} is no projection: 'mean' is {mean.dtype} {mean.shape} and 'components' {components.dtype} "
+            f"{path} is not a projection: 'mean' is {mean.dtype} {mean.shape} and 'components' {components.dtype} "
             f"{components.shape}; they must be numbers (width,) and (projected width, width)"
         )
     if not (np.isfinite(mean).all() and np.isfinite(components).all()):

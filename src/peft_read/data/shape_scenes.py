@@ -1,4 +1,4 @@
-"""Scenes of coloured shapes in three boxes, as in NLVR: scattered or in towers, and what is said of them."""
+"""Scenes of coloured shapes in three boxes, as in NLVR: scattered or in towers, with statements and questions."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def towers(rng: Random) -> tuple[Scene, SceneTokens]:
 
 @dataclass(frozen=True)
 class Kind:
-    """A sort of object: None matches every colour, type or size."""
+    """A description of objects: None matches every colour, type or size."""
 
     colour: str | None
     type: str | None
     size: int | None = None
 
     def matches(self, item: dict[str, Any]) -> bool:
-        """Whether an object is of this sort."""
+        """Whether an object fits the description."""
         wanted = {"color": self.colour, "type": self.type, "size": self.size}
         return all(value is None or item[key] == value for key, value in wanted.items())
 
@@ -98,7 +98,7 @@ def _amount(rng: Random, number: int) -> str:
 
 
 def _fits(words: str, number: int, true_number: int) -> bool:
-    """Whether the words of `_amount` hold of a true number; a bare number means "at least"."""
+    """Whether the words of `_amount` are true of the actual number; a bare number means "at least"."""
     if number == 0 or words.startswith(("exactly", "only")):
         return true_number == number
     return true_number <= number if words.startswith("at most") else true_number >= number

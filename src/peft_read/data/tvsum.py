@@ -1,4 +1,4 @@
-"""TVSum: importance annotations as a `datasets.Dataset`, and features of frames brought to 2-second clips."""
+"""TVSum: importance annotations as a `datasets.Dataset`, and frame features pooled to 2-second clips."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ __all__ = ["TVSUM_DOMAINS", "leave_one_video_out", "load_tvsum", "pool_frames"]
 TVSUM_DOMAINS = ("BK", "BT", "DS", "FM", "GA", "MS", "PK", "PR", "VT", "VU")
 CLIP_SECONDS = 2
 ANNOTATORS = 20  # of the published labels
-MAX_DIFFERENCE = 2  # rows that a video may have more or less than its frames say
-# The same fields under the names of the files that circulate.
+MAX_DIFFERENCE = 2  # allowed difference between a video's rows and what its frames give
+# The names of the same fields in the published files.
 NAMES = {
     "vid": ("vid",),
     "query": ("query", "title"),
@@ -46,12 +46,12 @@ def load_tvsum(annotations: str | Path, *, domain: str | None = None) -> Dataset
     Returns:
         A dataset with the columns `vid`, `query`, `domain`, `duration` (seconds), `label` (clips, annotators) of 1 to
         5, `clip_scores` = (sum - annotators) / (4 annotators) in [0, 1] for every 2-second clip, and `num_frames`
-        (None where the file does not tell).
+        (None where the file does not have it).
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: by file, line or id, and field: a broken record, a video that comes twice, labels that are ragged,
-            transposed, or no numbers from 1 to 5, videos with different numbers of annotators; a domain without
+        ValueError: by file, line or id, and field: an invalid record, a duplicate video, labels that are ragged,
+            transposed, or not numbers from 1 to 5, videos with different numbers of annotators; a domain without
             videos.
     """
     from datasets import Features, Value
@@ -63,7 +63,7 @@ def load_tvsum(annotations: str | Path, *, domain: str | None = None) -> Dataset
         known = sorted({row["domain"] for row in rows if row["domain"]})
         rows = [row for row in rows if row["domain"] == domain]
         if not rows:
-            raise ValueError(f"{path} has no video of the domain {domain!r}; its domains are {known or 'not told'}")
+            raise ValueError(f"{path} has no video of the domain {domain!r}; its domains are {known or 'not given'}")
     features = Features(
         {
             "vid": Value("string"),
@@ -136,7 +136,7 @@ def _row(record: Record) -> dict[str, Any]:
 
 
 def leave_one_video_out(data: Dataset) -> list[tuple[Dataset, Dataset]]:
-    """One fold a video of one domain: all others to train on, this one to test on.
+    """One fold per video of one domain: all others to train on, this one to test on.
 
     Raises:
         ValueError: fewer than two videos.
@@ -154,11 +154,11 @@ def pool_frames(features: Features, data: Dataset, *, interval: int = 15) -> Poo
 
     Args:
         features: by video id, one row every `interval` frames.
-        data: from `load_tvsum`, of a file that tells the number of frames.
+        data: from `load_tvsum`, from a file with the number of frames.
         interval: frames from one row to the next.
 
     Raises:
-        ValueError: the number of frames is not known, or the features have not a row every `interval` frames.
+        ValueError: the number of frames is not known, or the features do not have one row every `interval` frames.
     """
     interval = count(interval, "interval")
     clip_of_row, other_rate = {}, []
@@ -172,7 +172,7 @@ def pool_frames(features: Features, data: Dataset, *, interval: int = 15) -> Poo
         clip_of_row[row["vid"]] = np.minimum(interval * np.arange(rows) * clips // frames, clips - 1)
     if other_rate:
         raise ValueError(
-            f"{len(other_rate)} videos have not a row every {interval} frames: {listed(other_rate)}; pass the "
+            f"{len(other_rate)} videos do not have one row every {interval} frames: {listed(other_rate)}; pass the "
             "interval of these features"
         )
     return PooledFeatures(features, clip_of_row)

@@ -23,13 +23,13 @@ Row = Mapping[str, Any]
 VisualTokens = Callable[[Row], Sequence[Any]]
 
 VIDEO_TASKS = ("tvqa", "how2qa", "tvc", "yc2c")
-# In tokens, special tokens included, as the original cuts them; what is not here is not cut.
+# In tokens, special tokens included, as in the original; other tasks are not cut.
 TEXT_LENGTHS = {"vqa": 20, "gqa": 20, "caption": 40, **dict.fromkeys(VIDEO_TASKS, 600)}
 TARGET_LENGTHS = {"vqa": 10, "caption": 40, **dict.fromkeys(VIDEO_TASKS, 20)}
 
 
 def resize_frames(features: Tensor, length: int) -> Tensor:
-    """Frames brought to a number: zeros behind fewer, adaptive max pooling over time of more.
+    """A fixed number of frames: fewer are padded with zeros, more are max-pooled over time.
 
     Args:
         features: (frames, width).
@@ -53,20 +53,19 @@ class VLCollator:
     Args:
         tokenizer: with `pad_token_id`; its special tokens are kept, in text and target.
         visuals: where the visual tokens come from, one for all tasks or one for each: features by id (`FeatureStore`,
-            each (V, width)), of which a row's `visuals` name those it needs; or a function from a row to features
+            each (V, width)), looked up by a row's `visuals`; or a function from a row to features
             (V, width), boxes (V, 4) and image ids (V,), of which the last two may be absent.
-        boxes: by id, each (V, 4) in shares of the image; None: zero, as for features of a grid or a video.
+        boxes: by id, each (V, 4) in fractions of the image; None: zero, as for features of a grid or a video.
         text_lengths: tokens of the text, one number or one for each task; None: the original's (20 in VQA and GQA, 40
-            in captions, 600 in videos). Tasks that are not named are not cut. What is cut is the end, which in videos
-            is the prompt.
+            in captions, 600 in videos). Other tasks are not cut. The end is cut off, which in videos is the
+            prompt.
         target_lengths: tokens of the target; None: the original's (10 in VQA, 40 in captions, 20 in videos).
-        video_tokens: tokens that the features of a video are brought to, see `resize_frames`; None: as many as there
-            are.
+        video_tokens: length that the features of a video are resized to, see `resize_frames`; None: unchanged.
         video_tasks: the tasks whose `visuals` are videos.
 
     Returns:
         A batch of `input_ids`, `attention_mask` (B, S); `visual_features` (B, V, width), `visual_boxes` (B, V, 4),
-        `visual_mask`, `image_ids` (B, V), 1 = real, and the images of a row one behind the other; `labels` (B, T),
+        `visual_mask` (0 = padding), `image_ids` (B, V), the images of a row one after the other; `labels` (B, T),
         padded with -100, and `scores` (B,), where the rows have targets; `task`.
 
     Raises:
@@ -102,7 +101,7 @@ class VLCollator:
         task = rows[0].get("task")
         if len(tasks) > 1 or not isinstance(task, str):
             raise ValueError(
-                f"a batch holds one task, and these rows are of {listed([repr(task) for task in tasks])}: take "
+                f"a batch holds one task, and these rows are of {listed([repr(task) for task in tasks])}: use "
                 "MultitaskBatchSampler, or a dataset of one task"
             )
         texts = [self.encode(_text(row, "text"), self._length(self.text_lengths, task)) for row in rows]
@@ -145,12 +144,12 @@ class VLCollator:
         if boxes.numel() and (boxes.min() < -BOX_TOLERANCE or boxes.max() > 1 + BOX_TOLERANCE):
             raise ValueError(
                 f"{where}: a box reaches outside the image ({float(boxes.min()):g} to {float(boxes.max()):g}): boxes "
-                "are x1, y1, x2, y2 in shares of the image; divide pixels by its width and height"
+                "are x1, y1, x2, y2 in fractions of the image; divide pixels by its width and height"
             )
         return features, boxes, images
 
     def check(self, rows: Iterable[Row]) -> None:
-        """Reads text, target and visual tokens of every row once, and warns of what the lengths cut.
+        """Reads text, target and visual tokens of every row once, and warns of texts that will be cut.
 
         Raises:
             ValueError: as in a batch, before any training.
@@ -212,7 +211,7 @@ def _where(row: Row) -> str:
 
 def _text(row: Row, field: str) -> str:
     if not isinstance(row.get(field), str):
-        raise ValueError(f"{_where(row)}: {field!r} must be a text, not {shown(row.get(field))}")
+        raise ValueError(f"{_where(row)}: {field!r} must be a string, not {shown(row.get(field))}")
     return row[field]
 
 

@@ -1,4 +1,4 @@
-"""What an example of a vision-and-language task is: the columns that all its readers share."""
+"""The columns that all readers of vision-and-language tasks share."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
     "records_of",
 ]
 
-#: The text that tells a model its task; GQA's is spelt as the original was trained with it.
+#: The task's prompt; GQA's is misspelt because the original was trained with it.
 TASK_PROMPTS: Mapping[str, str] = {
     "vqa": "vqa: ",
     "gqa": "gpa: ",
@@ -60,16 +60,16 @@ def example(
         task: its name.
         key: the benchmark's id of the question, image or clip.
         sentence: the question or statement.
-        text: what the tokenizer gets, the prompt included.
+        text: the tokenizer's input, prompt included.
         visuals: ids of the images or the video whose features it needs.
-        target: what the model shall say; None where the file does not tell.
+        target: the expected output; None where the file has none.
         score: of the target, from 0 to 1.
-        answers: all that is right, or every reference.
+        answers: all right answers, or all references.
         scores: of the answers, where they differ.
-        group: what results are grouped by: NLVR2's identifier, TVQA's show, VQA's type of answer.
+        group: the key that results are grouped by: NLVR2's identifier, TVQA's show, VQA's type of answer.
         start: of the moment, in seconds.
         end: of the moment, in seconds.
-        **more: columns of one set of data.
+        **more: columns of one dataset.
     """
     if target is not None and score is None:
         score = 1.0
@@ -81,10 +81,10 @@ def example(
 
 
 class ExampleReader:
-    """Collects rows into a dataset and refuses an id that comes twice.
+    """Collects rows into a dataset and refuses an id that appears twice.
 
     Args:
-        what: what the ids are called in messages.
+        what: the name of the ids in messages.
     """
 
     def __init__(self, what: str = "question") -> None:
@@ -95,7 +95,7 @@ class ExampleReader:
         """The id of a record.
 
         Raises:
-            ValueError: it is none, or was already given.
+            ValueError: it is missing, invalid, or was already given.
         """
         return self.new(id_of(record.get(field), record.where(field)), record.place)
 
@@ -132,17 +132,17 @@ def read_json(path: str | Path) -> Any:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no JSON.
+        ValueError: invalid JSON.
     """
     path = find_annotations(path)
     return parse_json("\n".join(line for _, line in read_lines(path)), str(path))
 
 
 def records_of(value: Any, path: str | Path, field: str | None = None) -> list[Record]:
-    """The objects of an array, or of the array `field` of an object, with their numbers as their places.
+    """The objects of an array, or of the array `field` of an object, each with its index as its place.
 
     Raises:
-        ValueError: another shape, an entry that is no object, or no entry.
+        ValueError: another shape, an entry that is not an object, or no entry.
     """
     if field is not None:
         if not isinstance(value, dict) or field not in value:
@@ -166,15 +166,15 @@ def read_array(path: str | Path, field: str | None = None) -> list[Record]:
 
 
 def read_records(path: str | Path, *, key: str | None = None) -> list[Record]:
-    """The objects of a file in whichever form they come: an array, one per line, or {id: object}.
+    """The objects of a file, in any of three forms: an array, one per line, or {id: object}.
 
     Args:
         path: the file.
-        key: the field that the ids of {id: object} go to; None: that form is none of this file's.
+        key: the field that the ids of {id: object} go to; None: that form is not accepted.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: none of these, by file and line.
+        ValueError: by file and line, none of these forms.
     """
     path = find_annotations(path)
     beginning = next((line.lstrip() for _, line in read_lines(path) if line.strip()), "")
@@ -200,7 +200,7 @@ def label_of(record: Record, field: str = "label") -> tuple[list[str], list[floa
     """Answers and their scores from {answer: score}.
 
     Raises:
-        ValueError: another shape, or scores that are none from 0 to 1.
+        ValueError: another shape, or scores outside 0 to 1.
     """
     label = record[field]
     if not isinstance(label, dict):
@@ -215,7 +215,7 @@ def label_of(record: Record, field: str = "label") -> tuple[list[str], list[floa
 
 
 def best_of(answers: Sequence[str], scores: Sequence[float]) -> tuple[str, float]:
-    """The first of the best answers; nothing with score 0 where there is none, as the original trains it."""
+    """The first of the best answers; an empty answer with score 0 if there is none, as in the original."""
     if not any(scores):
         return "", 0.0
     best = max(range(len(scores)), key=lambda index: (scores[index], -index))

@@ -28,7 +28,7 @@ __all__ = ["load_coco_captions", "load_gqa", "load_nlvr2", "load_vqa"]
 
 COCO_SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
 TRUTH = {"true": "true", "false": "false", "1": "true", "0": "false"}
-AGREEING = 3  # annotators who make an answer right
+AGREEING = 3  # an answer is right if so many annotators gave it
 SHARE = 0.3  # of the score for each of them, as VQA's labels are published
 
 
@@ -39,17 +39,17 @@ def load_vqa(
     prompt: str = TASK_PROMPTS["vqa"],
     normalize: Callable[[str], str] | None = None,
 ) -> Dataset:
-    """VQAv2 as it is published, or in the form of the Karpathy split that LXMERT and VL-T5 share.
+    """Reads VQAv2 in its published format, or in the form of the Karpathy split that LXMERT and VL-T5 share.
 
     Sources: Goyal et al., CVPR 2017; Tan and Bansal, EMNLP 2019.
 
     Args:
         questions: a JSON array of objects with `question_id`, `img_id`, `sent`, `label` {answer: score} and perhaps
             `answer_type`; or the official file of questions, `{"data_subtype", "questions": [...]}`.
-        annotations: the official file of annotations, `{"annotations": [...]}`, to the official questions; None: there
-            are none. Ten answers become scores: 0.3 for each annotator who gave it, at most 1.
+        annotations: the official file of annotations, `{"annotations": [...]}`, to the official questions; None: no
+            labels. Ten answers become scores: 0.3 for each annotator who gave it, at most 1.
         prompt: before the question.
-        normalize: of the official answers before they are counted, such as
+        normalize: applied to the official answers before they are counted, such as
             `peft_read.metrics.normalize_vqa_answer`; None: as they are.
 
     Returns:
@@ -58,7 +58,7 @@ def load_vqa(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: by file and entry, whatever is missing, twice or none of what it should be.
+        ValueError: by file and entry, a field that is missing, duplicate or invalid.
     """
     reader = ExampleReader()
     given = read_json(questions)
@@ -74,14 +74,14 @@ def load_vqa(
 
 
 def load_gqa(questions: str | Path, *, prompt: str = TASK_PROMPTS["gqa"]) -> Dataset:
-    """GQA as it is published, or in the form that LXMERT and VL-T5 share.
+    """Reads GQA in its published format, or in the form that LXMERT and VL-T5 share.
 
     Source: Hudson and Manning, CVPR 2019.
 
     Args:
         questions: a JSON array of objects with `question_id`, `img_id`, `sent` and `label` {answer: score}; or the
             official `{question id: {"question", "imageId", "answer"}}`.
-        prompt: before the question; the original's is misspelt, and so is this.
+        prompt: before the question; misspelt as in the original.
 
     Returns:
         A dataset with the columns of `example`.
@@ -104,7 +104,7 @@ def load_gqa(questions: str | Path, *, prompt: str = TASK_PROMPTS["gqa"]) -> Dat
 
 
 def load_nlvr2(annotations: str | Path, *, prompt: str = TASK_PROMPTS["nlvr"]) -> Dataset:
-    """NLVR2 as it is published, or in the form that LXMERT and VL-T5 share.
+    """Reads NLVR2 in its published format, or in the form that LXMERT and VL-T5 share.
 
     Source: Suhr et al., ACL 2019.
 
@@ -133,12 +133,13 @@ def load_coco_captions(
     Args:
         annotations: `dataset_coco.json`.
         split: "train" (with the rest of the validation images), "val" or "test".
-        each: a row for each "caption" (with a target), or for each "image" (with references only); "auto": captions
-            in "train", images elsewhere, as the original has it.
+        each: one row per "caption" (with a target), or per "image" (with references only); "auto": captions in
+            "train", images elsewhere, as in the original.
         prompt: the whole text of the input.
 
     Returns:
-        A dataset with the columns of `example`: `answers` the references, `visuals` the file name without its end.
+        A dataset with the columns of `example`: `answers` the references, `visuals` the file name without
+        its extension.
 
     Raises:
         FileNotFoundError: no such file.
@@ -174,10 +175,10 @@ def caption_rows(
 
 
 def captions_of(record: Record, field: str, texts: Any) -> list[str]:
-    """Captions without the space around them.
+    """Captions, stripped of surrounding white space.
 
     Raises:
-        ValueError: no list of texts, a blank one, or none.
+        ValueError: not a list of strings, a blank one, or an empty list.
     """
     if not isinstance(texts, list) or not texts:
         raise ValueError(f"{record.where(field)} must be a list of captions, not {shown(texts)}")
@@ -266,10 +267,10 @@ def _nlvr2(annotations: str | Path, reader: ExampleReader, prompt: str) -> Itera
 
 
 def truth_of(record: Record, field: str) -> str:
-    """Either of the texts "true" and "false".
+    """A truth value as the text "true" or "false".
 
     Raises:
-        ValueError: neither, in none of the ways it is written.
+        ValueError: not one of the accepted spellings.
     """
     value = record.get(field)
     if isinstance(value, bool | int | str) and str(value).lower() in TRUTH:

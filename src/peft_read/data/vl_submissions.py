@@ -35,14 +35,14 @@ def write_predictions(
         task: one of these.
         rows: of the task's reader, in the order of the predictions.
         predictions: a text per row.
-        other: the number of the choice where an answer is none of "a0", "a1", ..., as the original counts it.
+        other: the number of the choice where an answer is not one of "a0", "a1", ..., as the original counts it.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: another task, another number of predictions, a prediction that is no text, ids (by row) that the
-            benchmark does not have or that come twice.
+        ValueError: another task, another number of predictions, a prediction that is not a string, ids (by row) that
+            the benchmark does not have or that appear twice.
         OSError: the file cannot be written.
     """
     if task not in SUBMISSION_TASKS:
@@ -55,10 +55,10 @@ def write_predictions(
     if wrong := [
         (row.get("id"), text) for row, text in zip(rows, predictions, strict=True) if not isinstance(text, str)
     ]:
-        raise ValueError(f"the prediction of {wrong[0][0]!r} must be a text, not {shown(wrong[0][1])}")
+        raise ValueError(f"the prediction of {wrong[0][0]!r} must be a string, not {shown(wrong[0][1])}")
     keys = [_key(task, row) for row in rows]
     if twice := [key for key, times in Counter(keys).items() if times > 1]:
-        raise ValueError(f"{len(twice)} ids come twice, such as {listed(twice)}: one prediction per id")
+        raise ValueError(f"{len(twice)} ids appear twice, such as {listed(twice)}: one prediction per id")
     said = list(zip(rows, keys, (text.strip() for text in predictions), strict=True))
     with write_whole(path) as file:
         if task == "vqa":

@@ -32,7 +32,7 @@ def read_subtitles(path: str | Path) -> dict[str, str]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: by file and line, another shape, or a video that comes twice.
+        ValueError: by file and line, another shape, or a video that appears twice.
     """
     reader = ExampleReader("video")
     words = {}
@@ -51,7 +51,7 @@ def load_tvqa(annotations: str | Path, subtitles: Subtitles, *, prompt: str = TA
 
     Args:
         annotations: an object per line with `qid`, `vid_name`, `q`, `a0` ... `a4`, `ts` "start-end", `show_name`, and
-            `answer_idx` where it is told.
+            optionally `answer_idx`.
         subtitles: the file of `read_subtitles`, or words by video; None: the text has no subtitles.
         prompt: the end of the text.
 
@@ -60,7 +60,7 @@ def load_tvqa(annotations: str | Path, subtitles: Subtitles, *, prompt: str = TA
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: by file and line, whatever is missing, twice or none of what it should be; a video without
+        ValueError: by file and line, a field that is missing, duplicate or invalid; a video without
             subtitles.
     """
     return ExampleReader.dataset(_choices("tvqa", iterate_jsonl(annotations), 5, subtitles, prompt, "show_name"))
@@ -95,7 +95,7 @@ def load_tvc(annotations: str | Path, subtitles: Subtitles, *, prompt: str = TAS
 
     Args:
         annotations: an object per line with `clip_id`, `vid_name`, `ts` [start, end], and `descs`
-            [{"desc_id", "desc", "type"}] where they are told.
+            [{"desc_id", "desc", "type"}] if given.
         subtitles: see `load_tvqa`.
         prompt: the end of the text.
 

@@ -37,9 +37,9 @@ def load_youtube_highlights(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: by file, line or id, and field: a broken record, a video that comes twice, one without `match`, as
-            many matches as clips, clips that are reversed or behind the video, a rate that is not positive; an unknown
-            video, a domain without videos.
+        ValueError: by file, line or id, and field: an invalid record, a duplicate video, one without `match`, matches
+            and clips that differ in number, clips that are reversed or after the end of the video, a rate that is not
+            positive; an unknown video, a domain without videos.
     """
     from datasets import Features, Value
     from datasets import List as ListOf

@@ -1,4 +1,4 @@
-"""The metrics as modules of the `evaluate` library, made locally: nothing is downloaded."""
+"""The metrics as local modules of the `evaluate` library, without a download."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def evaluate_metric(name: str) -> Any:
     prediction, reference, function = _METRICS[name]
 
     class LocalMetric(evaluate.Metric):
-        """A plain function behind the interface of `evaluate`."""
+        """A plain function with the interface of `evaluate`."""
 
         kinds = prediction, reference
 

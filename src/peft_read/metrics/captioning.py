@@ -11,18 +11,18 @@ __all__ = ["bleu_score", "caption_scores", "cider_score", "cider_scores", "meteo
 
 
 def bleu_score(predictions: Sequence[str], references: Sequence[str], *, tokenize: str = "13a") -> float:
-    """Corpus BLEU-4 by sacrebleu, one reference a prediction.
+    """Corpus BLEU-4 by sacrebleu, one reference per prediction.
 
     Args:
-        predictions: one text a pair.
-        references: one text a pair.
+        predictions: one text per pair.
+        references: one text per pair.
         tokenize: sacrebleu's tokeniser; `"none"` splits at white space, for text that is tokenised already.
 
     Returns:
         0 to 100.
 
     Raises:
-        ValueError: the numbers of texts differ or are zero, or something is no text.
+        ValueError: the numbers of texts differ or are zero, or an entry that is not a string.
         ImportError: sacrebleu is not installed.
     """
     check_texts(predictions, references)
@@ -39,14 +39,14 @@ def meteor_score(predictions: Sequence[str], references: Sequence[str]) -> float
     It is the METEOR of 2005 as nltk computes it, not the Java program METEOR 1.5.
 
     Args:
-        predictions: one text a pair.
-        references: one text a pair.
+        predictions: one text per pair.
+        references: one text per pair.
 
     Returns:
         0 to 100.
 
     Raises:
-        ValueError: the numbers of texts differ or are zero, or something is no text.
+        ValueError: the numbers of texts differ or are zero, or an entry that is not a string.
         ImportError: nltk or its WordNet data is not installed.
     """
     check_texts(predictions, references)
@@ -75,14 +75,14 @@ def cider_scores(predictions: Sequence[str], references: Sequence[str | Sequence
     Document frequencies come from the references at hand, so each score depends on the whole set.
 
     Args:
-        predictions: one text a pair.
-        references: one text a prediction, or several.
+        predictions: one text per pair.
+        references: one text per prediction, or several.
 
     Returns:
         0 to 10 for each.
 
     Raises:
-        ValueError: the numbers of texts differ or are zero, or something is no text.
+        ValueError: the numbers of texts differ or are zero, or an entry that is not a string.
         ImportError: pycocoevalcap is not installed.
     """
     true, said = _captions(predictions, references)
@@ -103,18 +103,18 @@ def caption_scores(
     """BLEU-1 to 4, ROUGE-L and CIDEr by pycocoevalcap, as captions are scored.
 
     The official numbers are computed on the words of the Stanford tokeniser, a Java program (pycocoevalcap's
-    `PTBTokenizer`: lower case, punctuation left out); pass texts that it has been through, or a `tokenizer`.
+    `PTBTokenizer`: lower case, punctuation left out); pass texts that were tokenised with it, or a `tokenizer`.
 
     Args:
-        predictions: one text a pair.
-        references: one text a prediction, or several.
+        predictions: one text per pair.
+        references: one text per prediction, or several.
         tokenizer: from a text to its words; None: the texts are split at white space.
 
     Returns:
         `Bleu_1` to `Bleu_4` and `ROUGE_L` from 0 to 1, `CIDEr` from 0 to 10.
 
     Raises:
-        ValueError: the numbers of texts differ or are zero, or something is no text.
+        ValueError: the numbers of texts differ or are zero, or an entry that is not a string.
         ImportError: pycocoevalcap is not installed.
 
     Example:
@@ -142,12 +142,12 @@ def caption_scores(
 def _captions(
     predictions: Sequence[str], references: Sequence[str | Sequence[str]]
 ) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
-    """References and predictions by number, each a list of texts."""
+    """References and predictions by index, each a list of strings."""
     if isinstance(references, str) or not hasattr(references, "__len__"):
-        raise ValueError(f"references must be a list of texts, or of lists of texts, not {shown(references)}")
+        raise ValueError(f"references must be a list of strings, or of lists of strings, not {shown(references)}")
     several = [[given] if isinstance(given, str) else given for given in references]
     check_texts(predictions, ["" for _ in several])
     for position, texts in enumerate(several):
         if not isinstance(texts, Sequence) or not texts or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"reference {position} must be a text or several, not {shown(texts)}")
+            raise ValueError(f"reference {position} must be a string or several, not {shown(texts)}")
     return {i: list(texts) for i, texts in enumerate(several)}, {i: [text] for i, text in enumerate(predictions)}

@@ -21,16 +21,16 @@ def tvsum_map(scores: Sequence[Any], annotations: Sequence[Any], top_k: int = 5)
     mean is taken over videos, then over annotators.
 
     Args:
-        scores: predicted scores, one (clips,) a video; shorter than the annotation where a feature stream is.
-        annotations: importance, 1 to 5, one (clips, annotators) a video.
-        top_k: clips that count.
+        scores: predicted scores, one (clips,) per video; may be shorter than the annotation, as feature streams are.
+        annotations: importance, 1 to 5, one (clips, annotators) per video.
+        top_k: the number of best clips to evaluate.
 
     Returns:
         A fraction, rounded to 5 decimals as in the original.
 
     Raises:
-        ValueError: the lists do not fit each other, or (by the number of the video) scores or annotations are no
-            finite numbers: NaN would rank like any other score.
+        ValueError: the lists do not fit each other, or (by the number of the video) scores or annotations are not
+            finite numbers: NaN would be ranked like any other score.
 
     Example:
         >>> tvsum_map([[0.9, 0.1, 0.5]], [[[5], [1], [1]]], top_k=1)
@@ -46,7 +46,7 @@ def tvsum_map(scores: Sequence[Any], annotations: Sequence[Any], top_k: int = 5)
         ranking = _ranking(predicted, len(labels), index)[:top_k]
         per_video.append([_trapezoid_precision(column) for column in labels[ranking].T])
     if len({len(row) for row in per_video}) > 1:
-        raise ValueError(f"every video needs as many annotators, not {[len(row) for row in per_video]}")
+        raise ValueError(f"every video needs the same number of annotators, not {[len(row) for row in per_video]}")
     return round(float(np.mean(np.mean(per_video, axis=0))), 5)
 
 
@@ -56,15 +56,15 @@ def youtube_highlights_map(scores: Sequence[Any], matches: Sequence[Any]) -> flo
     A clip is positive if its match is above 0; a video without any counts 0.
 
     Args:
-        scores: predicted scores, one (clips,) a video.
-        matches: the annotation, one (clips,) a video: 1 = highlight, 0 = between, -1 = not.
+        scores: predicted scores, one (clips,) per video.
+        matches: the annotation, one (clips,) per video: 1 = highlight, 0 = between, -1 = not.
 
     Returns:
         A fraction, rounded to 5 decimals as in the original.
 
     Raises:
-        ValueError: the lists do not fit each other, or (by the number of the video) scores are no finite numbers or
-            matches are none of -1, 0, 1.
+        ValueError: the lists do not fit each other, or (by the number of the video) scores are not finite numbers or
+            matches are not -1, 0 or 1.
     """
     _check(scores, matches, "matches")
     precisions = []

@@ -35,8 +35,8 @@ def evaluate_qvhighlights(
 ) -> dict[str, Any]:
     """Evaluate a submission as the official evaluator of QVHighlights does, to the last digit.
 
-    Lists, arrays and tensors are taken alike. What the readers of `peft_read.data` would refuse is refused here: a
-    number that is not finite would rank like any other.
+    Lists, arrays and tensors are taken alike. Input is checked as in the readers of `peft_read.data`: a number
+    that is not finite would be ranked like any other.
 
     Args:
         predictions: records with `qid` and `pred_relevant_windows` (rows start, end, score; best first),
@@ -44,8 +44,8 @@ def evaluate_qvhighlights(
         ground_truth: the records of the official annotation files, `relevant_windows`, `duration`,
             `relevant_clip_ids`, `saliency_scores`.
         match_number: whether both must hold the same queries; False evaluates those that both hold.
-        clip_seconds: length of a clip. A video has int(duration / clip_seconds) clips, and one more where an
-            annotation names the rest.
+        clip_seconds: length of a clip. A video has int(duration / clip_seconds) clips, and one more if an
+            annotation names the remainder.
 
     Returns:
         The official result: `"brief"`; for each range of window lengths `"MR-mAP"` and `"MR-R1"` by IoU threshold;
@@ -53,8 +53,8 @@ def evaluate_qvhighlights(
         windows gives NaN (the official program stops there).
 
     Raises:
-        ValueError: the queries differ or come twice, there is none, or (by qid) a field is missing, has another shape,
-            holds NaN or infinity, or windows, clips or ratings that cannot be.
+        ValueError: the queries differ or appear twice, there is none, or (by qid) a field is missing, has another
+            shape, or holds NaN, infinity, or invalid windows, clips or ratings.
 
     Example:
         >>> truth = [{"qid": 1, "duration": 4, "relevant_windows": [[0, 2]], "relevant_clip_ids": [0],
@@ -116,7 +116,7 @@ def _keyed(records: Sequence[Record], name: str) -> dict[Hashable, Record]:
             text = id_of(qid, f"{name}, record {index}: 'qid'")
             qid = text if isinstance(qid, str) else int(text)
         if qid in keyed:
-            raise ValueError(f"{name}: qid {qid!r} comes twice")
+            raise ValueError(f"{name}: qid {qid!r} appears twice")
         keyed[qid] = record
     return keyed
 
@@ -138,9 +138,9 @@ def _field(qid: Hashable, record: Record, name: str) -> Any:
 
 
 def _joined(values: Mapping[Hashable, Any], columns: int | None) -> tuple[NDArray[np.float64], NDArray] | None:
-    """The rows of all queries below each other, and how many each has; None where they are no finite numbers.
+    """The rows of all queries, concatenated, and the number of each; None if they are not finite numbers.
 
-    One conversion for all is ten times as fast as one for each.
+    One conversion for all queries is ten times as fast as one per query.
     """
     plain = [array_of(value) if hasattr(value, "detach") else value for value in values.values()]
     try:
@@ -158,9 +158,6 @@ def _joined(values: Mapping[Hashable, Any], columns: int | None) -> tuple[NDArra
 
 def _percent(value: float | np.floating) -> float:
     return float(f"{100 * value:.2f}")
-
-
-# --- Moment retrieval ---------------------------------------------------------------------------------------------
 
 
 class _Moments:
@@ -193,7 +190,7 @@ class _Moments:
             unknown = {str(threshold): float("nan") for threshold in THRESHOLDS}
             return {"MR-mAP": {**unknown, "average": float("nan")}, "MR-R1": unknown}
         hits, precisions = np.zeros(len(self.windows)), np.zeros((len(self.windows), len(THRESHOLDS)))
-        # Queries with as many windows together: what is padded is computed for nothing.
+        # Queries are grouped by their number of windows, because padding costs time.
         order = queries[np.argsort(self.num_windows[queries], kind="stable")]
         for start in range(0, len(order), CHUNK):
             part = order[start : start + CHUNK]
@@ -210,7 +207,7 @@ class _Moments:
 
 
 def _checked_windows(windows: Mapping[Hashable, Any], columns: int) -> tuple[NDArray[np.float64], NDArray]:
-    """Windows of all queries below each other; (start, end, score) of a submission, (start, end) of the truth."""
+    """The windows of all queries, concatenated: (start, end, score) of a submission, (start, end) of the truth."""
     name = "pred_relevant_windows" if columns == 3 else "relevant_windows"
     joined = _joined(windows, columns)
     if joined is not None:
@@ -225,7 +222,7 @@ def _checked_windows(windows: Mapping[Hashable, Any], columns: int) -> tuple[NDA
 
 
 def _padded(rows: NDArray, counts: NDArray) -> tuple[NDArray[np.float64], NDArray]:
-    """(N, most, columns) with zeros behind each query's rows, at least one row."""
+    """(N, most, columns) with zeros after each query's rows, at least one row."""
     padded = np.zeros((len(counts), max(1, int(counts.max(initial=0))), rows.shape[1]))
     query = np.repeat(np.arange(len(counts)), counts)
     place = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -262,11 +259,11 @@ def _average_precisions(candidates: Sequence[Sequence[float]], windows: Sequence
 def _padded_precisions(candidates: NDArray, number: NDArray, windows: NDArray, valid: NDArray) -> NDArray:
     """Average precision of every query at every threshold.
 
-    In the order of their scores, predictions take the still free true window of the largest IoU (among equal ones the
+    In the order of their scores, predictions take the unmatched true window of the largest IoU (among equal ones the
     later, as a reversed ascending sort has it), if that IoU reaches the threshold; the others are false.
 
     Args:
-        candidates: (N, K, 3), padded behind the first `number`.
+        candidates: (N, K, 3), padded after the first `number`.
         number: (N,).
         windows: (N, M, 2).
         valid: (N, M), False where a window does not count.
@@ -304,18 +301,15 @@ def _interpolated_precisions(hits: NDArray, total: NDArray) -> NDArray:
     return area
 
 
-# --- Highlight detection ------------------------------------------------------------------------------------------
-
-
 def _highlight_detection(predicted: Records, true: Records, clip_seconds: float) -> dict[str, dict[str, float]]:
-    """Mean average precision and hit rate of the best clip, for every minimal rating of a positive clip."""
+    """Mean average precision and hit rate of the best clip, for every minimum rating of a positive clip."""
     scores, lengths = _checked_scores({qid: record["pred_saliency_scores"] for qid, record in predicted.items()})
     ratings, clips = _checked_ratings(true, clip_seconds)
     starts, places = np.cumsum(lengths) - lengths, np.cumsum(clips) - clips
     levels = np.array(list(LEVELS.values()))
     precisions = np.zeros((len(clips), len(levels) * ANNOTATORS))
     hits = np.zeros((len(clips), len(levels)), dtype=bool)
-    # Videos with as many clips and scores together, so that a chunk is one table without padding.
+    # Videos are grouped by their number of clips and scores, so that a chunk needs no padding.
     for shape in np.unique(np.stack((clips, lengths), axis=1), axis=0):
         same = np.flatnonzero((clips == shape[0]) & (lengths == shape[1]))
         for start in range(0, len(same), CHUNK):
@@ -349,7 +343,7 @@ def _checked_scores(scores: Mapping[Hashable, Any]) -> tuple[NDArray[np.float64]
 
 
 def _checked_ratings(true: Records, clip_seconds: float) -> tuple[NDArray[np.float64], NDArray]:
-    """Ratings of all clips of all videos below each other (all clips, 3), zero outside the relevant clips."""
+    """The ratings of the clips of all videos, concatenated (all clips, 3), zero outside the relevant clips."""
     seconds = np.array(
         [
             number(_field(qid, record, "duration"), f"query {qid!r}: 'duration'", above=0)
@@ -386,7 +380,7 @@ def _checked_ratings(true: Records, clip_seconds: float) -> tuple[NDArray[np.flo
 
 
 def _fit(ids: NDArray, counts: NDArray, ratings: NDArray, rated: NDArray, clips: NDArray) -> bool:
-    """Whether clips are whole numbers inside their videos, none twice, each with ratings from 0 to 4."""
+    """Whether clips are integers inside their videos, without duplicates, each with ratings from 0 to 4."""
     query = np.repeat(np.arange(len(counts)), counts)
     if not np.array_equal(counts, rated) or (ids != np.floor(ids)).any() or (ids < 0).any():
         return False
@@ -403,8 +397,8 @@ def _ranking_precisions(scores: NDArray, labels: NDArray) -> NDArray:
 def _chunk_precisions(scores: NDArray, labels: NDArray) -> NDArray:
     """Interpolated average precision of rankings for several label columns.
 
-    Clips of equal score enter together. From the lowest threshold up, a precision is the best so far; the mean is
-    taken over the thresholds at which the recall (as float32) changes.
+    Clips of equal score share a threshold. From the lowest threshold up, a precision is the largest so far; the
+    mean is taken over the thresholds at which the recall (as float32) changes.
 
     Args:
         scores: (N, clips).

@@ -1,4 +1,4 @@
-"""VQA, GQA, NLVR2 and multiple choice, as their evaluators and VL-Adapter's count them."""
+"""VQA, GQA, NLVR2 and multiple-choice accuracy, as in the official evaluations and in VL-Adapter's."""
 
 from __future__ import annotations
 
@@ -42,24 +42,24 @@ PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 THOUSANDS = re.compile(r"\d,\d")
 PERIOD = re.compile(r"\.(?!\d)")
 PERIODS = 32  # the official program passes a flag in the place of the count, and so strips no more than this
-AGREEING = 3  # annotators who make an answer right
+AGREEING = 3  # an answer is right if so many annotators gave it
 TINY = 1e-10  # which VALUE's evaluator adds to its divisors
 
 
 def normalize_vqa_answer(answer: str) -> str:
-    """An answer as VQA compares it: no punctuation, no articles, digits for number words, apostrophes put in.
+    """Normalises an answer as VQA's evaluation does: no punctuation or articles, digits for number words, apostrophes.
 
-    Source: the official VQA evaluation (Antol et al., ICCV 2015), and the removal of what commas are left, of VL-T5.
+    Source: the official VQA evaluation (Antol et al., ICCV 2015), and VL-T5's removal of the remaining commas.
 
     Raises:
-        ValueError: no text.
+        ValueError: it is not a string.
 
     Example:
         >>> normalize_vqa_answer("The two dogs."), normalize_vqa_answer("dont")
         ('2 dogs', "don't")
     """
     if not isinstance(answer, str):
-        raise ValueError(f"an answer must be a text, not {shown(answer)}")
+        raise ValueError(f"an answer must be a string, not {shown(answer)}")
     return _normalized(answer).replace(",", "")
 
 
@@ -70,7 +70,7 @@ def vqa_accuracy(
     question_types: ByKey | None = None,
     answer_types: ByKey | None = None,
 ) -> dict[str, Any]:
-    """VQA's soft accuracy: an answer is right if three annotators gave it; the mean over all but one of them in turn.
+    """VQA's soft accuracy: an answer is right if three annotators gave it, averaged over leaving out one annotator.
 
         acc = mean over annotators i of min(1, (others than i who gave the answer) / 3)
 
@@ -90,7 +90,7 @@ def vqa_accuracy(
         no types are given.
 
     Raises:
-        ValueError: questions without prediction or the other way round, something that is no text, no annotators.
+        ValueError: questions without prediction or the other way round, an entry that is not a string, no annotators.
 
     Example:
         >>> vqa_accuracy({"1": "two"}, {"1": ["2"] * 4 + ["3"] * 6})["overall"]
@@ -105,7 +105,7 @@ def vqa_accuracy(
 
 
 def label_score(predictions: ByKey, labels: ByKey) -> float:
-    """The mean score of the predictions, each looked up in its label as it is written.
+    """The mean score of the predictions, each looked up in its label without normalisation.
 
     Args:
         predictions: a text by question, or a list of texts.
@@ -115,7 +115,7 @@ def label_score(predictions: ByKey, labels: ByKey) -> float:
         From 0 to 1.
 
     Raises:
-        ValueError: questions without prediction or the other way round, labels of another shape, scores that are none.
+        ValueError: questions without prediction or the other way round, labels of another shape, invalid scores.
 
     Example:
         >>> label_score(["net", "Net"], [{"net": 1.0, "mesh": 0.3}, {"net": 1.0}])
@@ -126,13 +126,13 @@ def label_score(predictions: ByKey, labels: ByKey) -> float:
     for key, text in said.items():
         label = {true[key]: 1.0} if isinstance(true[key], str) else true[key]
         if not isinstance(label, Mapping):
-            raise ValueError(f"the label of {key!r} must be a text or {{answer: score}}, not {shown(label)}")
+            raise ValueError(f"the label of {key!r} must be a string or {{answer: score}}, not {shown(label)}")
         total += number(label.get(_text(text, key), 0.0), f"a score in the label of {key!r}", low=0, high=1)
     return total / len(said)
 
 
 def gqa_accuracy(predictions: ByKey, answers: ByKey) -> float:
-    """Share of the questions whose answer is given to the letter; as `label_score`.
+    """Fraction of the questions with exactly the right answer; as `label_score`.
 
     Source: Hudson and Manning, "GQA", CVPR 2019.
 
@@ -150,7 +150,7 @@ def gqa_accuracy(predictions: ByKey, answers: ByKey) -> float:
 
 
 def nlvr_accuracy(predictions: ByKey, examples: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> dict[str, float]:
-    """Accuracy, and consistency: the share of sentences that are right of every pair of images.
+    """Accuracy, and consistency: the fraction of sentences that are judged right for all their pairs of images.
 
     Source: Suhr et al., "A Corpus for Reasoning about Natural Language Grounded in Photographs", ACL 2019.
 
@@ -165,7 +165,8 @@ def nlvr_accuracy(predictions: ByKey, examples: Sequence[Mapping[str, Any]] | Ma
         `accuracy` and `consistency`, from 0 to 1.
 
     Raises:
-        ValueError: examples without prediction or the other way round, labels that are neither, other identifiers.
+        ValueError: examples without prediction or the other way round, labels that are neither true nor
+            false, identifiers of another form.
 
     Example:
         >>> nlvr_accuracy(["true", "false"], {"dev-0-0-0": 1, "dev-0-1-0": 1})
@@ -179,7 +180,7 @@ def nlvr_accuracy(predictions: ByKey, examples: Sequence[Mapping[str, Any]] | Ma
             raise ValueError(f"example {position} must have an 'identifier', not {shown(one)}")
         key = id_of(one.get("uid", one["identifier"]), f"the uid of example {position}")
         if key in truth:
-            raise ValueError(f"the example {key!r} comes twice")
+            raise ValueError(f"the example {key!r} appears twice")
         label = _truth(one.get("label"))
         if label is None:
             raise ValueError(f"the label of {key!r} must be true or false, not {shown(one.get('label'))}")
@@ -194,7 +195,7 @@ def nlvr_accuracy(predictions: ByKey, examples: Sequence[Mapping[str, Any]] | Ma
 
 
 def multiple_choice_accuracy(predictions: ByKey, answers: ByKey, *, types: ByKey | None = None) -> dict[str, float]:
-    """Share of the questions whose choice is named to the letter, for each type and for all.
+    """Fraction of the questions with exactly the right choice, for each type and for all.
 
     As VALUE's evaluator (TVQA, How2QA) it divides by the number of questions plus 1e-10.
 
@@ -207,7 +208,7 @@ def multiple_choice_accuracy(predictions: ByKey, answers: ByKey, *, types: ByKey
         The accuracy of each type, and `all_type_accuracy`, from 0 to 1.
 
     Raises:
-        ValueError: questions without prediction or the other way round, something that is no text.
+        ValueError: questions without prediction or the other way round, an entry that is not a string.
     """
     said, true = _matched(predictions, answers, "answers")
     right = {key: float(_text(said[key], key) == _text(true[key], key)) for key in said}
@@ -222,7 +223,7 @@ def _normalized(answer: str) -> str:
 
 
 def _without_punctuation(text: str) -> str:
-    """Signs beside a space go, others become one; all go where a comma stands between digits."""
+    """Removes punctuation next to spaces, or all of it if there is a comma between digits; the rest becomes spaces."""
     beside_space = {sign for pair in pairwise(text) if " " in pair for sign in pair}
     drop_all = THOUSANDS.search(text) is not None
     for sign in PUNCTUATION:
@@ -232,7 +233,7 @@ def _without_punctuation(text: str) -> str:
 
 def _soft_accuracy(prediction: str, given: Any, key: str) -> float:
     if isinstance(given, str) or not isinstance(given, Sequence) or not given:
-        raise ValueError(f"the answers of {key!r} must be a list of texts, not {shown(given)}")
+        raise ValueError(f"the answers of {key!r} must be a list of strings, not {shown(given)}")
     answers = [_text(one.get("answer") if isinstance(one, Mapping) else one, key) for one in given]
     if len(set(answers)) > 1:
         answers = [_without_punctuation(answer) for answer in answers]
@@ -255,7 +256,7 @@ def _percent(scores: Sequence[float]) -> float:
 
 
 def _matched(predictions: ByKey, references: ByKey, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Both by id, in the order of the predictions."""
+    """Predictions and references by id, in the order of the predictions."""
     for what, given in (("predictions", predictions), (name, references)):
         if isinstance(given, str) or not isinstance(given, Mapping | Sequence) or not is_given(given):
             raise ValueError(f"{what} must be a mapping by id or a list, and not empty, not {shown(given)}")
@@ -275,13 +276,13 @@ def _by_id(given: ByKey, name: str) -> dict[str, Any]:
     pairs = given.items() if isinstance(given, Mapping) else enumerate(given)
     by_id = {id_of(key, f"an id of the {name}"): value for key, value in pairs}
     if len(by_id) < len(given):
-        raise ValueError(f"two ids of the {name} are the same text")
+        raise ValueError(f"two ids of the {name} are the same string")
     return by_id
 
 
 def _text(value: Any, key: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{key!r}: a text was expected, not {shown(value)}")
+        raise ValueError(f"{key!r}: a string was expected, not {shown(value)}")
     return value
 
 

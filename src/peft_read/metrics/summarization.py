@@ -1,4 +1,4 @@
-"""Metrics of the How2 summarisation literature: two ROUGEs that differ by about 1.3 points, and content F1."""
+"""Metrics of the How2 literature: two definitions of ROUGE that differ by about 1.3 points, and content F1."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ def rouge_scores(
     *,
     tokenizer: Tokenizer | None = None,
 ) -> dict[str, float]:
-    """ROUGE-1, ROUGE-2 and ROUGE-L of one reference a prediction: F1 x 100, plain mean over the pairs.
+    """ROUGE-1, ROUGE-2 and ROUGE-L of one reference per prediction: F1 x 100, plain mean over the pairs.
 
-    Two definitions live in the How2 literature, and every report must name its own:
+    The How2 literature uses two definitions, and a report must name which:
 
     * `"rouge_score"`: the package of that name (and `evaluate`'s `rouge` without its random resampling): lower-cased
       words of letters and digits, no stemming.
     * `"easy_rouge"`: words as split at white space, punctuation included; the numbers of Yu et al. (EMNLP 2021).
 
-    The words of `"rouge_score"` are ASCII letters and digits: of a text in another script nothing is left, and it
-    scores 0 whatever it says. A warning tells so; pass a `tokenizer` there, such as `str.split`, or `list` for scripts
+    The words of `"rouge_score"` are ASCII letters and digits: a text in another script has none and
+    scores 0, with a warning; pass a `tokenizer` there, such as `str.split`, or `list` for scripts
     that write no spaces.
 
     Args:
-        predictions: one text a pair.
-        references: one text a pair.
+        predictions: one text per pair.
+        references: one text per pair.
         variant: `"rouge_score"` or `"easy_rouge"`.
         tokenizer: from a text to its words, in place of the variant's own.
 
@@ -44,7 +44,7 @@ def rouge_scores(
         `{"rouge1": ..., "rouge2": ..., "rougeL": ...}`, each from 0 to 100.
 
     Raises:
-        ValueError: the numbers of texts differ or are zero, something else than a text (its number is named), or the
+        ValueError: the numbers of texts differ or are zero, an entry that is not a string (its index is named), or the
             variant is unknown.
         ImportError: the variant needs the package rouge-score and it is not installed.
 
@@ -72,16 +72,16 @@ def check_texts(predictions: Sequence[str], references: Sequence[str]) -> None:
     """
     for name, texts in (("predictions", predictions), ("references", references)):
         if isinstance(texts, str) or not hasattr(texts, "__len__"):
-            raise ValueError(f"{name} must be a list of texts, not {shown(texts)}")
+            raise ValueError(f"{name} must be a list of strings, not {shown(texts)}")
     if len(predictions) != len(references) or not len(references):
         raise ValueError(
-            f"{len(predictions)} predictions and {len(references)} references: pass one reference a prediction, and "
+            f"{len(predictions)} predictions and {len(references)} references: pass one reference per prediction, and "
             "at least one pair"
         )
     for name, texts in (("prediction", predictions), ("reference", references)):
         for number, text in enumerate(texts):
             if not isinstance(text, str):
-                raise ValueError(f"{name} {number} must be a text, not {shown(text)}")
+                raise ValueError(f"{name} {number} must be a string, not {shown(text)}")
 
 
 def _words(text: str, split: Tokenizer) -> list[str]:
@@ -104,7 +104,7 @@ def _rouge_score(
         ) from error
 
     class Own(tokenizers.Tokenizer):
-        """The tokenizer that was passed, as the package wants it."""
+        """The given tokenizer with the interface of rouge-score."""
 
         def tokenize(self, text: str) -> list[str]:
             return _words(text, tokenizer or str.split)
@@ -176,7 +176,7 @@ def content_f1(alignment_text: str) -> float:
 
     An item of the text is a title line, the hypothesis, the reference, a header line, rows that start with
     `<reference position>:<length>` and `<hypothesis position>:<length>`, and a blank line. Aligned template words
-    ("in a this to free ...") are taken out. The original counts aligned TOKENS over different WORDS, so the numbers
+    ("in a this to free ...") are left out. The original counts aligned TOKENS over different WORDS, so the numbers
     may exceed one, and calls hypothesis coverage recall and reference coverage precision; F1 is the same either way.
 
     Args:

@@ -1,4 +1,4 @@
-"""Heads whose outputs are coordinates or scores: computed in float32, whatever the rest of the model computes in."""
+"""Prediction heads for coordinates and scores, computed in float32 in a model of any dtype."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ __all__ = ["check_mask", "in_float32", "values_can_be_checked"]
 
 
 def in_float32(head: nn.Module, states: Tensor, *args: Tensor) -> Any:
-    """What a head gives for its input in float32, outside autocast and with its weights in float32.
+    """Applies a head in float32, outside autocast and with its weights in float32.
 
-    bfloat16 tells 128 clips from 128.5 and no closer: a window that it computes is seconds away.
+    bfloat16 rounds numbers from 128 to 256 to integers: windows computed in it are off by seconds.
 
     Args:
         head: any module.
@@ -32,18 +32,18 @@ def in_float32(head: nn.Module, states: Tensor, *args: Tensor) -> Any:
 
 
 def values_can_be_checked(tensor: Tensor) -> bool:
-    """Whether looking at the values costs nothing: on a device it would wait, and break a compiled graph."""
+    """Whether values can be checked cheaply: on a GPU that would synchronise, and it would break a compiled graph."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_mask(name: str, mask: Tensor) -> None:
-    """A mask says 1 = real and 0 = padding; an additive one, 0 = real and -inf = padding, says the opposite.
+    """Refuses additive attention masks, in which 0 is a token and -inf padding; 0 = padding is expected.
 
     Raises:
         ValueError: (on the CPU) it holds a negative number or NaN.
     """
     if mask.dtype != torch.bool and values_can_be_checked(mask) and not (mask >= 0).all():
         raise ValueError(
-            f"{name} holds negative numbers or NaN: a mask is 1 at real positions and 0 at padding "
+            f"{name} holds negative numbers or NaN: a mask is 1 at tokens and 0 at padding "
             "(of an additive one, pass mask >= 0)"
         )

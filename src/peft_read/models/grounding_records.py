@@ -1,4 +1,4 @@
-"""From the outputs of a grounding model to the official submission of QVHighlights, for both backbones."""
+"""Converts the outputs of Moment-DETR and UMT to the official submission format of QVHighlights."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def grounding_records(
     Args:
         outputs: of Moment-DETR `pred_logits`, `pred_spans`, `saliency_scores`, `video_mask`; of UMT `saliency_scores`,
             `boundaries` where it predicts any, `video_mask`; each with B examples.
-        rows: B rows of the dataset, in the same order, with `query`, `vid`, `duration` and perhaps `qid`.
+        rows: B rows of the dataset, in the same order, with `query`, `vid`, `duration` and optionally `qid`.
         config: of the model.
         clip_seconds: length of a clip.
         nms_threshold: drop windows that overlap a better one by more; None: keep all.
@@ -72,7 +72,7 @@ def grounding_records(
 
 
 def _umt_windows(boundaries: np.ndarray, seconds: float, nms_threshold: float | None) -> list[list[float]]:
-    """UMT's windows that lie on real clips and begin inside the video, cut to it, to 4 decimals."""
+    """UMT's windows without those on padding or after the end, clipped to the video, with 4 decimals."""
     moments = boundaries[(boundaries[:, 2] > 0) & (boundaries[:, 0] < seconds)]
     rounded = [
         [round(min(float(start), seconds), 4), round(min(float(end), seconds), 4), round(float(score), 4)]
@@ -82,7 +82,7 @@ def _umt_windows(boundaries: np.ndarray, seconds: float, nms_threshold: float | 
 
 
 def write_submission(path: str | Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Writes the official format, a JSON record per line; the file is whole or not there.
+    """Writes the official format atomically, one JSON record per line.
 
     Raises:
         ValueError: a number that is NaN or infinite, which JSON does not have.

@@ -1,4 +1,4 @@
-"""The first weights of the modules that a T5 encoder gains: PyTorch's, not T5's."""
+"""Initialises the modules that are added to a T5 encoder as PyTorch does, not as T5 does."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["reset_new_module"]
 
 
 def reset_new_module(encoder: nn.Module, module: nn.Module, names: Collection[str]) -> bool:
-    """Draws the weights of a layer as PyTorch does, where it belongs to the new modules of an encoder.
+    """Initialises a layer as PyTorch does, if it belongs to the new modules of an encoder.
 
     Args:
         encoder: the encoder.
@@ -19,7 +19,7 @@ def reset_new_module(encoder: nn.Module, module: nn.Module, names: Collection[st
         names: of the new modules, directly below the encoder.
 
     Returns:
-        Whether the weights were drawn: False for other modules, and for norms, which `_init_weights` sets.
+        Whether the layer was initialised: False for other modules, and for norms, which `_init_weights` sets.
     """
     if not isinstance(module, nn.Linear | nn.Embedding | nn.MultiheadAttention):
         return False

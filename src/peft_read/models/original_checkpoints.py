@@ -1,4 +1,4 @@
-"""Reads checkpoints of the original implementations: their files, their wrappers, their key names."""
+"""Reads checkpoints of the original implementations: files, wrappers and key names."""
 
 from __future__ import annotations
 
@@ -68,14 +68,14 @@ def load_original_weights(
     prefix: str = "",
     expected: Callable[[str], bool] = lambda key: True,
 ) -> None:
-    """Load a checkpoint into a model and insist that every key finds its place.
+    """Load a checkpoint into a model; every key must match.
 
     Args:
         model: the model to fill.
         checkpoint: see `original_state_dict`.
-        ignored: tells which original keys hold nothing to load (tables that are recomputed, criteria).
-        prefix: what a wrapper may have put before every key, taken off where the key is unknown with it.
-        expected: tells which keys of the model the checkpoint is to fill.
+        ignored: whether an original key is skipped (tables that are recomputed, loss modules).
+        prefix: of a wrapper, removed from keys that are unknown with it.
+        expected: whether the checkpoint must hold a key of the model.
 
     Raises:
         ValueError: keys are missing, left over, or have another shape.

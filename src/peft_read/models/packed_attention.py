@@ -1,4 +1,4 @@
-"""`torch.nn.MultiheadAttention` by its parameters, one computation in every mode."""
+"""Attention with the parameters of `torch.nn.MultiheadAttention`, computed alike in training and inference."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class PackedAttention(nn.MultiheadAttention):
             query: (B, Lq, d).
             key: (B, Lk, d).
             value: (B, Lk, d).
-            key_padding_mask: (B, Lk), True = padding. A row of padding only attends to all of it, because a softmax
-                over nothing is NaN.
+            key_padding_mask: (B, Lk), True = padding. A row that is all padding attends to all of it, because a
+                softmax over nothing is NaN.
             **kwargs: `need_weights=False`, for callers of PyTorch's class; nothing else.
 
         Returns:

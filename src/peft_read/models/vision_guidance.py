@@ -45,8 +45,8 @@ def sine_positions(length: int, width: int, *, device: torch.device | None = Non
 class ReportedState(nn.Identity):
     """Marks the tensors that an encoder reports as its hidden states.
 
-    transformers records hidden states with hooks on the blocks; a fused state is made after a block, so the blocks'
-    outputs (what adapters and alignment see) and the reported states differ, and the latter need a place of their own.
+    transformers records hidden states with hooks on the blocks. The fusion comes after a block, so the blocks' outputs
+    (what adapters and alignment see) and the reported states differ, and the latter need a module of their own.
     """
 
 
@@ -89,7 +89,7 @@ class VisualTransformerStack(nn.Module):
         self.layers = nn.ModuleList([VisualTransformerLayer(config) for _ in range(config.img_trans_layers)])
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Map (B, F, D) to (B, F, D); `attention_mask` (B, F) is True at real frames."""
+        """Map (B, F, D) to (B, F, D); `attention_mask` (B, F) is False at padding."""
         padding_mask = None if attention_mask is None else ~attention_mask
         for layer in self.layers:
             hidden_states = layer(hidden_states, padding_mask)
@@ -99,7 +99,7 @@ class VisualTransformerStack(nn.Module):
 class VisualTransformer(nn.Module):
     """The visual transformer of VG-GPLMs: scaled frame features, sine positions, post-norm layers.
 
-    No frame attends to padded frames, yet they are transformed like the others and leave as non-zero states.
+    Padded frames are not attended to, but they are transformed like the others, so their states are not zero.
 
     Args:
         config: a configuration with the fields of `VisionGuidanceOptions`.
@@ -111,14 +111,14 @@ class VisualTransformer(nn.Module):
         self.dropout = nn.Dropout(config.img_trans_dropout)
 
     def forward(self, video_features: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Map frame features (B, F, D) to states (B, F, D); `attention_mask` (B, F) is True at real frames."""
+        """Map frame features (B, F, D) to states (B, F, D); `attention_mask` (B, F) is False at padding."""
         frames, width = video_features.shape[1:]
         positions = sine_positions(frames, width, device=video_features.device).to(video_features.dtype)
         return self.encoder(self.dropout(video_features * math.sqrt(width) + positions), attention_mask=attention_mask)
 
 
 class VisionGuidance:
-    """What a text encoder gains: its fusion modules, and `fuse`. A mixin, as the original keeps them on the encoder.
+    """Mixin that adds the fusion modules and `fuse` to a text encoder, which holds them in the original too.
 
     With text states h (B, S, d), frames v (B, F, D) and the linears L1 ... L4 (`_linear_1` ...), the attended video
     features a and the update o are
@@ -175,7 +175,7 @@ class VisionGuidance:
 
         Args:
             video_features: (B, F, D).
-            video_mask: (B, F), non-zero = real; None: every frame is real.
+            video_mask: (B, F), 0 = padding; None: no padding.
             text: the text embeddings (B, S, d), for the batch size.
 
         Raises:
@@ -210,8 +210,8 @@ class VisionGuidance:
         Args:
             text: h (B, S, d).
             video: v (B, F, D), raw features or the visual transformer's output.
-            text_mask: (B, S), True = real; only used with `mask_fusion`. None: all real.
-            video_mask: (B, F), True = real; only used with `mask_fusion`.
+            text_mask: (B, S), False = padding; only used with `mask_fusion`. None: no padding.
+            video_mask: (B, F), False = padding; only used with `mask_fusion`.
             dropout: applied to the forget gate.
 
         Returns:
@@ -238,7 +238,7 @@ class VisionGuidance:
         attended, _ = self._multi_head_attn(
             self._linear_3(text), self._linear_1(video), self._linear_2(video), key_padding_mask=padding_mask
         )
-        # a text without a single frame has nothing to attend to
+        # an example without frames has nothing to attend to
         return attended * video_mask.any(dim=1)[:, None, None] if self.config.mask_fusion else attended
 
     def _normalise(self, scores: Tensor, text_mask: Tensor | None, video_mask: Tensor) -> Tensor:

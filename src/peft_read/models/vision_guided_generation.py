@@ -1,4 +1,4 @@
-"""VG-BART and VG-T5 around their encoders: the forward pass."""
+"""The forward pass of VG-BART and VG-T5 for conditional generation."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class VisionGuidedGeneration(VisualGeneration):
 
         Args:
             input_ids: the transcript (B, S).
-            attention_mask: (B, S), non-zero = real.
+            attention_mask: (B, S), 0 = padding.
             decoder_input_ids: (B, T); by default the labels, shifted.
             decoder_attention_mask: (B, T).
             encoder_outputs: what the encoder returned for the same inputs.
@@ -50,7 +50,7 @@ class VisionGuidedGeneration(VisualGeneration):
             labels: (B, T), -100 = no label.
             use_cache: whether to return a cache.
             video_features: the frames (B, F, visual_feature_dim).
-            video_mask: (B, F), non-zero = real.
+            video_mask: (B, F), 0 = padding.
             past_key_values: the name of `cache` before transformers 5.24.
             num_items_in_batch: see `sequence_cross_entropy`.
             **kwargs: `output_hidden_states`, `output_attentions`, ...

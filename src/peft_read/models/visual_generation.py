@@ -1,4 +1,4 @@
-"""What VG-BART, VG-T5, VL-BART and VL-T5 share around their encoders: labels, the loss, where weights come from."""
+"""What VG-BART, VG-T5, VL-BART and VL-T5 share outside their encoders: labels, the loss, and loading weights."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class VisualGeneration:
 
     plain_config_class: Any
     config_class: Any
-    visual_modules: frozenset[str] = VISUAL_MODULES  # what a plain checkpoint lacks, by its names below the encoder
+    visual_modules: frozenset[str] = VISUAL_MODULES  # which a plain checkpoint lacks; names below the encoder
     # The losses divide by `num_items_in_batch` themselves, so the Trainer need not rescale them.
     accepts_loss_kwargs = True
 
     def _decoder_inputs(
         self, labels: Tensor | None, decoder_input_ids: Tensor | None, decoder_inputs_embeds: Tensor | None
     ) -> Tensor | None:
-        """The decoder's input (B, T): what is given, or the labels, shifted."""
+        """The decoder's input (B, T): as given, or the shifted labels."""
         if labels is None or decoder_input_ids is not None or decoder_inputs_embeds is not None:
             return decoder_input_ids
         return cast(Any, self).prepare_decoder_input_ids_from_labels(labels)
@@ -44,7 +44,7 @@ class VisualGeneration:
 
     @classmethod
     def from_plain_checkpoint(cls, checkpoint: str | os.PathLike, *, config: Any = None, **options: Any) -> Any:
-        """Start from a checkpoint of the plain text model; the visual modules are drawn at random.
+        """Start from a checkpoint of the plain text model; the visual modules are initialised at random.
 
         Args:
             checkpoint: folder or name of a BART or T5 checkpoint.

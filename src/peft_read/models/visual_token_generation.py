@@ -1,4 +1,4 @@
-"""VL-BART and VL-T5 around their encoders: the forward pass, and where their weights come from."""
+"""The forward pass of VL-BART and VL-T5 for conditional generation, and loading their weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .visual_tokens import joint_mask
 __all__ = ["VISUAL_TOKEN_MODULES", "VisualTokenGeneration"]
 
 VISUAL_TOKEN_MODULES = frozenset({"visual_embedding", "task_prompts", "decoder_prompts"})
-# The original's names of what it adds to the backbone, and the token table under one more name.
+# The original's names of adapters and prompts, and a second name of the token table.
 _ADDED = re.compile(r"adapter|hyper_?net|task_embed|prompt_modules|lora_|phm_rule|obj_order_embedding")
 
 
@@ -50,10 +50,10 @@ class VisualTokenGeneration(VisualGeneration):
 
         Args:
             input_ids: the text (B, S).
-            attention_mask: (B, S), non-zero = real; None: what is not the padding token.
+            attention_mask: (B, S), 0 = padding; None: from the padding token.
             visual_features: (B, V, visual_feature_dim).
             visual_boxes: (B, V, 4): x1, y1, x2, y2 as fractions of the image; None: zeros, for grid cells and frames.
-            visual_mask: (B, V), non-zero = real.
+            visual_mask: (B, V), 0 = padding.
             image_ids: (B, V) which image of the example a token is of, from 0; None: there is one.
             labels: (B, T), -100 = no label.
             decoder_input_ids: (B, T); by default the labels, shifted.
@@ -107,7 +107,7 @@ class VisualTokenGeneration(VisualGeneration):
     def _mask_of(
         self, encoder_outputs: BaseModelOutput, attention_mask: Tensor | None, visual_mask: Tensor | None
     ) -> Tensor | None:
-        """The mask of the encoder's states: it comes with them, unless they were made elsewhere."""
+        """The mask of the encoder's states: part of the encoder's output, or rebuilt from the masks."""
         mask: Tensor | None = getattr(encoder_outputs, "attention_mask", None)
         if mask is not None or attention_mask is None:
             return mask

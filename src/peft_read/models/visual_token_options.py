@@ -1,4 +1,4 @@
-"""The configuration fields of text encoder-decoders that read visual tokens behind the text: VL-BART and VL-T5."""
+"""The configuration fields of text encoder-decoders that read visual tokens after the text: VL-BART and VL-T5."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ class VisualTokenOptions(FromTextConfig):
             max_objects: how many tokens an image may have: the object-order embeddings are the last rows of the token
                 table. None: 100, or every row of a smaller table.
             use_order_embeddings: whether image and object order are embedded.
-            visual_norm: `"separate"` norms for features and boxes, one `"joint"` norm of the sum, or None.
+            visual_norm: `"separate"` norms for features and boxes, a `"joint"` norm of their sum, or None.
             share_embedding_norm: whether visual tokens pass through the norm of the text embeddings too.
             visual_pooling: `"grid"`: the tokens of an image are a square, max-pooled to `pooled_tokens`;
                 `"sequence"`: they are a sequence, max-pooled to `pooled_tokens`; None: they are left as they are.
             pooled_tokens: see `visual_pooling`.
             prompt_length: learnable vectors before the text (P); 0 for none.
-            prompt_width: width of the perceptron that makes them.
+            prompt_width: hidden width of the MLP that computes them.
             prompt_tasks: the tasks that have prompts of their own; None: one set for all.
             decoder_prompt_length: learnable vectors before the decoder's tokens; 0 for none.
 
@@ -102,7 +102,7 @@ class VisualTokenOptions(FromTextConfig):
         if visual_pooling not in VISUAL_POOLINGS:
             raise ValueError(f"visual_pooling={visual_pooling!r} is not one of {VISUAL_POOLINGS}")
         if visual_pooling == "grid" and round(pooled_tokens**0.5) ** 2 != pooled_tokens:
-            raise ValueError(f"pooled_tokens={pooled_tokens} is no square, which a grid is pooled to")
+            raise ValueError(f"pooled_tokens={pooled_tokens} is not a square number, which a grid is pooled to")
         if prompt_tasks is not None:
             prompt_tasks = plain_names("prompt_tasks", prompt_tasks)
             if not prompt_tasks or len(set(prompt_tasks)) < len(prompt_tasks) or any("." in t for t in prompt_tasks):

@@ -1,4 +1,4 @@
-"""Visual tokens behind the text of an encoder: their embedding, task prompts before the text, and the joint input."""
+"""Visual tokens after the text of an encoder: their embedding, task prompts before the text, and the joint input."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ BOX_TOLERANCE = 1e-3
 
 @dataclass
 class JointOutput(BaseModelOutput):
-    """What an encoder of prompts, text and visual tokens returns: its states, and which of them are real.
+    """What an encoder of prompts, text and visual tokens returns: its states and their mask.
 
     Args:
-        attention_mask: (B, P + S + V), True = real, for the decoder's cross-attention.
+        attention_mask: (B, P + S + V), False = padding, for the decoder's cross-attention.
     """
 
     attention_mask: Tensor | None = None
@@ -49,7 +49,7 @@ class JointInput:
         prompts: (B, P, d), or None.
         text: the word embeddings (B, S, d).
         visual: the visual tokens (B, V, d).
-        mask: (B, P + S + V), True = real.
+        mask: (B, P + S + V), False = padding.
         images: (B, V) which image a visual token belongs to; None: all belong to one.
     """
 
@@ -68,7 +68,7 @@ class JointInput:
     def segment_ids(self) -> Tensor:
         """(B, P + S + V): 0 for prompts and text, 1 + the image for visual tokens.
 
-        Text and each image are sequences of their own to whatever runs along the tokens.
+        A recurrence along the tokens treats the text and each image as separate sequences.
         """
         images = self.mask.new_zeros(self.visual.shape[:2], dtype=torch.long) if self.images is None else self.images
         text = images.new_zeros(len(images), self.leading)
@@ -80,7 +80,7 @@ class VisualEmbedding(nn.Module):
 
         token = norm(W_f features) + norm(W_b [box, area]) + image order + object order
 
-    with one norm of the whole sum in the place of both where the configuration says so. The area of a box (b0, b1, b2,
+    or with one norm of the whole sum, as configured. The area of a box (b0, b1, b2,
     b3) is (b3 - b2) (b1 - b0), as in the original, although boxes are stored as x1, y1, x2, y2. The object-order
     embeddings belong to the token table and are given, so that a copy of this module trains no copy of the table.
 
@@ -164,7 +164,7 @@ class TaskPrompts(nn.Module, TaskModule):
         self.prompts = nn.ModuleDict({task: Prompt(length, width, inner_width) for task in tasks})
 
     def forward(self, text: Tensor) -> Tensor:
-        """The vectors of the task that was set, see `Prompt.forward`.
+        """The vectors of the active task, see `Prompt.forward`.
 
         Raises:
             ValueError: no task was set.
@@ -188,7 +188,7 @@ def prompts_of(config: Any, length: int) -> nn.Module:
 
 
 class VisualTokens:
-    """What a text encoder gains: visual tokens behind the text, prompts before it. A mixin.
+    """Mixin that adds visual tokens after the text and prompts before it to a text encoder.
 
     Its modules are `visual_embedding` and, where the configuration asks for prompts, `task_prompts`; peft's
     `modules_to_save` takes either name.
@@ -222,16 +222,16 @@ class VisualTokens:
 
         Args:
             input_ids: (B, S), or `inputs_embeds` (B, S, d) in their place.
-            attention_mask: (B, S), non-zero = real; None: what is not the padding token.
+            attention_mask: (B, S), 0 = padding; None: from the padding token.
             inputs_embeds: see `input_ids`.
             visual_features: (B, V, D).
             visual_boxes: (B, V, 4) fractions of the image; None: zeros, for grid cells and frames.
-            visual_mask: (B, V), non-zero = real; None: all.
+            visual_mask: (B, V), 0 = padding; None: all.
             image_ids: (B, V) which image of the example a token is of; None: there is one.
 
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds` is given, the visual inputs are missing or
-                of another shape, boxes lie outside the image, an image has no order embedding, or an object.
+                of another shape, boxes lie outside the image, or an image or object has no order embedding.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
@@ -272,7 +272,7 @@ class VisualTokens:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         config, batch = self.config, text.shape[0]
         if features is None:
-            raise ValueError(f"{type(self).__name__} reads visual tokens behind the text: pass visual_features")
+            raise ValueError(f"{type(self).__name__} reads visual tokens after the text: pass visual_features")
         if features.dim() != 3 or (features.shape[0], features.shape[2]) != (batch, config.visual_feature_dim):
             raise ValueError(
                 f"visual_features must be (batch, tokens, visual_feature_dim) = ({batch}, V, "
@@ -314,7 +314,7 @@ class VisualTokens:
             places, most = torch.arange(length, device=features.device).unsqueeze(0), length
         else:
             member = nn.functional.one_hot(images, self.config.num_images)  # (B, V, images)
-            if mask is not None:  # padding has a place in no image
+            if mask is not None:  # padding belongs to no image
                 member = member * mask.to(member.device).ne(0).unsqueeze(-1)
             places = (member.cumsum(1) - member).gather(-1, images.unsqueeze(-1)).squeeze(-1)
             small = length <= limit or torch.compiler.is_compiling() or places.is_meta
@@ -333,8 +333,8 @@ def joint_mask(attention_mask: Tensor, visual_mask: Tensor | None, visual_tokens
     """The mask of prompts, text and visual tokens, as booleans.
 
     Args:
-        attention_mask: (B, S), non-zero = real.
-        visual_mask: (B, V), non-zero = real; None: all.
+        attention_mask: (B, S), 0 = padding.
+        visual_mask: (B, V), 0 = padding; None: all.
         visual_tokens: V.
         prompts: P.
 
@@ -358,23 +358,23 @@ def pool_visual(
     tokens: int,
     grid: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Fewer tokens for each image: the maximum over neighbouring cells of a grid, or of a sequence.
+    """Max-pools the tokens of each image over neighbouring cells of a grid, or along a sequence.
 
-    Boxes, image numbers and masks are those of the first tokens, which in a grid are all alike.
+    Boxes, image numbers and masks of the first tokens are kept; in a grid they are all alike.
 
     Args:
         features: (B, V, D); of several images, one after the other with equally many tokens.
         boxes: (B, V, 4).
         images: (B, V) or None.
         mask: (B, V) or None.
-        tokens: how many each image is left with, a square number for a grid.
+        tokens: tokens per image after pooling, a square number for a grid.
         grid: whether an image's tokens are the rows of a square grid.
 
     Returns:
-        The four, with images x `tokens` in the place of V.
+        Features, boxes, images and mask, with images x `tokens` in place of V.
 
     Raises:
-        ValueError: the tokens of an image are no square or too few, or images have different numbers of them.
+        ValueError: the tokens of an image are not a square grid or too few, or images have different numbers of them.
     """
     batch, length, width = features.shape
     each = length
@@ -389,7 +389,7 @@ def pool_visual(
         raise ValueError(f"pooled_tokens={tokens}, but an image has no more than {each} visual tokens")
     side = round(each**0.5)
     if grid and side * side != each:
-        raise ValueError(f"visual_pooling='grid': the {each} visual tokens of an image are no square grid")
+        raise ValueError(f"visual_pooling='grid': the {each} visual tokens of an image are not a square grid")
     cells = features.reshape(-1, each, width).transpose(1, 2)
     if grid:
         pooled = nn.functional.adaptive_max_pool2d(cells.unflatten(2, (side, side)), round(tokens**0.5)).flatten(2)

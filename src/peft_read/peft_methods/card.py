@@ -1,4 +1,4 @@
-"""The model card of a saved adapter: what a stranger needs to load it and to know what it is."""
+"""The model card of a saved adapter: how to load it, and its settings."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ LOOKED_UP = ("transformers", "peft_read")
 
 
 def update_model_card(folder: str | os.PathLike, config: AdapterConfig, auto_mapping: dict | None = None) -> None:
-    """Write our part of the README.md in the folder of a saved adapter, anew each time; nothing without weights.
+    """Write this package's part of README.md in the folder of a saved adapter; nothing without weights.
 
-    An adapter that is not called "default" lies in a folder of its own, named as it is, below the card that peft
-    writes; both cards are updated then. A README above the adapter is left alone in every other case, and one that is
-    no card, or cannot be read as one, in this case too.
+    An adapter that is not called "default" is in a folder of its own name, below the card that peft writes;
+    both cards are updated then. In every other case a README above the adapter is not changed, and neither is one that
+    cannot be read as a card.
 
     Args:
         folder: where `adapter_config.json` lies.
@@ -70,7 +70,7 @@ def update_model_card(folder: str | os.PathLike, config: AdapterConfig, auto_map
     """
     folder = Path(folder)
     trained = _saved_parameters(folder)
-    if trained is None:  # a configuration alone is no adapter, and needs no card
+    if trained is None:  # a configuration without weights needs no card
         return
     section = _section(trained, config, auto_mapping)
     if (folder / "README.md").exists():
@@ -84,11 +84,11 @@ def update_model_card(folder: str | os.PathLike, config: AdapterConfig, auto_map
 
 
 def _write_section(path: Path, section: str, tags: tuple[str, ...]) -> None:
-    """Puts this package's part into a card; a file that is no card of peft's stays as it is."""
+    """Puts this package's part into a card; a file that is not a card of peft is not changed."""
     try:
         card = ModelCard(path.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError) as error:  # an encoding error is a ValueError
-        warnings.warn(f"{path} is no model card ({error}): the adapter's part is not written into it", stacklevel=2)
+        warnings.warn(f"{path} is not a model card ({error}): the adapter's part is not written into it", stacklevel=2)
         return
     if getattr(card.data, "library_name", None) == "peft":
         _save(card, section, path, tags)

@@ -1,4 +1,4 @@
-"""Checkpointing functions that recompute a block under the circumstances in which it was first computed."""
+"""Checkpointing functions that recompute a block in the context of its first computation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Capture = Callable[[], Callable[[bool], AbstractContextManager[Any]]]
 class ScopedCheckpoint:
     """A checkpointing function whose blocks run in the context that a method's layers need.
 
-    Backward recomputes a block when the forward pass is long over, and what it told the layers is gone.
+    Backward recomputes a block after the forward pass has ended and its context is closed.
 
     Args:
         checkpoint: the function.

@@ -19,7 +19,7 @@ __all__ = ["AdapterConfig", "check_json", "check_pattern", "checked_positive"]
 
 
 class AdapterConfig(PeftConfig):
-    """The base of the configurations, without fields of its own: checks, saving, and the texts of the model card.
+    """The base of the configurations, without fields: checks, saving, and the texts of the model card.
 
     A configuration has the fields `target_modules`, `exclude_modules`, `layers_to_transform`, `layers_pattern`,
     `modules_to_save` and `dropout`, with peft's meaning.
@@ -75,7 +75,7 @@ class AdapterConfig(PeftConfig):
             raise ValueError(f"`dropout` is a probability in [0, 1), got {self.dropout}.")
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save the configuration, whole or not at all, and its part of the model card beside it.
+        """Save the configuration atomically, and its part of the model card beside it.
 
         Raises:
             ValueError: a value that JSON cannot hold, which was put in after the configuration was made.
@@ -101,7 +101,7 @@ class AdapterConfig(PeftConfig):
         """Load the attributes of a configuration from a JSON file.
 
         Raises:
-            ValueError: the file holds no JSON object; it is named.
+            ValueError: the file does not hold a JSON object; it is named.
         """
         try:
             loaded = super().from_json_file(path_json_file, **kwargs)
@@ -139,14 +139,14 @@ def check_pattern(origin: str, pattern: Any) -> None:
         pattern: what was given.
 
     Raises:
-        ValueError: an empty string, no string, a pattern that does not compile.
+        ValueError: an empty string, something else than a string, a pattern that does not compile.
     """
     if not isinstance(pattern, str) or not pattern:
         raise ValueError(f"`{origin}` should be the name of a module or a regular expression, got {pattern!r}.")
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"`{origin}` is no regular expression: {pattern!r}, {error}.") from error
+        raise ValueError(f"`{origin}` is not a regular expression: {pattern!r}, {error}.") from error
 
 
 def check_json(origin: str, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""The modules that a method adapts unless it is told which, as `target_modules`."""
+"""The modules that a method adapts by default, as `target_modules`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def default_targets(
     blocks: str = "feed-forward blocks",
     method: str = "READ",
 ) -> set[str] | str:
-    """The names of the modules that a method adapts unless it is told which.
+    """The names of the modules that a method adapts by default.
 
     Args:
         model: the model.

@@ -1,4 +1,4 @@
-"""Where a model's feed-forward and attention blocks end, told by its structure."""
+"""Where a model's feed-forward and attention blocks end, found by its structure."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = [
 
 PARTS = ("language", "vision", "audio", "all")
 
-# Below a block, what mixes tokens is no feed-forward block; between two models, what joins them is neither's block.
+# Below a block, modules that mix tokens are not feed-forward blocks; connectors between two models belong to neither.
 ATTENTION = re.compile(
     r"att(n|ention)|mamba|ssm|rwkv_att|router|(^|\.)gate(\.|$)|lora|conv_module|adapter|bottleneck|norm(\.|$)",
     re.IGNORECASE,
@@ -76,7 +76,7 @@ INPUTS = {
 
 @dataclass(frozen=True)
 class Ending:
-    """The module that puts out what a feed-forward or attention block computes.
+    """The module whose output is that of a feed-forward or attention block.
 
     Args:
         path: its path in the model.
@@ -92,7 +92,7 @@ class Ending:
 
 
 def in_and_out(module: nn.Module) -> tuple[int, int] | None:
-    """The widths of a linear-like module's input and output, quantised ones included; None if it is none."""
+    """The widths of a linear-like module's input and output, quantised ones included; None for other modules."""
     if isinstance(module, BaseTunerLayer):
         module = module.get_base_layer()
     if isinstance(module, Conv1D):

@@ -1,4 +1,4 @@
-"""Add a member to a str enumeration that another package owns; this file needs nothing but the standard library."""
+"""Add a member to a str enumeration that another package owns; this file needs only the standard library."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def extend_str_enum(enumeration: type[Enum], name: str, value: str) -> Enum:
     """Give a `class E(str, Enum)` one more member, which behaves like the members of its definition.
 
     The enum module offers no way to do this, so its own tables are filled here. CPython 3.10 to 3.13 were tested;
-    `tests/test_adapter_registration.py` holds what must be true afterwards.
+    `tests/test_adapter_registration.py` tests the result.
 
     Args:
         enumeration: a subclass of str and Enum.
@@ -32,7 +32,7 @@ def extend_str_enum(enumeration: type[Enum], name: str, value: str) -> Enum:
             raise ValueError(f"{enumeration.__name__}.{name} exists already with the value {member.value!r}.")
         return member
     if hasattr(enumeration, name):
-        raise ValueError(f"{enumeration.__name__}.{name} exists already and is no member of the enumeration.")
+        raise ValueError(f"{enumeration.__name__}.{name} exists already and is not a member of the enumeration.")
     if value in tables._value2member_map_:
         raise ValueError(f"{value!r} is already a value of {tables._value2member_map_[value]}.")
 

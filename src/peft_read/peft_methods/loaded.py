@@ -1,4 +1,4 @@
-"""Checking what a checkpoint holds before it is loaded: an adapter is applied whole, or not at all."""
+"""Checking what a checkpoint holds before it is loaded: an adapter is loaded completely or not at all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class WeightsCheck:
     """Refuses weights that do not belong to the adapters of a model; a hook before `load_state_dict`.
 
     torch silently skips unknown keys where the loading is not strict, which is how peft loads adapters:
-    a checkpoint of a deeper base, of another choice of layers or of other settings would be applied in part. Missing
+    a checkpoint of a deeper base, other layers or other settings would be loaded in part. Missing
     weights are a warning, as in peft.
 
     Args:
@@ -40,7 +40,7 @@ class WeightsCheck:
 
         Raises:
             ValueError: a key of the method that the model does not have, or, where adapters alone are loaded, any such
-                key; a weight that is no floating-point number, NaN or infinite.
+                key; a weight that is not floating-point, NaN or infinite.
         """
         given = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
         of_method = [key for key in given if self.is_of_method(key)]
@@ -70,7 +70,7 @@ class WeightsCheck:
             )
 
     def refuse(self, unknown: list[str], missing: list[str]) -> None:
-        """Raise where a method knows more about keys that do not fit than that they do not."""
+        """Raise a more specific error for keys that do not fit; a hook for methods that have one."""
 
     def is_of_method(self, key: str) -> bool:
         """Whether a key is one of the method's."""
@@ -87,7 +87,7 @@ class WeightsCheck:
             return
         if not value.is_floating_point():
             if self.is_of_method(key):
-                raise ValueError(f"the checkpoint's {key!r} is {value.dtype}, no floating-point weight")
+                raise ValueError(f"the checkpoint's {key!r} is {value.dtype}, not a floating-point weight")
             return
         if not bool(torch.isfinite(value.float()).all()):
             raise ValueError(f"the checkpoint's {key!r} has entries that are NaN or infinite")

@@ -1,4 +1,4 @@
-"""Mixed batches: every row of a batch served by an adapter of its own (`adapter_names=[...]`)."""
+"""Mixed batches: each row of a batch with its own adapter (`adapter_names=[...]`)."""
 
 from __future__ import annotations
 

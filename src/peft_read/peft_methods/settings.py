@@ -66,7 +66,7 @@ def read_settings(texts: Sequence[str]) -> dict[str, Any]:
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name.isidentifier():
-            raise ValueError(f"{text!r} is no setting; write NAME=VALUE, such as r=8 or tasks=[vqa,gqa]")
+            raise ValueError(f"{text!r} is not a setting; write NAME=VALUE, such as r=8 or tasks=[vqa,gqa]")
         if name in settings:
             raise ValueError(f"the setting {name!r} is given twice")
         try:
@@ -80,14 +80,16 @@ def saved_config(folder: Path) -> PeftConfig:
     """The configuration of a saved adapter of any method, set to be trained.
 
     Raises:
-        ValueError: the folder holds no adapter, or one of a method that peft does not know.
+        ValueError: there is no such folder, it holds no adapter, or one of a method that peft does not know.
     """
+    if not folder.is_dir():
+        raise ValueError(f"there is no such folder: {folder}")
     if not (folder / CONFIG_NAME).is_file():
         raise ValueError(f"{folder} holds no adapter: there is no {CONFIG_NAME} in it")
     try:
         config: PeftConfig = PeftConfig.from_pretrained(str(folder))
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder / CONFIG_NAME} is of no method that is known here: {error!r}") from error
+        raise ValueError(f"{folder / CONFIG_NAME} has a peft_type that is not known here: {error!r}") from error
     config.inference_mode = False
     return config
 

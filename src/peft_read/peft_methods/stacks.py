@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 MASKS = {"attention_mask", "src_key_padding_mask", "segment_ids"}
-# The tokens that a router sends to an expert are no sequence. Shared experts see all tokens, and are none of these.
+# The tokens that a router sends to an expert are not a sequence. Shared experts see all tokens and do not count.
 EXPERTS = re.compile(r"(^|\.)(local_)?experts(\.|$)")
 RAW_INPUTS = ("input_features", "input_values", "pixel_values", "pixel_values_videos", "pixel_values_images")
 
@@ -91,7 +91,7 @@ def is_causal(model: nn.Module, path: str) -> bool:
 
 
 def blocks_around(model: nn.Module, path: str) -> list[nn.Module]:
-    """The entries of module lists that a layer lies in, from the outside in; experts are none of them.
+    """The entries of module lists that contain a layer, from the outside in, without experts.
 
     Args:
         model: the model that the path starts at.

@@ -5,7 +5,7 @@ With T = exp((f_i + g_j + h - C_ij) / reg) and f, g <= 0, primal and dual value 
     Σ f_i (T 1 - a)_i + Σ g_j (T' 1 - b)_j + h (Σ T - s):
 
 a constraint that is not met with equality where it has a price. For a plan that exceeds nothing and moves the mass s
-the sum is the distance to the optimum of the regularised problem, whatever solver the plan came from.
+the sum is the distance to the optimum of the regularised problem, for a plan from any solver.
 """
 
 from typing import NamedTuple

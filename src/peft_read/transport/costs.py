@@ -21,8 +21,8 @@ def cosine_cost(
     Args:
         video: (..., N, D) features.
         language: (..., M, D) features.
-        video_mask: (..., N), non-zero = real; any dtype.
-        language_mask: (..., M), non-zero = real; any dtype.
+        video_mask: (..., N), 0 = padding; any dtype.
+        language_mask: (..., M), 0 = padding; any dtype.
 
     Returns:
         (..., N, M) costs, in float32 or, if an input is float64, in float64; also under autocast.
@@ -46,8 +46,8 @@ def squared_euclidean_cost(
     Args:
         video: (..., N, D) features.
         language: (..., M, D) features.
-        video_mask: (..., N), non-zero = real; any dtype. Padding counts as a zero vector.
-        language_mask: (..., M), non-zero = real; any dtype.
+        video_mask: (..., N), 0 = padding; any dtype. Padding counts as a zero vector.
+        language_mask: (..., M), 0 = padding; any dtype.
 
     Returns:
         (..., N, M) costs, in float32 or, if an input is float64, in float64; also under autocast.

@@ -1,4 +1,4 @@
-"""Masks as the whole package means them: non-zero is real, zero is padding; none is added to scores."""
+"""The package's masks: zero is padding, anything else a token; additive attention masks are refused."""
 
 import torch
 from torch import Tensor
@@ -9,11 +9,11 @@ __all__ = ["broadcasts", "real_entries", "shape_of"]
 def real_entries(
     name: str, mask: Tensor, shape: tuple[int, ...], *, check: bool | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Which entries a mask of any dtype calls real.
+    """Which entries are not padding by a mask of any dtype.
 
     Args:
         name: what the mask is called in errors.
-        mask: non-zero = real.
+        mask: 0 = padding.
         shape: what it must broadcast to.
         check: whether to look at the values, which waits for a device; by default on the CPU only.
 
@@ -22,12 +22,12 @@ def real_entries(
 
     Raises:
         ValueError: for another shape, and for negative or NaN entries, which are those of a mask that is added to
-            attention scores: it would call the padding real.
+            attention scores: it would be read the other way round.
     """
     if not isinstance(mask, Tensor) or not broadcasts(mask.shape, shape):
         raise ValueError(f"{name} must be a tensor of shape {shape}, or broadcast to it, got {shape_of(mask)}.")
     if mask.is_complex():
-        raise ValueError(f"{name} must be boolean, integer or floating point (non-zero = real), got {mask.dtype}.")
+        raise ValueError(f"{name} must be boolean, integer or floating point (0 = padding), got {mask.dtype}.")
     if mask.dtype in (torch.bool, torch.uint8):
         return mask != 0, None
     good = mask >= 0

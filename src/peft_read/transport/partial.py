@@ -58,7 +58,7 @@ def partial_optimal_transport(
     is balanced entropic transport.
 
     Args:
-        cost: (..., N, M), finite where it is real; anything on padding. Half precision is solved in float32.
+        cost: (..., N, M), finite except on padding. Half precision is solved in float32.
         mass: fraction of the smaller side to move, in (0, 1]; a float, or a tensor that broadcasts to (...).
         reg: temperature of the entropy, in units of the cost, > 0.
         row_weights: (..., N) capacities a >= 0; default 1 / (number of real rows).
@@ -67,7 +67,7 @@ def partial_optimal_transport(
             one column.
         penalty: a reward per unit of mass, in units of the cost. The mass is then an outcome: `mass` is not used, and
             reg·KL(T | a b' · min(Σa, Σb) / (Σa Σb)) takes the place of the entropy.
-        row_mask: (..., N), non-zero = real; any dtype. Masks and weights broadcast over the leading shape.
+        row_mask: (..., N), 0 = padding; any dtype. Masks and weights broadcast over the leading shape.
         col_mask: (..., M), likewise.
         method: the algorithm. "newton" (in torch, any device), "dykstra" (the plain reference), "paper" (Algorithm 1
             as printed: moves the whole mass 1, ignores `mass` and `tol`), "exact" (no entropy; POT), or "auto":
@@ -301,7 +301,7 @@ def _result(
     problem: Problem, plan: Tensor, scaling: Scaling, unit: Tensor | None, poison: Tensor | None, leading: torch.Size,
     method: str, tol: float, *, warn: bool,
 ) -> TransportPlan:  # fmt: skip
-    """What the caller gets; whether a problem converged is read off the plan, whatever its solver reports."""
+    """The result; whether a problem converged is computed from the plan, not taken from its solver."""
     certificate = keeps_promises(problem, plan.detach(), scaling, tol)
     converged, mass, excess = certificate.converged, certificate.mass, certificate.excess
     if unit is not None:

@@ -80,7 +80,7 @@ def _in_halves(number: float) -> tuple[float, float]:
 
 @triton.jit
 def exponents(cost, rows, line, col, b, low, inverse, n, m, WIDE: tl.constexpr):
-    """(low - C) / reg of some rows, -inf where nothing is real."""
+    """(low - C) / reg of some rows, -inf on padding."""
     inside = (line[:, None] < n) & (col[None, :] < m)
     valid = (tl.load(rows + line, line < n, 0.0) > 0)[:, None] & (b > 0)[None, :]
     c = tl.load(cost + line[:, None] * m + col[None, :], inside, 0.0)

@@ -21,7 +21,7 @@ BACKBONES: dict[str, tuple[Any, Any]] = {
     "bart": (VLBartConfig, VLBartForConditionalGeneration),
     "t5": (VLT5Config, VLT5ForConditionalGeneration),
 }
-# Where the original's adapters stand, by the last part of their names: the module whose output they adapt.
+# The module whose output each of the original's adapters adapts, by the last part of its name.
 POSITIONS = {
     "bart": {
         "attn_adapter": "self_attn.out_proj",
@@ -90,7 +90,7 @@ class _Settings:
 
 
 def load_original(checkpoint: Checkpoint, options: Mapping[str, Any]) -> Any:
-    """A model of VL-Adapter's implementation, with whatever was added to its backbone, in evaluation mode.
+    """A model of VL-Adapter's implementation, with everything that was added to its backbone, in evaluation mode.
 
     Adapters of every kind and LoRA become peft adapters of one model, prompts the model's own; `set_task` chooses the
     task. Trained are the parameters that the original trains: the visual embedding, what was added, and with

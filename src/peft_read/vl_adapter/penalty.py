@@ -1,4 +1,4 @@
-"""A penalty on what passes through the bottlenecks of adapters."""
+"""A penalty on the activations in the bottlenecks of adapters."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class MultitaskMixin(_Base):
     """Trains the tasks of a `MultitaskDataset` together, one task per batch; put it before the trainer.
 
     Every batch carries the name of its task under `task` (`VLCollator` makes such batches). Before the forward pass
-    the model is told of it by `set_task`, and the loss is the task's own (`peft_read.vl_adapter.losses`).
+    `set_task` sets it on the model, and the loss is the task's own (`peft_read.vl_adapter.losses`).
 
     One optimiser step may hold batches of several tasks, from gradient accumulation and from several processes. With M
     batches in the step, m_t of them of task t, its loss is sum_t m_t / M · L_t, where L_t is the loss of task t over
@@ -54,9 +54,9 @@ class MultitaskMixin(_Base):
         *args, **kwargs: of the Trainer.
 
     Raises:
-        ValueError: a training dataset that is no `MultitaskDataset`; a task without a batch size or loss, or that the
-            model has no weights for; options of the Trainer that would be without effect; a mixin behind this one that
-            has a loss of its own; in training, a batch without a task, or of several.
+        ValueError: a training dataset that is not a `MultitaskDataset`; a task without a batch size or loss, or that
+            the model has no weights for; options of the Trainer that would have no effect; a mixin after this one that
+            computes a loss; in training, a batch without a task, or of several.
 
     Example:
         ```python
@@ -133,7 +133,7 @@ class MultitaskMixin(_Base):
         """The loader of `MultitaskBatchSampler`; every process gets whole batches.
 
         Raises:
-            ValueError: no `MultitaskDataset`, or an epoch whose length varies.
+            ValueError: not a `MultitaskDataset`, or an epoch whose length varies.
         """
         if not isinstance(self.train_dataset, MultitaskDataset):
             raise ValueError(f"the train_dataset must be a MultitaskDataset, not {type(self.train_dataset).__name__}")
@@ -311,11 +311,11 @@ def _refuse_what_has_no_effect(trainer: MultitaskMixin) -> None:
     if trainer.compute_loss_func is not None:
         raise ValueError("compute_loss_func would have no effect: the losses are those of the tasks (task_losses)")
     order = type(trainer).__mro__
-    for behind in order[order.index(MultitaskMixin) + 1 :]:
-        if "compute_loss" in vars(behind) and not behind.__module__.startswith("transformers."):
+    for later in order[order.index(MultitaskMixin) + 1 :]:
+        if "compute_loss" in vars(later) and not later.__module__.startswith("transformers."):
             raise ValueError(
-                f"{behind.__name__} stands behind MultitaskMixin and its part of the loss would be lost: "
-                f"class {type(trainer).__name__}({behind.__name__}, MultitaskMixin, ...)"
+                f"{later.__name__} comes after MultitaskMixin and its part of the loss would be lost: "
+                f"class {type(trainer).__name__}({later.__name__}, MultitaskMixin, ...)"
             )
 
 
@@ -338,7 +338,7 @@ def _task_of(batch: Mapping[str, Any]) -> str:
         if len(set(task)) > 1:
             raise ValueError(
                 f"a batch mixes the tasks {', '.join(map(repr, sorted(set(task))))}: a model serves one at a time; "
-                "take MultitaskBatchSampler, or a dataset of one task"
+                "use MultitaskBatchSampler, or a dataset of one task"
             )
         task = task[0]
     if not isinstance(task, str):

@@ -56,15 +56,15 @@ class MomentDetrConfig(PretrainedConfig):
         decoder_layers: layers of the decoder over the moment queries.
         num_queries: moment queries, the most moments a video can get.
         dropout: dropout inside the transformer.
-        input_dropout: dropout before the linear of every input projection.
-        num_input_projections: blocks of LayerNorm, dropout and linear that map the features to `d_model`, 1 to 3;
-            ReLU between them.
+        input_dropout: dropout before the linear layer of every input projection.
+        num_input_projections: blocks of LayerNorm, dropout and linear layer that map the features to `d_model`, 1 to
+            3; ReLU between them.
         pre_norm: normalise before each block instead of after it, and once more after the encoder.
         use_text_positions: give the text the original's position code, which contains the text features themselves.
             By default words have no position.
         max_text_positions: rows of the table of text positions, which exists in either case.
         span_loss_type: `"l1"`: spans are (centre, width) by regression; `"ce"`: first and last clip by classification.
-        num_span_bins: clips that `"ce"` can name. The original builds 75 whatever it is told.
+        num_span_bins: clips that `"ce"` can name. The original always has 75.
         auxiliary_loss: losses after every decoder layer, not only the last.
         contrastive_align: add projections and the loss that aligns matched queries with the text.
         contrastive_dim: width of those projections.
@@ -79,7 +79,7 @@ class MomentDetrConfig(PretrainedConfig):
         contrastive_loss_weight: weight of `loss_contrastive_align` (0.02 in the published option file).
         background_weight: weight of the background class in `loss_label`.
         contrastive_temperature: divides the logits of the contrastive loss.
-        saliency_margin: by which salient clips shall exceed others.
+        saliency_margin: by which the scores of salient clips should exceed others.
         **kwargs: fields of `transformers.PretrainedConfig`.
 
     Raises:
@@ -183,7 +183,7 @@ class MomentDetrConfig(PretrainedConfig):
         """Build the configuration from the option names of the original implementation.
 
         Args:
-            options: the original's options; those about training, data and devices are left aside, and so is
+            options: the original's options; those about training, data and devices are ignored, and so is
                 `max_v_l`, which the original never passes to the model.
 
         Raises:

@@ -16,7 +16,7 @@ from .configuration_moment_detr import MomentDetrConfig
 __all__ = ["match_queries", "moment_detr_losses", "weighted_sum"]
 
 FOREGROUND, BACKGROUND = 0, 1  # a comment of the original says the opposite of what it trains
-PADDING = -100  # in rows of span_labels that are none
+PADDING = -100  # padding rows of span_labels
 
 Matches = tuple[Tensor, Tensor, Tensor]  # example, query and target of every matched pair
 
@@ -89,7 +89,7 @@ def _costs(layer: Mapping[str, Tensor], targets: Tensor, config: MomentDetrConfi
         )
         cost = config.span_cost * distance - config.giou_cost * overlap
     else:
-        # An index behind the last bin is reported by _check_values, once it is on the host.
+        # An index after the last bin is reported by _check_values, once it is on the host.
         target = targets.clamp(0, config.num_span_bins - 1)
         first, last = spans.unflatten(-1, (2, -1)).softmax(-1).unbind(2)  # (B, Q, bins)
         picked = [
@@ -113,7 +113,7 @@ def moment_detr_losses(
 ) -> dict[str, Tensor]:
     """Every term of the loss, unweighted, under the original's names; earlier layers' terms end in `_0`, `_1` ...
 
-    All of it in float32, whatever the layers are computed in.
+    Computed in float32 for layers of any dtype.
 
     Args:
         layers: the predictions of the layers that are supervised, the LAST decoder layer first, then the earlier ones
@@ -123,8 +123,8 @@ def moment_detr_losses(
         span_labels: (B, n, 2), or one (n, 2) per example; None: no moments are known, and their terms are left out.
         saliency_scores: (B, L).
         saliency_pos_labels: (B, P) indices of salient clips, or None: the term is 0. Negative = no pair.
-        saliency_neg_labels: (B, P) indices of clips that are less so.
-        text_mask: (B, T), True = real.
+        saliency_neg_labels: (B, P) indices of less salient clips.
+        text_mask: (B, T), False = padding.
         span_mask: (B, n), positive = a moment; None: the rows of `span_labels` that are not negative.
 
     Raises:
@@ -156,7 +156,7 @@ def _padded(labels: Sequence[Tensor] | Tensor, mask: Tensor | None, device: torc
 
 
 def weighted_sum(losses: Mapping[str, Tensor], config: MomentDetrConfig) -> Tensor:
-    """The total loss: every term times its weight; `class_error` is a figure to watch, not a loss."""
+    """The total loss: every term times its weight; `class_error` is a metric, not a loss."""
     weights = {
         "loss_span": config.span_loss_weight,
         "loss_giou": config.giou_loss_weight,
@@ -181,14 +181,14 @@ def _check_span_labels(span_labels: Sequence[Tensor] | Tensor, logits: Tensor, c
 
 
 def _check_values(moments: np.ndarray, config: MomentDetrConfig) -> None:
-    """What the real rows of span_labels (moments, 2) may hold."""
+    """Checks the values of span_labels without padding (moments, 2)."""
     if config.span_loss_type == "ce":
         if moments.size and not 0 <= moments.min() <= moments.max() < config.num_span_bins:
             raise ValueError(f"a clip index in span_labels is not in [0, {config.num_span_bins})")
     elif moments.size and not (moments.min() >= 0 and moments.max() <= 1):
         raise ValueError(
-            f"span_labels holds {moments.min():g} to {moments.max():g}: a moment is (centre, width) in shares of the "
-            "video, from 0 to 1"
+            f"span_labels holds {moments.min():g} to {moments.max():g}: a moment is (centre, width) in fractions of "
+            "the video, from 0 to 1"
         )
 
 
@@ -210,7 +210,7 @@ def _mean(values: Tensor) -> Tensor:
 
 
 def _span_losses(predicted: Tensor, target: Tensor, config: MomentDetrConfig) -> dict[str, Tensor]:
-    """Of the matched spans: (n, 2) against (n, 2), or (n, 2 bins) against clip indices (n, 2)."""
+    """The losses of the matched spans: (n, 2) against (n, 2), or (n, 2 bins) against clip indices (n, 2)."""
     if config.span_loss_type == "l1":
         target = target.to(predicted)
         overlap = generalized_temporal_iou(centre_width_to_start_end(predicted), centre_width_to_start_end(target))
@@ -235,7 +235,7 @@ def _label_losses(logits: Tensor, examples: Tensor, queries: Tensor, config: Mom
 def _contrastive_loss(
     layer: Mapping[str, Tensor], examples: Tensor, queries: Tensor, config: MomentDetrConfig, text_mask: Tensor
 ) -> Tensor:
-    """Matched queries shall be closer to the text than the others; a query's logit is summed over text positions."""
+    """Moves matched queries closer to the text than the others; a query's logit is summed over text positions."""
     similarity = torch.einsum("bqd,btd->bqt", layer["proj_queries"].float(), layer["proj_txt_mem"].float())
     if config.mask_contrastive_text:
         similarity = similarity * text_mask.unsqueeze(1)
@@ -251,7 +251,7 @@ def _saliency_loss(
 ) -> Tensor:
     """Hinge loss over pairs of clips: sum(max(0, margin + s[negative] - s[positive])) / pairs * 2.
 
-    A negative index says that there is no pair in its place; it counts among the pairs and adds nothing.
+    A negative index stands for no pair: it adds nothing, but counts in the number of pairs.
     """
     scores = scores.float()
     if positive is None and negative is None:

@@ -31,15 +31,15 @@ class MomentDetrOutput(ModelOutput):
         pred_logits: (B, Q, 2), class 0 = foreground, 1 = background.
         pred_spans: (B, Q, 2) centre and width in [0, 1], or with `"ce"` spans (B, Q, 2 bins): logits of the first
             clip, then of the last.
-        saliency_scores: (B, L_v), unbounded; values at padded clips mean nothing, see `video_mask`.
+        saliency_scores: (B, L_v), unbounded; undefined at padded clips, see `video_mask`.
         auxiliary_outputs: predictions of the earlier decoder layers, a list of dicts.
         encoder_hidden_states: the projected [video; text], then the raw output of every encoder layer, before any
             final norm; each (B, L_v + L_t, d).
         proj_queries: (B, Q, c), unit rows, where the contrastive loss is on.
         proj_txt_mem: (B, L_t, c), unit rows.
         proj_vid_mem: (B, L_v, c), unit rows.
-        video_mask: (B, L_v) int64, 1 = a real clip. A Trainer that joins batches of different lengths pads it with
-            -100, as it pads the scores.
+        video_mask: (B, L_v) int64, 1 = a clip, 0 = padding. A Trainer that joins batches of different lengths pads it
+            with -100, as it pads the scores.
     """
 
     loss: Tensor | None = None
@@ -61,7 +61,7 @@ class InputProjection(nn.Module):
     Args:
         in_features: width of the input.
         out_features: width of the output.
-        dropout: dropout before the linear.
+        dropout: dropout before the linear layer.
         relu: whether ReLU follows.
     """
 
@@ -78,7 +78,7 @@ class InputProjection(nn.Module):
 
 
 class Perceptron(nn.Module):
-    """Three linears with ReLU between them: the span head.
+    """Three linear layers with ReLU between them: the span head.
 
     Args:
         width: width of input and hidden layers.
@@ -98,7 +98,7 @@ class Perceptron(nn.Module):
 class MomentDetrForTemporalGrounding(PreTrainedModel):
     """Moment-DETR (Lei et al., "QVHighlights: Detecting Moments and Highlights in Videos via Natural Language
     Queries", NeurIPS 2021, section 4): a transformer encoder over [video; text] and a decoder whose learnt queries
-    become moments; a linear on the encoded clips gives highlight scores.
+    become moments; a linear layer on the encoded clips gives highlight scores.
 
     Args:
         config: the configuration.
@@ -165,14 +165,14 @@ class MomentDetrForTemporalGrounding(PreTrainedModel):
 
         Args:
             video_features: (B, L_v, video_feature_dim).
-            video_mask: (B, L_v), non-zero = real; None: all real.
+            video_mask: (B, L_v), 0 = padding; None: no padding.
             text_features: (B, L_t, text_feature_dim).
-            text_mask: (B, L_t), non-zero = real; None: all real.
-            span_labels: the moments, (B, n, 2) padded with negative rows (the Trainer's -100), or one (n, 2) an
-                example: centre and width as shares of the video, or with `"ce"` spans the int64 indices of the first
-                and last clip.
+            text_mask: (B, L_t), 0 = padding; None: no padding.
+            span_labels: the moments, (B, n, 2) padded with negative rows (the Trainer's -100), or a list of (n, 2),
+                one per example: centre and width as fractions of the video, or with `"ce"` spans the int64 indices of
+                the first and last clip.
             saliency_pos_labels: (B, P) indices of salient clips; -1 = no pair.
-            saliency_neg_labels: (B, P) indices of clips that shall score lower than their partners.
+            saliency_neg_labels: (B, P) indices of clips that should score lower than their partners.
             span_mask: (B, n), positive = a moment; None: the rows of `span_labels` that are not negative.
 
         Raises:

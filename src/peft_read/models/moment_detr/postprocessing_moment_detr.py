@@ -1,4 +1,4 @@
-"""From Moment-DETR's outputs to ranked windows in seconds and to highlight scores, as its evaluation writes them."""
+"""Converts Moment-DETR's outputs to ranked windows in seconds and highlight scores, as its evaluation does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .configuration_moment_detr import MomentDetrConfig
 
 __all__ = ["highlight_scores", "ranked_windows"]
 
-ORIGINAL_LONGEST = 150.0  # seconds at which the original cuts every window, whatever the video
+ORIGINAL_LONGEST = 150.0  # seconds at which the original cuts every window of every video
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def ranked_windows(
     The score of a regressed span is its foreground probability; that of a classified span (`"ce"`) is the product of
     the probabilities of its first and last clip, the likeliest pair that is in order. Every number is rounded to 4
     decimals, windows are then clamped to [0, longest_seconds] and rounded to whole clips (half to even), all in
-    float32 as in the original. A window that begins behind the end is left out.
+    float32 as in the original. A window that begins after the end is left out.
 
     Args:
         pred_logits: (B, Q, 2).
@@ -59,7 +59,7 @@ def ranked_windows(
             f"longest_seconds={longest_seconds:g} would cut the windows of a video of {max(durations):g} s"
         )
     if not (pred_logits.isfinite().all() and pred_spans.isfinite().all()):
-        raise ValueError("the predictions hold NaN or infinite numbers: their ranking would mean nothing")
+        raise ValueError("the predictions hold NaN or infinite numbers: they cannot be ranked")
     pred_logits, pred_spans = pred_logits.float().cpu(), pred_spans.float().cpu()
     if config.span_loss_type == "l1":
         scores = pred_logits.softmax(-1)[..., 0]
@@ -68,7 +68,7 @@ def ranked_windows(
         if clip_seconds is None:
             raise ValueError("span_loss_type='ce' names clips: pass clip_seconds")
         first, last = pred_spans.unflatten(-1, (2, -1)).softmax(-1).unbind(2)  # (B, Q, bins)
-        likeliest, where = first.cummax(-1)  # of the first clips that do not lie behind a last one
+        likeliest, where = first.cummax(-1)  # of the first clips that do not lie after a last one
         scores, end = (likeliest * last).max(-1)
         clips = torch.stack((where.gather(-1, end.unsqueeze(-1)).squeeze(-1), end), dim=-1)
         windows = clips_to_seconds(clips, clip_seconds)
@@ -90,16 +90,16 @@ def ranked_windows(
 
 @torch.no_grad()
 def highlight_scores(saliency_scores: Tensor, video_mask: Tensor, *, half_precision: bool = True) -> list[list[float]]:
-    """The highlight scores of every video's real clips.
+    """The highlight scores of every video without its padding.
 
     Args:
         saliency_scores: (B, L).
-        video_mask: (B, L), positive = real, real clips first; such as the model's output `video_mask`, also joined and
-            padded with -100 by a Trainer.
+        video_mask: (B, L), positive at clips, which come first; such as the model's output `video_mask`, also joined
+            and padded with -100 by a Trainer.
         half_precision: round to float16 first, as the original does before it writes a submission.
 
     Raises:
-        ValueError: the shapes differ, or the score of a real clip is NaN, infinite, or too large for float16.
+        ValueError: the shapes differ, or the score of a clip is NaN, infinite, or too large for float16.
     """
     if saliency_scores.shape != video_mask.shape:
         raise ValueError(f"scores {tuple(saliency_scores.shape)} and mask {tuple(video_mask.shape)} differ in shape")

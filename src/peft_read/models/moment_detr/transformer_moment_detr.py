@@ -15,7 +15,7 @@ __all__ = ["MomentDetrTransformer", "SinePositionCode", "TextPositionCode"]
 
 
 class SinePositionCode(nn.Module):
-    """Sine code of a clip's share of its video: with c the count of valid clips, p = 2 pi c / (c_last + 1e-6).
+    """Sine code of a clip's relative position: with c the count of valid clips, p = 2 pi c / (c_last + 1e-6).
 
     Channel j holds the sine (j even) or cosine (j odd) of p / 10000^(2 floor(j / 2) / d). Padded clips share the
     code of the last valid clip.
@@ -29,7 +29,7 @@ class SinePositionCode(nn.Module):
         self.width = width
 
     def forward(self, mask: Tensor) -> Tensor:
-        """Map a mask (B, L), True = real, to codes (B, L, d) in float32."""
+        """Map a mask (B, L), False = padding, to codes (B, L, d) in float32."""
         count = mask.cumsum(1, dtype=torch.float32)
         position = count / (count[:, -1:] + 1e-6) * (2 * math.pi)
         channel = torch.arange(self.width, dtype=torch.float32, device=mask.device)
@@ -164,9 +164,9 @@ class MomentDetrEncoder(nn.Module):
 
         Args:
             hidden_states: (B, L, d).
-            attention_mask: (B, L), True = real.
-            segment_ids: (B, L) int64, 0 = video, 1 = text. Attention crosses the segments; whoever treats the tokens
-                as sequences (a recurrent adapter) reads here that there are two.
+            attention_mask: (B, L), False = padding.
+            segment_ids: (B, L) int64, 0 = video, 1 = text. Attention crosses the segments; a recurrent adapter
+                treats them as two sequences.
             position_embeddings: (B, L, d).
             layer_outputs: a list that receives every layer's output.
 
@@ -184,7 +184,7 @@ class MomentDetrEncoder(nn.Module):
 class MomentDetrDecoder(nn.Module):
     """The decoder's layers, and one norm for every layer's output; the next layer gets the un-normalised state.
 
-    Its queries are a set: their order means nothing.
+    Its queries are an unordered set.
 
     Args:
         config: the configuration.
@@ -241,7 +241,7 @@ class MomentDetrTransformer(nn.Module):
 
         Args:
             hidden_states: (B, L, d).
-            attention_mask: (B, L), True = real.
+            attention_mask: (B, L), False = padding.
             segment_ids: (B, L), see `MomentDetrEncoder.forward`.
             position_embeddings: (B, L, d).
             queries: the learnt queries (Q, d).

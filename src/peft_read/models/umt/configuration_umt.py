@@ -16,9 +16,9 @@ class UMTConfig(PretrainedConfig):
     Args:
         video_feature_dim: width of a clip's video features.
         audio_feature_dim: width of a clip's audio (or optical flow) features. None: no audio and no cross-modal
-            encoder, the video stream stands alone.
-        text_feature_dim: width of a query token's features. None: no query, the clips ask for themselves (YouTube
-            Highlights).
+            encoder, video only.
+        text_feature_dim: width of a query token's features. None: no text, the clips are the decoder's queries
+            (YouTube Highlights).
         d_model: width of the transformer.
         num_attention_heads: heads of every attention.
         ffn_ratio: width of the feed-forward blocks over `d_model`.
@@ -39,7 +39,7 @@ class UMTConfig(PretrainedConfig):
         clip_seconds: length of a clip, the unit of boundaries (1/6 on Charades).
         radius_factor: radius of a centre's heat map over the window's length.
         sigma_factor: its standard deviation over the radius plus one.
-        max_moments: windows to return at most.
+        max_moments: most windows to return.
         pred_layers: decoder layers that predict; saliencies are averaged, boundaries joined.
         loss_layers: decoder layers that are supervised; None: those that predict.
         mask_decoder: keep padded clips out of the decoder's attention. False is the original.
@@ -99,7 +99,7 @@ class UMTConfig(PretrainedConfig):
             raise ValueError(f"heads must be 'saliency', 'boundary' or both, not {list(heads)!r}")
         for name, layers in (("pred_layers", pred_layers), ("loss_layers", loss_layers or ())):
             if any(not -decoder_layers <= layer < decoder_layers for layer in layers):
-                raise ValueError(f"{name}={list(layers)} names a layer that is none of {decoder_layers}")
+                raise ValueError(f"{name}={list(layers)} names a layer that is not one of {decoder_layers}")
         self.video_feature_dim = video_feature_dim
         self.audio_feature_dim = audio_feature_dim
         self.text_feature_dim = text_feature_dim
@@ -144,7 +144,7 @@ class UMTConfig(PretrainedConfig):
         query, decoder = options.get("query_gen"), options.get("query_dec")
         if video is None or query is None or decoder is None or (audio is None) != (cross is None):
             raise ValueError(
-                "a UMT needs video_enc, query_gen and query_dec, and both or none of audio_enc and cross_enc"
+                "UMT needs video_enc, query_gen and query_dec, and both or neither of audio_enc and cross_enc"
             )
         fields: dict[str, Any] = {"audio_feature_dim": None, "text_feature_dim": None}
         fields["video_feature_dim"], fields["d_model"] = _two(video, "video_enc")

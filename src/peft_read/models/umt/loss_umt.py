@@ -41,7 +41,7 @@ def boundary_targets(
 
     In clips of u seconds a window [start, end] covers start / u to (end - u) / u; its centre c is cut at L - 0.5, its
     radius is R = int(radius_factor w), its sigma sigma_factor (R + 1). Where two windows share a centre clip, the
-    later one wins; heat maps are joined by the maximum. A window that starts behind the last clip is left out.
+    later one wins; heat maps are joined by the maximum. A window that starts after the last clip is left out.
 
     Args:
         boundary_labels: (B, n, 2) seconds; left as they are (the original subtracts u in place).
@@ -58,7 +58,7 @@ def boundary_targets(
         raise ValueError("boundary_labels holds a window that ends before it starts, or NaN; rows are (start, end)")
     unit = config.clip_seconds
     start, end = labels[..., 0] / unit, (labels[..., 1] - unit) / unit
-    valid = valid & (start < number_of_clips)  # what lies behind the clips is no window of theirs
+    valid = valid & (start < number_of_clips)  # windows after the last clip are dropped
     center = torch.stack((start, end), dim=-1).mean(-1).clamp(max=number_of_clips - 0.5)  # (B, n)
     window = end - start
     radius = (window * config.radius_factor).int()
@@ -82,14 +82,14 @@ def boundary_targets(
 def boundary_losses(
     center: Tensor, window: Tensor, offset: Tensor, targets: BoundaryTargets, mask: Tensor, config: UMTConfig
 ) -> dict[str, Tensor]:
-    """The three terms of the boundary head, weights inside, each summed and divided by the number of windows.
+    """The three weighted terms of the boundary head, each summed and divided by the number of windows.
 
     Args:
         center: (B, L) probabilities, 0 at padding.
         window: (B, L) lengths in clips.
         offset: (B, L).
         targets: see `boundary_targets`.
-        mask: (B, L), True = real.
+        mask: (B, L), False = padding.
         config: the configuration.
     """
     p, t = center.float(), targets.center
@@ -105,12 +105,12 @@ def boundary_losses(
 
 
 def saliency_loss(logits: Tensor, labels: Tensor, mask: Tensor, config: UMTConfig) -> Tensor:
-    """Binary cross-entropy against soft labels, weight inside.
+    """Weighted binary cross-entropy against soft labels.
 
     Args:
         logits: (B, L).
         labels: (B, L) in [0, 1]; negative = no label.
-        mask: (B, L), True = real.
+        mask: (B, L), False = padding.
         config: the configuration.
 
     Raises:

@@ -29,15 +29,15 @@ __all__ = ["UMTForTemporalGrounding", "UMTOutput"]
 
 @dataclass
 class UMTOutput(ModelOutput):
-    """What `UMTForTemporalGrounding` returns; fields without a head are None.
+    """What `UMTForTemporalGrounding` returns; the fields of absent heads are None.
 
     Attributes:
         loss: the sum of the terms, where there are labels.
-        loss_dict: the terms under the original's names (`d2.saliency_loss` ...), weights inside.
+        loss_dict: the terms under the original's names (`d2.saliency_loss` ...), weighted.
         saliency_scores: (B, L) in [0, 1], 0 at padded clips.
         boundaries: (B, K, 3) windows (start, end, score) in seconds by descending score, K = min(100, L).
-        video_mask: (B, L) int64, 1 = a real clip. A Trainer that joins batches of different lengths pads it with -100,
-            as it pads the scores and the windows.
+        video_mask: (B, L) int64, 1 = a clip, 0 = padding. A Trainer that joins batches of different lengths pads it
+            with -100, as it pads the scores and the windows.
     """
 
     loss: Tensor | None = None
@@ -48,7 +48,7 @@ class UMTOutput(ModelOutput):
 
 
 class SaliencyHead(nn.Module):
-    """A linear on every clip.
+    """A linear layer on every clip.
 
     Args:
         config: the configuration.
@@ -64,7 +64,7 @@ class SaliencyHead(nn.Module):
 
 
 class BoundaryHead(nn.Module):
-    """Three linears on every clip: is a window's centre here, how long is it, how far is the exact centre.
+    """Three linear layers on every clip: a window's centre probability, its length, and the offset of its centre.
 
     Args:
         config: the configuration.
@@ -136,7 +136,7 @@ class UMTForTemporalGrounding(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Xavier-normal linears with zero bias; positions and tokens normal with standard deviation 1 / sqrt(d)."""
+        """Xavier-normal linear layers, zero bias; positions and tokens normal with standard deviation 1 / sqrt(d)."""
         if isinstance(module, nn.Linear):
             nn.init.xavier_normal_(module.weight)
             if module.bias is not None:
@@ -165,10 +165,10 @@ class UMTForTemporalGrounding(PreTrainedModel):
         Args:
             video_features: (B, L, video_feature_dim).
             audio_features: (B, L, audio_feature_dim); for a configuration without audio, None.
-            text_features: (B, T, text_feature_dim); for a configuration without text, None or anything.
-            video_mask: (B, L), non-zero = real. None: the clips with a saliency label >= 0, as in the original, and
+            text_features: (B, T, text_feature_dim); ignored by a configuration without text.
+            video_mask: (B, L), 0 = padding. None: the clips with a saliency label >= 0, as in the original, and
                 without labels all.
-            text_mask: (B, T), non-zero = real. None: the tokens whose first channel is finite (the original pads with
+            text_mask: (B, T), 0 = padding. None: the tokens whose first channel is finite (the original pads with
                 infinity).
             saliency_labels: (B, L) in [0, 1], negative = no label.
             boundary_labels: (B, n, 2) windows in seconds.

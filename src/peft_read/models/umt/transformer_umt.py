@@ -12,7 +12,7 @@ __all__ = ["BottleneckTransformer", "CrossModalEncoder", "QueryDecoder", "QueryG
 
 
 class Projection(nn.Module):
-    """One linear, one level below the name that the original gives the whole.
+    """A linear layer under the parameter names of the original, which are one level deeper.
 
     Args:
         in_features: width of the input.
@@ -75,7 +75,7 @@ class Attention(nn.Module):
             query: (B, Lq, d).
             key: (B, Lk, d).
             value: (B, Lk, d).
-            attention_mask: (B, Lk), True = real.
+            attention_mask: (B, Lk), False = padding.
 
         Returns:
             (B, Lq, d).
@@ -85,7 +85,7 @@ class Attention(nn.Module):
             for linear, states in ((self.q, query), (self.k, key), (self.v, value))
         )
         if attention_mask is not None:
-            # A softmax over no token at all is NaN: an empty row attends to its padding, which nobody uses.
+            # A softmax over nothing is NaN: a row that is all padding attends to its padding; nothing uses the output.
             attention_mask = attention_mask | ~attention_mask.any(dim=1, keepdim=True)
             attention_mask = attention_mask[:, None, None, :]
         dropout = self.dropout if self.training else 0.0
@@ -131,7 +131,7 @@ class EncoderLayer(GradientCheckpointingLayer):
         self.norm2 = nn.LayerNorm(config.d_model)
 
     def forward(self, hidden_states: Tensor, positions: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Map (B, L, d) to (B, L, d); `attention_mask` (B, L) is True at real clips."""
+        """Map (B, L, d) to (B, L, d); `attention_mask` (B, L) is False at padding."""
         x = hidden_states
         value = self.norm1(x)
         x = x + self.att(value + positions, value + positions, value, attention_mask)
@@ -139,7 +139,7 @@ class EncoderLayer(GradientCheckpointingLayer):
 
 
 class UniModalEncoder(nn.Module):
-    """Dropout, a plain linear, learnt positions, encoder layers; no norm at the end.
+    """Dropout, a linear layer, learnt positions, encoder layers; no final norm.
 
     Args:
         config: the configuration.
@@ -156,7 +156,7 @@ class UniModalEncoder(nn.Module):
         self.encoder = layers[0] if len(layers) == 1 else nn.ModuleList(layers)
 
     def forward(self, features: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Map features (B, L, in) to states (B, L, d); `attention_mask` (B, L) is True at real clips."""
+        """Map features (B, L, in) to states (B, L, d); `attention_mask` (B, L) is False at padding."""
         states = self.mapping(self.dropout(features))
         positions = self.pos_enc(states)
         for layer in self.encoder if isinstance(self.encoder, nn.ModuleList) else [self.encoder]:
@@ -192,7 +192,7 @@ class BottleneckLayer(GradientCheckpointingLayer):
             audio: b (B, L, d).
             tokens: t (B, T, d).
             positions: (B, L, d), for both streams.
-            attention_mask: (B, L), True = real.
+            attention_mask: (B, L), False = padding.
 
         Returns:
             a, b and t.
@@ -221,7 +221,7 @@ class BottleneckTransformer(nn.Module):
     def forward(
         self, video: Tensor, audio: Tensor, positions: Tensor, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Map video and audio, each (B, L, d), to the same; `attention_mask` (B, L) is True at real clips."""
+        """Map video and audio (B, L, d) to video and audio (B, L, d); `attention_mask` (B, L) is False at padding."""
         tokens = self.token.expand(len(video), -1, -1)
         for layer in self.encoder:
             video, audio, tokens = layer(video, audio, tokens, positions, attention_mask=attention_mask)
@@ -229,7 +229,7 @@ class BottleneckTransformer(nn.Module):
 
 
 class CrossModalEncoder(nn.Module):
-    """The bottleneck transformer, then one stream out of two, then LayerNorm.
+    """The bottleneck transformer, fusion of the two streams, then LayerNorm.
 
     Args:
         config: the configuration.
@@ -245,7 +245,7 @@ class CrossModalEncoder(nn.Module):
         self.norm = nn.LayerNorm(config.d_model)
 
     def forward(self, video: Tensor, audio: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Join video and audio, each (B, L, d), to (B, L, d); `attention_mask` (B, L) is True at real clips."""
+        """Join video and audio, each (B, L, d), to (B, L, d); `attention_mask` (B, L) is False at padding."""
         a, b = self.encoder(video, audio, self.pos_enc(video), attention_mask=attention_mask)
         if self.fusion_type == "concat":
             joint = self.mapping(torch.cat((a, b), dim=-1))
@@ -255,7 +255,7 @@ class CrossModalEncoder(nn.Module):
 
 
 class TextMapping(nn.Module):
-    """A linear without bias, then LayerNorm: the text states, before any clip asks for them.
+    """A linear layer without bias, then LayerNorm: the text states that clips attend to.
 
     Args:
         in_features: width of the text features.
@@ -273,7 +273,7 @@ class TextMapping(nn.Module):
 
 
 class QueryGenerator(nn.Module):
-    """Each clip asks the text: plain attention, without positions, residual or norm. Without a text, the identity.
+    """Each clip attends to the text, without positions, residual or norm. Without text, the identity.
 
     Args:
         config: the configuration.
@@ -323,7 +323,7 @@ class DecoderLayer(GradientCheckpointingLayer):
             memory: (B, L, d).
             query_positions: (B, L, d).
             key_positions: (B, L, d).
-            attention_mask: (B, L), True = real; None, as in the original: padded clips are attended to.
+            attention_mask: (B, L), False = padding; None, as in the original: padded clips are attended to.
         """
         x = hidden_states
         value = self.norm1(x)
@@ -353,8 +353,8 @@ class QueryDecoder(nn.Module):
         Args:
             queries: (B, L, d).
             memory: the clips (B, L, d).
-            attention_mask: (B, L), True = real. The queries are a sequence of clips, and whoever treats them as one
-                (a recurrent adapter) reads here which are padding; attention looks at it only with `mask_decoder`.
+            attention_mask: (B, L), False = padding. The queries are a sequence of clips, and a recurrent adapter reads
+                here which are padding; attention uses the mask only with `mask_decoder`.
 
         Returns:
             The normalised output of every layer, each (B, L, d).

@@ -12,7 +12,7 @@ __all__ = ["VGBartConfig"]
 
 
 class VGBartConfig(VisionGuidanceOptions, BartConfig):
-    """BART whose encoder looks at a video once, after one of its layers; defaults are BART-base.
+    """BART whose encoder fuses a video into the text after one of its layers; defaults are BART-base.
 
     Args:
         fusion_layer: index of the encoder layer after which the video is fused, negative from the end, None for a
@@ -35,7 +35,7 @@ class VGBartConfig(VisionGuidanceOptions, BartConfig):
 
     Raises:
         ValueError: a field is not allowed (see `VisionGuidanceOptions.set_vision_guidance`), or `fusion_layer` is
-            no layer of the encoder.
+            not a layer of the encoder.
 
     Example:
         >>> config = VGBartConfig(encoder_layers=2, decoder_layers=2, visual_feature_dim=64, use_forget_gate=True)
@@ -72,8 +72,8 @@ class VGBartConfig(VisionGuidanceOptions, BartConfig):
         layers = cast(int, self.encoder_layers)
         if fusion_layer is not None and not -layers <= fusion_layer < layers:
             raise ValueError(
-                f"fusion_layer={fusion_layer} is none of the {layers} encoder layers, so no video would be fused; use "
-                "-1 for the last layer, or None for a text-only model"
+                f"fusion_layer={fusion_layer} is not one of the {layers} encoder layers, so no video would be fused; "
+                "use -1 for the last layer, or None for a text-only model"
             )
         self.set_vision_guidance(
             text_dim=cast(int, self.d_model),

@@ -57,10 +57,10 @@ class VGBartEncoder(VisionGuidance, BartEncoder):
 
         Args:
             input_ids: (B, S), or `inputs_embeds` (B, S, d) in their place.
-            attention_mask: (B, S), non-zero = real.
+            attention_mask: (B, S), 0 = padding.
             inputs_embeds: see `input_ids`.
             video_features: (B, F, visual_feature_dim).
-            video_mask: (B, F), non-zero = real.
+            video_mask: (B, F), 0 = padding.
             **kwargs: what transformers passes to attention, and `output_hidden_states`, `output_attentions`.
 
         Raises:
@@ -167,8 +167,8 @@ class VGBartModel(BartModel):
 class VGBartForConditionalGeneration(VisionGuidedGeneration, BartForConditionalGeneration):
     """VG-BART with its language-modelling head (Yu et al., EMNLP 2021).
 
-    A plain BART checkpoint is a valid start: `from_plain_checkpoint`, or `from_pretrained(folder, config=...)` with a
-    `VGBartConfig`; only the new visual modules are drawn at random. The names in the state dict are BART's
+    A plain BART checkpoint can be loaded: `from_plain_checkpoint`, or `from_pretrained(folder, config=...)` with a
+    `VGBartConfig`; only the new visual modules are initialised at random. The names in the state dict are BART's
     and the fusion's.
 
     Args:

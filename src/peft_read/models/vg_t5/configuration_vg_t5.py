@@ -12,11 +12,11 @@ __all__ = ["VGT5Config"]
 
 
 class VGT5Config(VisionGuidanceOptions, T5Config):
-    """T5 whose encoder looks at a video once, after its last layer and final norm; defaults are T5-base.
+    """T5 whose encoder fuses a video into the text after its last layer and final norm; defaults are T5-base.
 
     Args:
         fusion_layer: whether to fuse. With `fusion_place="final"` 0 or None means a text-only model, and any other
-            number means fusion; the original reads it this way, it is no index. With `fusion_place="layer"` it is the
+            number means fusion, as in the original; it is not an index. With `fusion_place="layer"` it is the
             index of a block, negative from the end, and only None means a text-only model.
         fusion_place: `"final"`, the original: after the last block and the final norm, so that two norms follow each
             other. `"layer"`: after block `fusion_layer`, as in VG-BART, with one norm there and one at the end.
@@ -39,8 +39,8 @@ class VGT5Config(VisionGuidanceOptions, T5Config):
         **kwargs: fields of `transformers.T5Config`.
 
     Raises:
-        ValueError: a field is not allowed (see `VisionGuidanceOptions.set_vision_guidance`), `fusion_layer` is no
-            block where it must be one, or `apply_img_trans` is set without `use_img_trans`.
+        ValueError: a field is not allowed (see `VisionGuidanceOptions.set_vision_guidance`), `fusion_layer` is
+            not a block where it must be one, or `apply_img_trans` is set without `use_img_trans`.
 
     Example:
         >>> VGT5Config(d_model=32, num_layers=2, visual_feature_dim=64, use_forget_gate=True).num_decoder_layers
@@ -77,7 +77,7 @@ class VGT5Config(VisionGuidanceOptions, T5Config):
         if fusion_place == "layer" and fusion_layer is not None:
             if not -self.num_layers <= fusion_layer < self.num_layers:
                 raise ValueError(
-                    f"fusion_layer={fusion_layer} is none of the {self.num_layers} encoder blocks; use -1 for the "
+                    f"fusion_layer={fusion_layer} is not one of the {self.num_layers} encoder blocks; use -1 for the "
                     "last block, or None for a text-only model"
                 )
             fusion_layer %= self.num_layers

@@ -39,7 +39,7 @@ class VGT5Encoder(VisionGuidance, T5Stack):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """T5's initialisation for T5's modules, PyTorch's own for the linears of the video guidance."""
+        """T5's initialisation for T5's modules, PyTorch's own for the linear layers of the video guidance."""
         if not reset_new_module(self, module, VISUAL_MODULES):
             super()._init_weights(module)
 
@@ -57,10 +57,10 @@ class VGT5Encoder(VisionGuidance, T5Stack):
 
         Args:
             input_ids: (B, S), or `inputs_embeds` (B, S, d) in their place.
-            attention_mask: (B, S), non-zero = real.
+            attention_mask: (B, S), 0 = padding.
             inputs_embeds: see `input_ids`.
             video_features: (B, F, visual_feature_dim).
-            video_mask: (B, F), non-zero = real.
+            video_mask: (B, F), 0 = padding.
             **kwargs: `output_hidden_states`, `output_attentions`, ...
 
         Returns:
@@ -86,7 +86,7 @@ class VGT5Encoder(VisionGuidance, T5Stack):
             states = self._fused(states, attention_mask, video_features, video_mask)
             if hidden_states and hidden_states[-1] is not None:
                 hidden_states = (*hidden_states[:-1], states)
-        # T5Stack returns a decoder's output class, which T5's model takes apart by position if it comes from outside.
+        # T5Stack returns a decoder's output class, which T5's model reads by position if it is passed to it.
         return BaseModelOutput(last_hidden_state=states, hidden_states=hidden_states, attentions=output.attentions)
 
     def _forward_with_fusion_inside(
@@ -105,7 +105,7 @@ class VGT5Encoder(VisionGuidance, T5Stack):
             return fused[0]
 
         output = self._run_blocks(inputs_embeds, attention_mask, fuse, return_dict=True, **kwargs)
-        # What was recorded is the output of the block; what is reported is the fused state.
+        # The recorded state is the block's output; the reported one is the fused state.
         states, place = output.hidden_states, self.config.fusion_layer + 1
         if states and place < len(states) - 1 and states[place] is not None:
             output.hidden_states = (*states[:place], fused[0], *states[place + 1 :])
@@ -138,9 +138,9 @@ class VGT5Encoder(VisionGuidance, T5Stack):
 class VGT5ForConditionalGeneration(VisionGuidedGeneration, T5ForConditionalGeneration):
     """VG-T5 with its language-modelling head (Yu et al., EMNLP 2021).
 
-    A plain T5 or flan-T5 checkpoint is a valid start: `from_plain_checkpoint`, or `from_pretrained(folder,
-    config=...)` with a `VGT5Config`; only the new visual modules are drawn at random. The names in the state dict are
-    T5's and the fusion's.
+    A plain T5 or flan-T5 checkpoint can be loaded: `from_plain_checkpoint`, or `from_pretrained(folder,
+    config=...)` with a `VGT5Config`; only the new visual modules are initialised at random. The names in the state
+    dict are T5's and the fusion's.
 
     Args:
         config: the configuration.

@@ -1,4 +1,4 @@
-"""VL-BART: BART that reads visual tokens behind the text."""
+"""VL-BART: BART that reads visual tokens after the text."""
 
 from .configuration_vl_bart import VLBartConfig
 from .modeling_vl_bart import VLBartForConditionalGeneration, VLBartModel

@@ -19,12 +19,12 @@ class VLBartConfig(VisualTokenOptions, BartConfig):
         num_images: how many images an example may have.
         max_objects: how many visual tokens an image may have; None: 100, or every row of a smaller token table.
         use_order_embeddings: whether image and object order are embedded.
-        visual_norm: `"separate"` norms of features and boxes, one `"joint"` norm of their sum, or None.
+        visual_norm: `"separate"` norms of features and boxes, a `"joint"` norm of their sum, or None.
         share_embedding_norm: whether visual tokens pass through the norm of the text embeddings too.
         visual_pooling: `"grid"` or `"sequence"`: each image's tokens are max-pooled to `pooled_tokens`.
         pooled_tokens: see `visual_pooling`.
         prompt_length: learnable vectors before the text; 0 for none.
-        prompt_width: width of the perceptron that makes them.
+        prompt_width: hidden width of the MLP that computes them.
         prompt_tasks: tasks with prompts of their own, which `set_task` chooses; None: one set for all.
         decoder_prompt_length: learnable vectors before the decoder's tokens, of the same kind; 0 for none.
         **kwargs: fields of `transformers.BartConfig`.

@@ -151,7 +151,7 @@ class VLBartModel(BartModel):
         return outputs
 
     def _after_prompts(self, cache: Any, batch: int) -> Any:
-        """A cache that the decoder's prompts are in."""
+        """A cache that holds the decoder's prompts."""
         if self.training and getattr(self.decoder, "gradient_checkpointing", False):
             raise ValueError(
                 "decoder_prompt_length: gradient checkpointing drops the cache that holds the decoder's prompts; "
@@ -162,7 +162,7 @@ class VLBartModel(BartModel):
         if cache.get_seq_length():
             return cache
         if cache.is_compileable:
-            raise ValueError("decoder_prompt_length: the prompts of the decoder need a dynamic cache, no static one")
+            raise ValueError("decoder_prompt_length: the decoder's prompts need a dynamic cache, not a static one")
         prompts = self.decoder_prompts(self.shared.weight.new_empty(batch, 0, 0))
         self.decoder(inputs_embeds=prompts, use_cache=True, **cache_argument(cache, None))
         return cache
@@ -171,9 +171,10 @@ class VLBartModel(BartModel):
 class VLBartForConditionalGeneration(VisualTokenGeneration, BartForConditionalGeneration):
     """VL-BART with its language-modelling head (Cho et al., ICML 2021; Sung et al., CVPR 2022).
 
-    A plain BART checkpoint is a valid start: `from_plain_checkpoint`, or `from_pretrained(folder, config=...)` with a
-    `VLBartConfig`; only the visual embedding and the prompts are drawn at random. The order of objects is embedded by
-    the last `max_objects` rows of the token table, which the original adds: `resize_token_embeddings` does so.
+    A plain BART checkpoint can be loaded: `from_plain_checkpoint`, or `from_pretrained(folder, config=...)` with a
+    `VLBartConfig`; only the visual embedding and the prompts are initialised at random. The order of objects is
+    embedded by the last `max_objects` rows of the token table, which the original adds: `resize_token_embeddings`
+    does so.
 
     Args:
         config: the configuration.

@@ -1,4 +1,4 @@
-"""VL-T5: T5 that reads visual tokens behind the text."""
+"""VL-T5: T5 that reads visual tokens after the text."""
 
 from .configuration_vl_t5 import VLT5Config
 from .modeling_vl_t5 import VLT5ForConditionalGeneration

@@ -87,8 +87,8 @@ class VLT5Encoder(VisualTokens, T5Stack):
 class VLT5ForConditionalGeneration(VisualTokenGeneration, T5ForConditionalGeneration):
     """VL-T5 with its language-modelling head (Cho et al., ICML 2021; Sung et al., CVPR 2022).
 
-    A plain T5 or flan-T5 checkpoint is a valid start: `from_plain_checkpoint`, or `from_pretrained(folder,
-    config=...)` with a `VLT5Config`; only the visual embedding and the prompts are drawn at random. The order of
+    A plain T5 or flan-T5 checkpoint can be loaded: `from_plain_checkpoint`, or `from_pretrained(folder,
+    config=...)` with a `VLT5Config`; only the visual embedding and the prompts are initialised at random. The order of
     objects is embedded by the last `max_objects` rows of the token table, which the original adds:
     `resize_token_embeddings` does so.
 
