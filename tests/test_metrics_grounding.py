@@ -69,6 +69,33 @@ def test_figures_by_hand():
     assert result["HL-min-Good"]["HL-Hit1"] == 50.0
 
 
+def test_the_figures_of_every_query_equal_those_of_the_query_alone():
+    generator = np.random.default_rng(0)
+    truth, predictions = [], []
+    for qid in range(40):
+        starts = np.sort(generator.choice(70, size=generator.integers(1, 4), replace=False))
+        clips = np.sort(generator.choice(75, size=9, replace=False)).tolist()
+        windows = [[2.0 * start, 2.0 * start + 2 * generator.integers(1, 5)] for start in starts.tolist()]
+        ratings = generator.integers(0, 5, size=(9, 3)).tolist()
+        truth.append({"qid": qid, "duration": 150, "relevant_windows": windows, "relevant_clip_ids": clips,
+                      "saliency_scores": ratings})  # fmt: skip
+        guesses = [[start, start + 5.0, float(generator.random())] for start in generator.uniform(0, 140, size=12)]
+        near = [[a + 0.5, b + 0.5, 0.5] for a, b in windows]
+        predictions.append({"qid": qid, "pred_relevant_windows": near + guesses if qid else [],
+                            "pred_saliency_scores": generator.random(75).tolist()})  # fmt: skip
+    result = evaluate_qvhighlights(predictions[::-1], truth, per_query=True)
+    each = result.pop("per_query")
+    assert json.dumps(result) == json.dumps(evaluate_qvhighlights(predictions[::-1], truth))  # NaN is not NaN
+    assert each.pop("qid") == list(range(40))[::-1]
+    assert set(each) == set(result["brief"]) - {"MR-long-mAP", "MR-middle-mAP", "MR-short-mAP"}
+    for index, (one, wanted) in enumerate(zip(predictions[::-1], truth[::-1], strict=True)):
+        alone = evaluate_qvhighlights([one], [wanted])["brief"]
+        assert {name: values[index] for name, values in each.items()} == {name: alone[name] for name in each}
+    for name, values in each.items():
+        answered = values[:-1] if name.startswith("MR-full-mAP") else values
+        assert np.mean(answered) == pytest.approx(result["brief"][name], abs=0.01)
+
+
 def test_an_empty_range_is_nan_and_parts_may_be_missing():
     truth = [TRUTH[1]]
     result = evaluate_qvhighlights([prediction(2, [[100, 120, 1.0]], 50)], truth)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
@@ -127,7 +127,8 @@ def _main(setting: Mapping[str, Any], rows: Mapping[str, Row]) -> list[str]:
     for row in rows.values():
         run = row.runs[0]
         validation = [run["validation"] for run in row.runs if "validation" in run]
-        minutes = mean(sum(r["seconds"] for r in row.runs if r["seed"] == seed) for seed in row.seeds) / 60
+        # A run that was interrupted counts its last start alone.
+        minutes = median(sum(r["seconds"] for r in row.runs if r["seed"] == seed) for seed in row.seeds) / 60
         lines.append(
             [
                 row.name,

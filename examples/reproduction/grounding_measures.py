@@ -39,15 +39,20 @@ def figures_of_each(dataset: str, records: Sequence[dict], rows: Any, clip_secon
     labels = _labels(dataset, rows)
     if labels is None:
         return {}
-    measure, records = _measure(dataset, clip_seconds), _comparable(records, labels)
+    records, videos = _comparable(records, labels), list(rows["vid"])
+    if dataset == "qvhighlights":
+        found = evaluate_qvhighlights(records, labels, clip_seconds=clip_seconds, per_query=True)["per_query"]
+        order = {qid: index for index, qid in enumerate(found["qid"])}
+        places = [order[qid] for qid in rows["qid"]]
+        return {
+            "ids": list(rows["qid"]),
+            "sources": [source_of(vid) for vid in videos],
+            "figures": {name: [found[name][place] for place in places] for name in QUERY_FIGURES if name in found},
+        }
+    measure = _measure(dataset, clip_seconds)
     each = [measure([record], [label]) for record, label in zip(records, labels, strict=True)]
-    names = [name for name in (QUERY_FIGURES if dataset == "qvhighlights" else each[0]) if name in each[0]]
-    videos = list(rows["vid"])
-    return {
-        "ids": list(rows["qid"]) if dataset == "qvhighlights" else videos,
-        "sources": [source_of(vid) for vid in videos] if dataset == "qvhighlights" else videos,
-        "figures": {name: [round(found[name], 2) for found in each] for name in names},
-    }
+    columns = {name: [round(found[name], 2) for found in each] for name in each[0]}
+    return {"ids": videos, "sources": videos, "figures": columns}
 
 
 def _labels(dataset: str, rows: Any) -> list[Any] | None:

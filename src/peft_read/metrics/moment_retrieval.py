@@ -32,6 +32,7 @@ def evaluate_qvhighlights(
     *,
     match_number: bool = True,
     clip_seconds: float = 2.0,
+    per_query: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a submission as the official evaluator of QVHighlights does, to the last digit.
 
@@ -46,11 +47,15 @@ def evaluate_qvhighlights(
         match_number: whether both must hold the same queries; False evaluates those that both hold.
         clip_seconds: length of a clip. A video has int(duration / clip_seconds) clips, and one more if an
             annotation names the remainder.
+        per_query: add the figures of every query, for tests and intervals over queries.
 
     Returns:
         The official result: `"brief"`; for each range of window lengths `"MR-mAP"` and `"MR-R1"` by IoU threshold;
         for each highlight level `"HL-mAP"` and `"HL-Hit1"`. Percentages, rounded to two decimals. A range without
         windows gives NaN (the official program stops there).
+        With `per_query` also `"per_query"`: `"qid"`, and for each figure of `"brief"` that is a mean over queries a
+        list of percentages in that order (a query without predicted windows, which the official mean average precision
+        leaves out, has 0).
 
     Raises:
         ValueError: the queries differ or appear twice, there is none, or (by qid) a field is missing, has another
@@ -72,20 +77,30 @@ def evaluate_qvhighlights(
         raise ValueError("the predictions hold neither 'pred_relevant_windows' nor 'pred_saliency_scores'")
     brief: dict[str, float] = {}
     results: dict[str, Any] = {}
+    each: dict[str, NDArray] = {}
     if has_windows:
         moments = _Moments(predicted, true, clip_seconds)
         for name, limits in RANGES.items():
             results[name] = moments.result(limits)
+        each = moments.each() if per_query else {}
         brief = {f"MR-{name}-mAP": results[name]["MR-mAP"]["average"] for name in RANGES}
         brief |= {f"MR-full-mAP@{iou}": results["full"]["MR-mAP"][iou] for iou in ("0.5", "0.75")}
         brief |= {f"MR-full-R1@{iou}": results["full"]["MR-R1"][iou] for iou in ("0.5", "0.7")}
         brief = dict(sorted(brief.items()))
     if has_scores:
-        highlights = _highlight_detection(predicted, true, clip_seconds)
-        results.update(highlights)
-        for name, scores in highlights.items():
-            brief |= {f"{name}-mAP": scores["HL-mAP"], f"{name}-Hit1": scores["HL-Hit1"]}
-    return {"brief": brief, **dict(sorted(results.items()))}
+        precisions, hits = _highlight_detection(predicted, true, clip_seconds)
+        for i, name in enumerate(f"HL-min-{level}" for level in LEVELS):
+            results[name] = {
+                "HL-mAP": _percent(np.mean(precisions[:, i].copy())),
+                "HL-Hit1": _percent(np.mean(hits[:, i])),
+            }
+            brief |= {f"{name}-mAP": results[name]["HL-mAP"], f"{name}-Hit1": results[name]["HL-Hit1"]}
+            each |= {f"{name}-mAP": precisions[:, i].mean(axis=1), f"{name}-Hit1": hits[:, i]}
+    found = {"brief": brief, **dict(sorted(results.items()))}
+    if per_query:
+        columns = {name: [_percent(value) for value in values] for name, values in each.items()}
+        found["per_query"] = {"qid": list(predicted), **columns}
+    return found
 
 
 def _by_query(
@@ -189,6 +204,31 @@ class _Moments:
         if not queries.size:
             unknown = {str(threshold): float("nan") for threshold in THRESHOLDS}
             return {"MR-mAP": {**unknown, "average": float("nan")}, "MR-R1": unknown}
+        hits, precisions = self._measured(queries, valid)
+        answered = queries[self.num_candidates[queries] > 0]
+        by_threshold = np.mean(precisions[answered], axis=0) if len(answered) else np.zeros(len(THRESHOLDS))
+        mean_precision = {str(t): _percent(p) for t, p in zip(THRESHOLDS, by_threshold, strict=True)}
+        mean_precision["average"] = _percent(np.mean(by_threshold))
+        return {"MR-mAP": mean_precision, "MR-R1": {str(t): _percent(np.mean(hits[queries] >= t)) for t in THRESHOLDS}}
+
+    def each(self) -> dict[str, NDArray]:
+        """The figures of every query, over windows of all lengths."""
+        valid = np.arange(self.windows.shape[1]) < self.num_windows[:, None]
+        hits, precisions = self._measured(np.arange(len(self.windows)), valid)
+        of_threshold = dict(zip(THRESHOLDS, precisions.T, strict=True))
+        return {
+            "MR-full-mAP": precisions.mean(axis=1),
+            **{f"MR-full-mAP@{t}": of_threshold[t] for t in (0.5, 0.75)},
+            **{f"MR-full-R1@{t}": hits >= t for t in (0.5, 0.7)},
+        }
+
+    def _measured(self, queries: NDArray, valid: NDArray) -> tuple[NDArray, NDArray]:
+        """Overlaps of the first windows (N,) and average precisions (N, thresholds) of some queries, else 0.
+
+        Args:
+            queries: indices of those that are measured.
+            valid: (N, M), False where a true window does not count.
+        """
         hits, precisions = np.zeros(len(self.windows)), np.zeros((len(self.windows), len(THRESHOLDS)))
         # Queries are grouped by their number of windows, because padding costs time.
         order = queries[np.argsort(self.num_windows[queries], kind="stable")]
@@ -199,11 +239,7 @@ class _Moments:
             candidates, number = self.candidates[part], self.num_candidates[part]
             hits[part] = _first_overlaps(candidates[:, 0], windows, keep) * (number > 0)
             precisions[part] = _padded_precisions(candidates[:, :MAX_WINDOWS], number, windows, keep)
-        answered = queries[self.num_candidates[queries] > 0]
-        by_threshold = np.mean(precisions[answered], axis=0) if len(answered) else np.zeros(len(THRESHOLDS))
-        mean_precision = {str(t): _percent(p) for t, p in zip(THRESHOLDS, by_threshold, strict=True)}
-        mean_precision["average"] = _percent(np.mean(by_threshold))
-        return {"MR-mAP": mean_precision, "MR-R1": {str(t): _percent(np.mean(hits[queries] >= t)) for t in THRESHOLDS}}
+        return hits, precisions
 
 
 def _checked_windows(windows: Mapping[Hashable, Any], columns: int) -> tuple[NDArray[np.float64], NDArray]:
@@ -301,8 +337,8 @@ def _interpolated_precisions(hits: NDArray, total: NDArray) -> NDArray:
     return area
 
 
-def _highlight_detection(predicted: Records, true: Records, clip_seconds: float) -> dict[str, dict[str, float]]:
-    """Mean average precision and hit rate of the best clip, for every minimum rating of a positive clip."""
+def _highlight_detection(predicted: Records, true: Records, clip_seconds: float) -> tuple[NDArray, NDArray]:
+    """Average precision (N, levels, annotators) and whether the best clip is a hit (N, levels) of every query."""
     scores, lengths = _checked_scores({qid: record["pred_saliency_scores"] for qid, record in predicted.items()})
     ratings, clips = _checked_ratings(true, clip_seconds)
     starts, places = np.cumsum(lengths) - lengths, np.cumsum(clips) - clips
@@ -323,14 +359,7 @@ def _highlight_detection(predicted: Records, true: Records, clip_seconds: float)
             precisions[part] = _chunk_precisions(padded, labels)
             highest = rated[np.arange(len(part)), np.minimum(best, shape[0] - 1)].max(axis=1)
             hits[part] = (best < shape[0])[:, None] & (highest[:, None] >= levels)
-    by_level = precisions.reshape(len(clips), len(levels), ANNOTATORS)
-    return {
-        f"HL-min-{name}": {
-            "HL-mAP": _percent(np.mean(by_level[:, i].copy())),
-            "HL-Hit1": _percent(np.mean(hits[:, i])),
-        }
-        for i, name in enumerate(LEVELS)
-    }
+    return precisions.reshape(len(clips), len(levels), ANNOTATORS), hits
 
 
 def _checked_scores(scores: Mapping[Hashable, Any]) -> tuple[NDArray[np.float64], NDArray]:
