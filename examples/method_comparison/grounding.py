@@ -44,14 +44,7 @@ SHOWN = {
 
 ADAPTER_RATES, FULL_RATES = (1e-3, 3e-3), (1e-4, 4e-4)
 METHODS = nine_methods(
-    {
-        "full": FULL_RATES,
-        "bias": ADAPTER_RATES,
-        "partial": FULL_RATES,
-        **dict.fromkeys(("proj", "lora", "prompt", "adapter", "read"), ADAPTER_RATES),
-    },
-    frozen="no adaptation",
-    aligned="--pvla",
+    ADAPTER_RATES, dict.fromkeys(("full", "partial"), FULL_RATES), frozen="no adaptation", aligned="--pvla"
 )
 SUITES = {
     "methods": METHODS,
