@@ -89,8 +89,8 @@ def test_an_embedding_may_be_named_and_set_after_the_configuration_is_made():
         ([], "is empty"),
         ([3, -1], "-1 is not"),
         ([3, 3], "3 is not"),
-        ([1.5], "is no integer"),
-        ("<video>", "no sequence of integers"),
+        ([1.5], "is not an integer"),
+        ("<video>", "not a sequence of integers"),
         ({"embed_tokens": "all"}, r"trainable_token_indices\['embed_tokens'\]"),
     ],
 )

@@ -271,7 +271,7 @@ def test_a_shared_block_counts_once_a_run():
         ({"blocks": []}, "at least one block"),
         ({"blocks": [0, 0]}, "each block once"),
         ({"blocks": [True]}, r"blocks\[0\]=True"),
-        ({"blocks": 3}, "no sequence of integers"),
+        ({"blocks": 3}, "not a sequence of integers"),
         ({"video": "layers", "language": "layers"}, "video='layers' is not a Stream"),
         ({"extractor": "hidden"}, "is not a function"),
     ],
@@ -299,10 +299,10 @@ def test_settings_become_plain_numbers():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"modules": "("}, "no regular expression"),
+        ({"modules": "("}, "not a regular expression"),
         ({"modules": []}, "names no module"),
         ({"modules": [3]}, "contains 3"),
-        ({"modules": 3}, "no list of names"),
+        ({"modules": 3}, "not a list of names"),
         ({"tokens": 3}, "tokens=3"),
         ({"mask": 3}, "mask=3"),
         ({"invert_mask": "no"}, "invert_mask='no'"),

@@ -482,7 +482,7 @@ def test_generation_with_a_cache_equals_generation_without(name):
         (lambda: BottleneckConfig(norm_before="yes"), "norm_before='yes' is neither True nor False"),
         (lambda: BottleneckConfig(init_weights="paper"), "`init_weights` is True, False or 'original', got 'paper'"),
         (lambda: BottleneckConfig(tasks=[]), "`tasks` is empty"),
-        (lambda: BottleneckConfig(tasks="vqa"), "tasks='vqa' is no list of names"),
+        (lambda: BottleneckConfig(tasks="vqa"), "tasks='vqa' is not a list of names"),
         (lambda: BottleneckConfig(tasks=["a", "a"]), "`tasks` contains 'a' twice"),
         (lambda: BottleneckConfig(tasks=["a.b"]), "`tasks` contains 'a.b'"),
         (lambda: BottleneckConfig(share="down"), "share='down' says what tasks share; name them in `tasks`"),

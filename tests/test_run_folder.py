@@ -274,7 +274,7 @@ def test_values_of_a_yaml_file_mean_what_they_say(run_folder, tmp_path):
         ("--num_train_samples 0", "--num_train_samples 0 must be at least 1"),
         ("--num_test_samples -1", "--num_test_samples -1"),
         ("--max_frames 0", "--max_frames 0"),
-        ("--learning_rate nan", "--learning_rate nan is no finite number"),
+        ("--learning_rate nan", "--learning_rate nan is not a finite number"),
         ("--learning_rate -1", "--learning_rate -1"),
         ("--per_device_train_batch_size 0", "--per_device_train_batch_size 0"),
         ("--gradient_accumulation_steps 0", "gradient_accumulation_steps"),
