@@ -500,7 +500,7 @@ def test_generation_with_a_cache_equals_generation_without(name):
         (lambda: HyperformerConfig(tasks=["a"], hidden_dim=0), "`hidden_dim` should be a positive integer, got 0"),
     ],
 )
-def test_settings_that_cannot_be(config, message):
+def test_invalid_settings(config, message):
     with pytest.raises(ValueError, match=message) as error:
         config()
     assert "\n" not in str(error.value)

@@ -224,7 +224,7 @@ def test_each_token_follows_the_formula(backbone, norm, order):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_prompts_text_and_visual_tokens_stand_in_this_order(backbone, shared):
+def test_prompts_text_and_visual_tokens_come_in_this_order(backbone, shared):
     if shared and backbone is T5:
         with pytest.raises(ValueError, match="no norm of the text embeddings"):
             small_model(backbone, share_embedding_norm=True)
