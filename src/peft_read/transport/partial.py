@@ -130,7 +130,7 @@ def partial_optimal_transport(
             if check and not bool(matrix.isfinite().all()):
                 raise ValueError(NOT_FINITE)
             solved = _by_kernel(matrix, rows, cols, total, float(reg), penalty, padded, tol, gradient)
-            bad = [one for one in (bad_rows, bad_cols, bad_mass) if one is not None]
+            bad = [entries for entries in (bad_rows, bad_cols, bad_mass) if entries is not None]
             poison = torch.stack(bad).any(0) if bad else None
         else:
             solved = _by_method(
