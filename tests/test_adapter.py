@@ -291,7 +291,7 @@ def test_bad_settings_are_refused(settings, message):
 @pytest.mark.parametrize(
     "module", [nn.Conv1d(4, 4, 1), nn.Embedding(4, 4), nn.LayerNorm(4), nn.MultiheadAttention(4, 2)]
 )
-def test_modules_that_are_no_linear_layer_are_refused(module):
+def test_modules_that_are_not_linear_layers_are_refused(module):
     with pytest.raises(ValueError, match="is not supported"):
         get_peft_model(nn.ModuleDict({"target": module}), READConfig(target_modules=["target"]))
 

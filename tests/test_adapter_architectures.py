@@ -31,7 +31,7 @@ def generates_alike(model, **inputs):
         assert torch.equal(cached, model.generate(**settings, num_beams=beams, use_cache=False))
 
 
-def test_whisper_hears_frames_and_writes_words():
+def test_whisper_reads_frames_and_generates_words():
     sizes = {"d_model": 32, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 30}
     layers = {f"{part}_{name}": value for part in ("encoder", "decoder")
               for name, value in (("layers", 2), ("attention_heads", 2), ("ffn_dim", 48))}  # fmt: skip

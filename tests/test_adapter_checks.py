@@ -34,7 +34,7 @@ def adapted(blocks=2, **settings):
     return get_peft_model(Net(blocks), READConfig(**settings))
 
 
-def test_numbers_of_numpy_and_torch_become_plain_ones():
+def test_numbers_of_numpy_and_torch_are_converted():
     config = READConfig(
         r=np.int64(4),
         dropout=np.float32(0.5),
@@ -67,25 +67,25 @@ def test_numbers_of_numpy_and_torch_become_plain_ones():
         ({"cell_pattern": {"fc2": 3}}, r"cell_pattern\['fc2'\]"),
         ({"cell_pattern": "none"}, "maps names of modules"),
         ({"rank_pattern": [2]}, "maps names of modules"),
-        ({"rank_pattern": {"(": 2}}, "no regular expression"),
+        ({"rank_pattern": {"(": 2}}, "not a regular expression"),
         ({"target_modules": []}, "is empty"),
         ({"target_modules": [1]}, "contains 1"),
-        ({"target_modules": "("}, "no regular expression"),
-        ({"exclude_modules": 3}, "exclude_modules=3 is no list"),
-        ({"modules_to_save": "head"}, "modules_to_save='head' is no list of names"),
-        ({"layers_to_transform": "0"}, "layers_to_transform='0' is no integer"),
+        ({"target_modules": "("}, "not a regular expression"),
+        ({"exclude_modules": 3}, "exclude_modules=3 is not a list"),
+        ({"modules_to_save": "head"}, "modules_to_save='head' is not a list of names"),
+        ({"layers_to_transform": "0"}, "layers_to_transform='0' is not an integer"),
         ({"layers_to_transform": [0.5]}, r"layers_to_transform\[0\]=0.5"),
         ({"layers_to_transform": [-1]}, "counts layers from 0"),
         ({"pvla": {"mass": np.float32(0.5)}}, r"pvla\['mass'\]"),
         ({"pvla": 3}, "`pvla` is the record"),
     ],
 )
-def test_what_is_no_setting_is_named(settings, message):
+def test_invalid_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         READConfig(**settings)
 
 
-def test_invalid_a_value_saved_leaves_the_saved_configuration_as_it_was(tmp_path):
+def test_a_value_that_cannot_be_saved_leaves_the_saved_configuration_unchanged(tmp_path):
     model = adapted()
     model.save_pretrained(tmp_path)
     before = (tmp_path / "adapter_config.json").read_bytes()
@@ -151,7 +151,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(kind, low_memory, tmp_path):
         PeftModel.from_pretrained(Net(blocks), str(tmp_path), low_cpu_mem_usage=low_memory)
 
 
-def test_missing_weights_are_told_by_every_door(tmp_path):
+def test_missing_weights_are_reported_by_every_way_of_loading(tmp_path):
     saved(tmp_path, adapted(), change=lambda weights: weights.pop(next(k for k in weights if "layers.1" in k)))
     with pytest.warns(UserWarning, match=r"lacks 1 weights of the adapter, such as .*layers\.1"):
         adapted().load_adapter(str(tmp_path), "default", is_trainable=True)

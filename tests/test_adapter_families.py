@@ -327,7 +327,7 @@ def test_a_model_that_trains_whole_is_not_warned_about(reentrant):
         ("xlm", {"emb_dim": 32, "n_layers": 2, "n_heads": 4}, ["transformer.ffns.0.lin2", "transformer.ffns.1.lin2"]),
     ],
 )  # fmt: skip
-def test_attention_that_looks_like_a_feed_forward_block_is_none(kind, settings, expected):
+def test_attention_that_looks_like_a_feed_forward_block_is_not_adapted(kind, settings, expected):
     assert names(causal(kind, **settings)) == expected
 
 
@@ -474,7 +474,7 @@ def test_blocks_that_cut_their_sequences_into_pieces_are_refused():
     get_peft_model(bert, READConfig(cell="none"))
 
 
-def test_a_part_that_is_neither_text_nor_image_is_no_default():
+def test_a_part_that_is_neither_text_nor_image_is_not_a_default():
     torch.manual_seed(0)
     model = nn.Module()
     model.protein_encoder = t.BertModel(t.BertConfig(**BLOCKS, vocab_size=20))

@@ -99,12 +99,12 @@ def test_cached_generation_is_the_full_pass(family, mode):
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 @pytest.mark.parametrize("mode", ["greedy", "beams", "static cache", "prompt lookup", "assisted"])
 @pytest.mark.parametrize("family", ["llama", "opt", "bart"])
-def test_the_gated_cells_too(family, mode, cell):
+def test_cached_generation_of_gated_cells_is_the_full_pass(family, mode, cell):
     check_against_full_pass(adapted(family, cell=cell), family, mode)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_dropping_the_state_is_seen(family, monkeypatch):
+def test_dropping_the_state_is_detected(family, monkeypatch):
     """The control: without the carried state the comparison must fail."""
     model = adapted(family)
     monkeypatch.setattr(Scope, "state_before", lambda *_: None)
@@ -113,7 +113,7 @@ def test_dropping_the_state_is_seen(family, monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "bart"])
-def test_states_that_stay_behind_when_beams_move_are_seen(family, monkeypatch):
+def test_states_that_are_not_reordered_with_the_beams_are_detected(family, monkeypatch):
     """The control: with states that do not follow their beams the comparison must fail."""
     model = adapted(family)
     monkeypatch.setattr(cache_room.States, "map_rows", lambda self, function: self)
@@ -145,7 +145,7 @@ def self_attention(cache):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("cell", ["rnn", "lstm"])
-def test_operations_on_a_cache_take_the_states_along(family, cell):
+def test_operations_on_a_cache_apply_to_the_states(family, cell):
     model = adapted(family, cell=cell)
     ids, encoder = prompt(model, family)
     whole, _ = step(model, family, ids, None, encoder)
@@ -245,7 +245,7 @@ def test_threads_do_not_mix_their_sequences(family):
         assert torch.equal(result, one)
 
 
-def test_switching_the_adapter_on_a_live_cache_is_an_error():
+def test_switching_the_adapter_while_a_cache_is_in_use_is_an_error():
     model = adapted("llama")
     from peft_read import READConfig
 
@@ -289,7 +289,7 @@ def test_disabling_the_adapter_for_a_whole_generation_is_the_base_model():
     assert torch.equal(disabled, generate(base, ids, mask).sequences)
 
 
-def test_nothing_is_left_behind_by_a_pass_or_by_an_exception():
+def test_no_scope_stays_open_after_a_pass_or_an_exception():
     from peft_read.adapter.scope import current_scope
 
     model = adapted("llama")
@@ -314,7 +314,7 @@ def test_other_states_of_decoding_are_refused(name):
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values", "cache_params", "layer_past"])
-def test_caches_that_are_no_cache_are_refused_under_every_name(name):
+def test_other_objects_than_caches_are_refused_under_every_name(name):
     stack = adapted("llama").get_base_model().model
     with pytest.raises(NotImplementedError, match=f"passed a tuple as `{name}`; generate with use_cache=False"):
         stack(input_ids=torch.ones(1, 3, dtype=torch.long), **{name: ((1, 2),)})

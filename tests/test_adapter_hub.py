@@ -30,7 +30,7 @@ def summariser():
     return get_peft_model(base, READConfig(**settings, pvla={"mass": 0.5, "weight": 0.01}))
 
 
-def test_the_card_says_what_a_stranger_needs(tmp_path, summariser):
+def test_the_card_says_how_to_load_the_adapter(tmp_path, summariser):
     summariser.save_pretrained(tmp_path)
     card, text = card_of(tmp_path)
     assert {"read", "peft-read", "arxiv:2312.06950"} <= set(card.data.tags)

@@ -246,7 +246,7 @@ def test_a_long_list_of_targets_is_condensed_to_the_same_modules():
     assert len(model.peft_config["default"].target_modules) < 20
 
 
-def test_which_modules_and_how_wide():
+def test_targets_and_ranks_by_module():
     model = get_peft_model(build("bart"), READConfig(r=4, rank_pattern={r"encoder\.layers\.0\.fc2": 2, "fc1": 8},
                            target_modules=["fc1", "fc2"], layers_to_transform=[0], layers_pattern="layers",
                            exclude_modules=[r"decoder.layers.0.fc1"]))  # fmt: skip

@@ -72,7 +72,7 @@ def test_a_configuration_goes_through_json_and_pickle(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the scenarios start from copies of one process")
-def test_what_happens_in_processes_of_their_own(tmp_path):
+def test_registration_in_separate_processes(tmp_path):
     config = READConfig(target_modules=["fc2"])
     config.save_pretrained(tmp_path)
     environment = {

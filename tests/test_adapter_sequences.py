@@ -87,7 +87,7 @@ def test_the_adapter_alone_is_untouched_by_padding(family, pattern):
             torch.testing.assert_close(result[row, real], expected, rtol=0, atol=TOLERANCE)
 
 
-def test_ignoring_the_mask_is_seen(monkeypatch):
+def test_ignoring_the_mask_is_detected(monkeypatch):
     """The control: without the mask, left padding changes the real tokens."""
     from peft_read.adapter import openings
 

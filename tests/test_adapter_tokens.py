@@ -89,12 +89,12 @@ def test_an_embedding_may_be_named_and_set_after_the_configuration_is_made():
         ([], "is empty"),
         ([3, -1], "-1 is not"),
         ([3, 3], "3 is not"),
-        ([1.5], "is no integer"),
-        ("<video>", "no sequence of integers"),
+        ([1.5], "is not an integer"),
+        ("<video>", "not a sequence of integers"),
         ({"embed_tokens": "all"}, r"trainable_token_indices\['embed_tokens'\]"),
     ],
 )
-def test_what_is_no_token_is_named(tokens, message):
+def test_invalid_tokens_are_named(tokens, message):
     with pytest.raises(ValueError, match=message):
         READConfig(trainable_token_indices=tokens)
 
@@ -108,7 +108,7 @@ def test_tokens_that_the_embedding_lacks_leave_the_model_alone(tokens):
     assert list(base.state_dict()) == names
 
 
-def test_numbers_of_torch_become_plain_ones():
+def test_numbers_of_torch_are_converted():
     assert READConfig(trainable_token_indices=torch.tensor(TOKENS)).trainable_token_indices == TOKENS
 
 

@@ -234,7 +234,7 @@ def test_early_exit_leaves_blocks_out_and_a_module_that_never_ran_is_named():
         aligner.blocks(recording, {})
 
 
-def test_a_shared_block_counts_once_a_run():
+def test_a_shared_block_counts_once_per_run():
     config = AlbertConfig(
         vocab_size=30, embedding_size=8, hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
         intermediate_size=16, hidden_dropout_prob=0, attention_probs_dropout_prob=0,
@@ -271,17 +271,17 @@ def test_a_shared_block_counts_once_a_run():
         ({"blocks": []}, "at least one block"),
         ({"blocks": [0, 0]}, "each block once"),
         ({"blocks": [True]}, r"blocks\[0\]=True"),
-        ({"blocks": 3}, "no sequence of integers"),
+        ({"blocks": 3}, "not a sequence of integers"),
         ({"video": "layers", "language": "layers"}, "video='layers' is not a Stream"),
         ({"extractor": "hidden"}, "is not a function"),
     ],
 )
-def test_settings_that_mean_nothing_are_named(settings, message):
+def test_invalid_alignment_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         PVLAConfig(**settings)
 
 
-def test_settings_become_plain_numbers():
+def test_settings_are_converted_to_plain_numbers():
     config = PVLAConfig(weight=torch.tensor(0.25), mass=np.float32(0.5), reg=np.float64(0.1), blocks=np.arange(2))
     assert json.loads(json.dumps(config.record())) == {
         "weight": 0.25, "mass": 0.5, "reg": 0.1, "distance": "partial_ot", "blocks": [0, 1]
@@ -299,10 +299,10 @@ def test_settings_become_plain_numbers():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"modules": "("}, "no regular expression"),
+        ({"modules": "("}, "not a regular expression"),
         ({"modules": []}, "names no module"),
         ({"modules": [3]}, "contains 3"),
-        ({"modules": 3}, "no list of names"),
+        ({"modules": 3}, "not a list of names"),
         ({"tokens": 3}, "tokens=3"),
         ({"mask": 3}, "mask=3"),
         ({"invert_mask": "no"}, "invert_mask='no'"),
@@ -310,7 +310,7 @@ def test_settings_become_plain_numbers():
         ({"input": 1}, "input=1"),
     ],
 )
-def test_streams_that_mean_nothing_are_named(settings, message):
+def test_invalid_streams_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         Stream(**{"modules": "layers", **settings})
 
@@ -335,7 +335,7 @@ def test_a_selection_that_selects_nothing_is_named(stream, message):
         aligner.blocks(recording, inputs)
 
 
-def test_the_loss_refuses_what_is_no_mask_and_no_state():
+def test_the_loss_refuses_invalid_masks_and_states():
     video, language = torch.randn(2, 5, 4), torch.randn(2, 3, 4)
     additive = torch.zeros(2, 5).masked_fill(torch.arange(5) > 2, -torch.inf)
     for distance in ("partial_ot", "avg_cosine"):
@@ -353,7 +353,7 @@ def test_the_loss_refuses_what_is_no_mask_and_no_state():
         assert torch.isclose(loss(padded, language, mask), loss(video[:, 1:], language), rtol=1e-4)
 
 
-def test_a_batch_in_which_nothing_is_real_is_told_once():
+def test_a_batch_of_padding_only_is_reported_once():
     model, x = EarlyExit(), torch.randn(2, 6, 4)
     nothing = Stream(r"layers\.\d", mask=lambda batch: torch.zeros(2, 6))
     aligner = Aligner(model, PVLAConfig(video=nothing, language=nothing))

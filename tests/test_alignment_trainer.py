@@ -288,7 +288,7 @@ def test_data_parallel_is_refused(tmp_path, monkeypatch):
         seq2seq_trainer(tmp_path, pvla_config("bart"))
 
 
-def test_what_is_no_number_on_a_device_ends_training_at_the_next_log(tmp_path, monkeypatch):
+def test_nan_on_a_device_ends_training_at_the_next_log(tmp_path, monkeypatch):
     measure = aligner.alignment_distance
 
     def as_on_a_device(*arguments, **options):

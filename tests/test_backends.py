@@ -1,4 +1,4 @@
-"""One policy for compiled code: what is installed is used at once, what does not work is said once, torch goes on."""
+"""One policy for compiled code: what is installed is used; what does not work is reported once, and torch is used."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ def run(program, **changes):
 
 @pytest.fixture
 def undecided(monkeypatch):
-    """A process in which nothing was chosen or said yet."""
+    """A process in which no backend was chosen and no warning given yet."""
     for name, value in (("_forced", None), ("_settled_for", {}), ("_trials", {}), ("_said", set())):
         monkeypatch.setattr(backends, name, value)
     monkeypatch.delenv(backends.VARIABLE, raising=False)
@@ -69,7 +69,7 @@ def test_installed_means_used(undecided):
         use_backend("numba")
 
 
-def test_a_trial_that_fails_is_said_once(undecided):
+def test_a_trial_that_fails_is_reported_once(undecided):
     runs = []
 
     def explode():
@@ -97,7 +97,7 @@ def test_a_trial_draws_no_random_numbers_and_sees_no_modes(undecided):
     assert all(backends._trials.values()) and backends._trials
 
 
-def test_loops_that_are_wrong_are_found_out(undecided):
+def test_wrong_loops_are_detected(undecided):
     pytest.importorskip("numba")
     import dataclasses
 
@@ -118,7 +118,7 @@ def test_loops_that_are_wrong_are_found_out(undecided):
         assert torch.equal(outputs, cell(x)[0])
 
 
-def test_invalid_numba_imported_is_said_once_and_torch_goes_on(tmp_path):
+def test_numba_that_cannot_be_imported_is_reported_once_and_torch_is_used(tmp_path):
     folder = tmp_path / "numba"
     folder.mkdir()
     (folder / "__init__.py").write_text("raise ImportError('Numba needs NumPy 2.3 or less. Got NumPy 2.4.')")
@@ -130,7 +130,7 @@ def test_invalid_numba_imported_is_said_once_and_torch_goes_on(tmp_path):
 
 
 @pytest.mark.slow
-def test_numba_without_its_compiler_is_said_once():
+def test_numba_without_its_compiler_is_reported_once():
     pytest.importorskip("numba")
     found = run("read_and_pvla.py", NUMBA_DISABLE_JIT="1")
     assert found.returncode == 0, found.stderr
@@ -138,7 +138,7 @@ def test_numba_without_its_compiler_is_said_once():
 
 
 @pytest.mark.slow
-def test_an_exception_of_the_compiler_is_said_and_torch_goes_on():
+def test_an_exception_of_the_compiler_is_reported_and_torch_is_used():
     pytest.importorskip("numba")
     found = run("compiler_that_fails.py")
     assert found.returncode == 0, found.stderr

@@ -207,7 +207,7 @@ def test_positions_within_chosen_layers():
     assert len(names) == 5 and all(".layers.1." in name for name in names)
 
 
-def test_weights_read_without_a_call_are_no_positions():
+def test_weights_read_without_a_call_are_not_positions():
     class Block(nn.Module):
         def __init__(self):
             super().__init__()

@@ -482,7 +482,7 @@ def test_generation_with_a_cache_equals_generation_without(name):
         (lambda: BottleneckConfig(norm_before="yes"), "norm_before='yes' is neither True nor False"),
         (lambda: BottleneckConfig(init_weights="paper"), "`init_weights` is True, False or 'original', got 'paper'"),
         (lambda: BottleneckConfig(tasks=[]), "`tasks` is empty"),
-        (lambda: BottleneckConfig(tasks="vqa"), "tasks='vqa' is no list of names"),
+        (lambda: BottleneckConfig(tasks="vqa"), "tasks='vqa' is not a list of names"),
         (lambda: BottleneckConfig(tasks=["a", "a"]), "`tasks` contains 'a' twice"),
         (lambda: BottleneckConfig(tasks=["a.b"]), "`tasks` contains 'a.b'"),
         (lambda: BottleneckConfig(share="down"), "share='down' says what tasks share; name them in `tasks`"),
@@ -500,7 +500,7 @@ def test_generation_with_a_cache_equals_generation_without(name):
         (lambda: HyperformerConfig(tasks=["a"], hidden_dim=0), "`hidden_dim` should be a positive integer, got 0"),
     ],
 )
-def test_settings_that_cannot_be(config, message):
+def test_invalid_settings(config, message):
     with pytest.raises(ValueError, match=message) as error:
         config()
     assert "\n" not in str(error.value)

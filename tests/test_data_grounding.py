@@ -254,7 +254,7 @@ def test_annotated_pairs_are_the_extremes_and_a_random_pair():
     assert positive[1] == positive[0]
     assert negative[1] == negative[0]
     late = annotated_pairs({**ROW, "relevant_clip_ids": [12, 3, 4, 6]}, 10, generator)
-    assert late[0][0] == 9, "a clip behind the features becomes the last"
+    assert late[0][0] == 9, "a clip after the features becomes the last"
 
 
 def test_window_and_ranked_pairs_put_the_better_clip_first():

@@ -235,7 +235,7 @@ def test_bad_input_is_one_line_for_the_user(how2, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_what_the_lengths_cut_is_said_before_training(how2, tmp_path, summarize):
+def test_what_the_lengths_cut_is_reported_before_training(how2, tmp_path, summarize):
     with pytest.warns(UserWarning, match="transcript entries are longer than max_source_length=3 tokens"):
         summarize("--data_dir", how2, "--output_dir", tmp_path, "--max_source_length", 3, "--num_test_samples", 2)
 

@@ -287,7 +287,7 @@ def test_highlight_metrics(scores, labels):
 def test_collators(row, kind):
     convert = {"list": lambda v: v, "torch": torch.tensor, "numpy": np.array}[kind]
     for field in ("relevant_windows", "clip_scores", "saliency_scores"):
-        with contextlib.suppress(Exception):  # what is no table stays as it is
+        with contextlib.suppress(Exception):  # what is not a table stays as it is
             row[field] = convert(row[field])
     clips = ClipFeatures([{"v": np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)}], similarity=0)
     text = TextFeatures({"1": np.ones((2, 3), np.float32)})

@@ -39,12 +39,12 @@ def test_every_kind_of_bad_input_is_one_line(world, tmp_path, monkeypatch):  # n
             ends(f"--{name}", value, says=f"--{name} {value} must be at least 1")
     ends("--num_train_samples", "many", says="invalid int value")
     ends("--unknown", 1, says="--unknown")
-    ends("--learning_rate", "nan", says="--learning_rate nan is no finite number")
+    ends("--learning_rate", "nan", says="--learning_rate nan is not a finite number")
     ends("--per_device_train_batch_size", 0, says="--per_device_train_batch_size 0 must be at least 1")
     ends("--num_train_epochs", 0, says="trains nothing")
     ends("--clip_seconds", 0, says="--clip_seconds 0.0 must be positive")
     ends("--clip_seconds", 1, says="another rate than their annotations")
-    ends("--pvla_weight", "inf", says="--pvla_weight inf is no finite number")
+    ends("--pvla_weight", "inf", says="--pvla_weight inf is not a finite number")
     ends("--pvla_blocks", "first", says="--pvla_blocks 'first'")
     ends("--nms_threshold", 3, says="--nms_threshold 3.0 must be at most 1")
     ends("--target_modules", "(", says="is not a regular expression")
@@ -82,7 +82,7 @@ def test_every_kind_of_bad_input_is_one_line(world, tmp_path, monkeypatch):  # n
         assert words in said(ground_moments, arguments, monkeypatch)
     (tmp_path / "results.json").write_text("{")
     arguments = ["--predict", "red dog", "--video", "v", "--output_dir", tmp_path]
-    assert "results.json is no result of this script" in said(ground_moments, arguments, monkeypatch)
+    assert "results.json is not a result of this script" in said(ground_moments, arguments, monkeypatch)
 
 
 def test_bad_input_of_the_pretraining_is_one_line(world, tmp_path, monkeypatch):  # noqa: F811

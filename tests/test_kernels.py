@@ -74,7 +74,7 @@ class Loop(ast.NodeVisitor):
         self.walk(self.body, set(), {argument.arg for argument in function.args.args})
 
     def walk(self, statements, later, defined):
-        """Collects the loops of a list of statements; `later` are names read behind it, `defined` those before it."""
+        """Collects the loops of a list of statements; `later` are names read after it, `defined` those before it."""
         defined = set(defined)
         for number, statement in enumerate(statements):
             behind = later | self.first_reads(statements[number + 1 :])

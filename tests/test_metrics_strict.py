@@ -208,7 +208,7 @@ def test_entries_that_are_not_strings_are_named_by_index():
         with pytest.raises(ValueError, match="predictions must be a list of strings, not 'ab'"):
             rouge_scores("ab", ["a", "b"], variant)
     for row in ("1", "9:1 1:1", "1:1 9:1", "a:b c:d", "1:0 1:1"):
-        with pytest.raises(ValueError, match=r"item 0 of the alignment text: .* is no row"):
+        with pytest.raises(ValueError, match=r"item 0 of the alignment text: .* is not a row"):
             content_f1(f"title\na dog\na dog\nheader\n{row}\n\n")
     with pytest.raises(ValueError, match="takes the content"):
         content_f1(None)

@@ -56,7 +56,7 @@ def test_the_list_of_tasks_is_taken_from_its_end():
     assert [task for task, _ in ours.plan(epoch=5)] == order[::-1]
 
 
-def test_every_example_comes_once_an_epoch_and_no_batch_mixes_tasks():
+def test_every_example_comes_once_per_epoch_and_no_batch_mixes_tasks():
     data = dataset(**SIZES)
     ours = MultitaskBatchSampler(data, BATCHES)
     loader = DataLoader(data, batch_sampler=ours, collate_fn=lambda rows: rows)
@@ -177,7 +177,7 @@ def test_draws_depend_on_seed_epoch_and_index_only_in_workers_too():
         ({"seed": -1}, "seed must be a whole number from 0 on"),
     ],
 )
-def test_options_that_mean_nothing_are_refused(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         sampler(**options)
 

@@ -80,7 +80,7 @@ def test_masked_values_states_and_gradients_are_those_of_the_loop(name, pattern)
 
 @pytest.mark.parametrize("pattern", MASKS)
 @pytest.mark.parametrize("name", RECURRENT)
-def test_real_tokens_do_not_feel_the_padding_between_them(name, pattern):
+def test_padding_between_tokens_does_not_change_them(name, pattern):
     cell = make_cell(name)
     mask = torch.tensor(MASKS[pattern], dtype=torch.bool)
     x = torch.randn(3, 7, 4, dtype=torch.float64)

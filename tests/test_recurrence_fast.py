@@ -123,7 +123,7 @@ def test_pieces_are_the_whole_to_the_last_bit(kind):
     assert torch.equal(before[:, -1], states[:, 12])
 
 
-def test_what_is_not_a_number_stays_that():
+def test_nan_stays_nan():
     cell, x = a_cell("rnn", 4), torch.randn(2, 6, 4)
     x[0, 2, 1], x[1, 1, 0] = torch.nan, torch.inf
     with torch.no_grad():

@@ -139,7 +139,7 @@ def test_half_written_files_of_a_killed_start_are_cleared_and_others_are_not(run
     assert not own.exists() and other.exists()
 
 
-def test_files_of_a_folder_are_written_whole(run_folder, tmp_path):
+def test_files_of_a_folder_are_written_atomically(run_folder, tmp_path):
     folder = tmp_path / "adapter"
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
@@ -246,7 +246,7 @@ def test_two_comparisons_do_not_share_a_folder(run_folder, tmp_path, monkeypatch
         ("3: 4", r"unknown arguments \['3'\]"),
     ],
 )
-def test_what_is_wrong_in_a_yaml_file_is_said_with_its_name(run_folder, text, message, tmp_path):
+def test_errors_in_a_yaml_file_name_the_file(run_folder, text, message, tmp_path):
     import summarise
 
     path = tmp_path / "recipe.yaml"
@@ -274,7 +274,7 @@ def test_values_of_a_yaml_file_mean_what_they_say(run_folder, tmp_path):
         ("--num_train_samples 0", "--num_train_samples 0 must be at least 1"),
         ("--num_test_samples -1", "--num_test_samples -1"),
         ("--max_frames 0", "--max_frames 0"),
-        ("--learning_rate nan", "--learning_rate nan is no finite number"),
+        ("--learning_rate nan", "--learning_rate nan is not a finite number"),
         ("--learning_rate -1", "--learning_rate -1"),
         ("--per_device_train_batch_size 0", "--per_device_train_batch_size 0"),
         ("--gradient_accumulation_steps 0", "gradient_accumulation_steps"),
@@ -291,7 +291,7 @@ def test_values_of_a_yaml_file_mean_what_they_say(run_folder, tmp_path):
         ("--r four", "--r"),
     ],
 )
-def test_options_that_mean_nothing_are_named(run_folder, arguments, message, tmp_path):
+def test_invalid_options_are_named(run_folder, arguments, message, tmp_path):
     import summarise
 
     with pytest.raises(ValueError, match=message):
@@ -311,7 +311,7 @@ def test_options_that_mean_nothing_are_named(run_folder, arguments, message, tmp
         ("--dropout nan", "--dropout nan"),
     ],
 )
-def test_options_of_the_pretraining_that_mean_nothing_are_named(run_folder, arguments, message, tmp_path):
+def test_invalid_options_of_the_pretraining_are_named(run_folder, arguments, message, tmp_path):
     import pretrain_summariser
 
     with pytest.raises(ValueError, match=message):

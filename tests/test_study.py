@@ -219,7 +219,7 @@ def test_summaries_of_moments_are_divided_by_source(tmp_path):
     assert all(row["summary"] == f"a query {row['video_id'].removeprefix('qvh')}" for row in train)
     assert test["video_id"][:] == [f"qvh{i}" for i in range(100, 104)]
     (tmp_path / "val.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:-2]))
-    with pytest.raises(ValueError, match=r"2 items of .* are no queries of"):
+    with pytest.raises(ValueError, match=r"2 items of .* are not queries of"):
         write_moments_by_source(*arguments, tmp_path / "other", num_train=31, num_validation=20)
 
 

@@ -1,4 +1,4 @@
-"""Partial optimal transport: known plans, agreement of the solvers, promises kept on hard and degenerate problems."""
+"""Partial optimal transport: known plans, agreement of the solvers, accuracy on hard and degenerate problems."""
 
 import dataclasses
 import warnings
@@ -29,7 +29,7 @@ def precise(cost, mass=0.5, **options):
     return solve(cost.double(), mass, tol=1e-9, **options)
 
 
-def assert_keeps_its_promises(plan, reference, *, cost_error=1e-4):
+def assert_accurate(plan, reference, *, cost_error=1e-4):
     assert plan.converged.all() and reference.converged.all()
     assert plan.marginal_error.max() <= 1e-5
     assert ((plan.mass - reference.mass).abs() <= 1e-3 * reference.mass).all()
@@ -178,7 +178,7 @@ def test_the_loop_over_s_of_the_printed_algorithm_changes_no_bit():
     assert one_pass.n_iter.item() == 40
 
 
-def test_the_printed_algorithm_moves_everything_whatever_the_mass():
+def test_the_printed_algorithm_moves_everything_for_any_mass():
     cost = costs("aligned", 2, 20, 12)
     plan, balanced = solve(cost, 0.3, method="paper"), precise(cost, 1.0)
     torch.testing.assert_close(plan.mass, torch.ones(2).double())
@@ -191,21 +191,21 @@ def test_the_printed_algorithm_moves_everything_whatever_the_mass():
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("shape", [(4, 75, 32), (2, 20, 64), (3, 10, 10)])
-def test_newton_keeps_its_promises_in_float32(family, shape):
+def test_newton_is_accurate_in_float32(family, shape):
     cost, (row_mask, col_mask) = costs(family, *shape), ragged_masks(*shape)
     for mass in MASSES:
         for masks in ({}, {"row_mask": row_mask, "col_mask": col_mask}):
             plan = solve(cost.float(), mass, **masks)
-            assert_keeps_its_promises(plan, precise(cost, mass, **masks))
+            assert_accurate(plan, precise(cost, mass, **masks))
             assert plan.n_iter.max() <= 20
 
 
 @pytest.mark.parametrize("family", HARD)
-def test_newton_keeps_its_promises_on_large_problems(family):
+def test_newton_is_accurate_on_large_problems(family):
     cost = costs(family, 1, 300, 128)
     for mass in (0.5, 0.95, 1.0):
         plan = solve(cost.float(), mass)
-        assert_keeps_its_promises(plan, precise(cost, mass))
+        assert_accurate(plan, precise(cost, mass))
         assert plan.n_iter.max() <= 20
 
 
@@ -224,7 +224,7 @@ def test_half_precision_is_solved_in_float32_also_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         plan = solve(cost, 0.6)
     assert plan.cost.dtype == plan.plan.dtype == torch.float32
-    assert_keeps_its_promises(plan, precise(cost, 0.6))
+    assert_accurate(plan, precise(cost, 0.6))
 
 
 def test_float64_stays_float64():
@@ -270,7 +270,7 @@ def test_holes_in_the_mask_are_padding_too():
 
 
 @pytest.mark.parametrize("method", ["newton", "dykstra", "paper", "exact", "auto"])
-def test_nothing_real_costs_nothing(method):
+def test_problems_of_padding_only_cost_nothing(method):
     cost = torch.rand(3, 6, 4, requires_grad=True)
     row_mask = torch.ones(3, 6)
     row_mask[1] = 0
@@ -342,7 +342,7 @@ def test_permutations_carry_through(drawn):
     torch.testing.assert_close(permuted.plan, precise(cost, mass).plan[:, rows][:, :, cols], atol=1e-7, rtol=0)
 
 
-# Honesty
+# Failures and extremes
 
 
 @pytest.mark.parametrize(
@@ -406,7 +406,7 @@ def test_a_cost_far_beyond_the_temperature_is_solved():
             torch.testing.assert_close(plan.cost, torch.tensor(0.3), rtol=1e-3, atol=0)
 
 
-def test_converged_is_read_off_the_plan_and_not_believed(monkeypatch):
+def test_converged_is_computed_from_the_plan_and_not_taken_from_the_solver(monkeypatch):
     cost = costs("lowd", 2, 9, 6).float()
     honest = partial.solve_newton
 
@@ -484,7 +484,7 @@ def test_what_converged_is_right_at_every_extreme(method, part):
     assert solved >= (150 if method == "dykstra" else 300)
 
 
-def test_a_problem_that_does_not_converge_says_so_once(monkeypatch):
+def test_a_problem_that_does_not_converge_warns_once(monkeypatch):
     monkeypatch.setattr(partial, "_warned", False)
     cost = costs("matched", 2, 40, 24)
     with pytest.warns(RuntimeWarning, match="did not reach the tolerance"):

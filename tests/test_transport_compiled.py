@@ -74,7 +74,7 @@ def test_auto_takes_the_loops_where_they_fit(monkeypatch):
     assert calls == [1]
 
 
-def test_what_a_forced_backend_cannot_take_is_said(monkeypatch):
+def test_what_a_forced_backend_cannot_run_is_reported(monkeypatch):
     monkeypatch.setattr(backends, "_said", set())
     with use_backend("numba"):
         with pytest.warns(RuntimeWarning, match='"numba" cannot take this transport problem: it is float64'):

@@ -87,6 +87,6 @@ def test_computed_answers_agree_with_the_tokens():
         (lambda: people_tokens([{"box_cxcywh": (0, 0, 1, 1), "keypoints": [[0, 0, 0]]}]), r"shape \(1, 3\)"),
     ],
 )
-def test_what_is_wrong_is_named(make, message):
+def test_invalid_input_is_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()

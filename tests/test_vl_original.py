@@ -324,7 +324,7 @@ def test_lora_per_task_is_the_merged_weight_and_shares_the_visual_embedding(tmp_
         torch.testing.assert_close(model(**inputs).logits, plain(**inputs).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_prompts_of_the_decoder_stand_before_its_tokens():
+def test_prompts_of_the_decoder_come_before_its_tokens():
     settings = {"prompt_len": 3, "mid_dim": 5, "use_single_prompt": True}
     prompts = {
         f"model.prompt_modules.prompts.{task}.prefix_embedding.{name}": shape

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     try:
         case = Case(options.run, options.batch_size)
         if options.query is not None and options.query not in case.place:
-            raise ValueError(f"--query {options.query} is no query of the test split")
+            raise ValueError(f"--query {options.query} is not a query of the test split")
     except (OSError, ValueError) as error:
         parser.error(str(error))
     right, wrong = case.measure(case.rows), case.measure(mismatched(case.rows))
@@ -92,9 +92,9 @@ class Case:
         try:
             self.script = ScriptArguments(**json.loads(path.read_text(encoding="utf-8"))["arguments"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no result of ground_moments.py: {error!r}") from error
+            raise ValueError(f"{path} is not a result of ground_moments.py: {error!r}") from error
         if not self.script.pvla or self.script.dataset != "qvhighlights":
-            raise ValueError(f"{folder} is no run of QVHighlights with --pvla: it has no distance to measure")
+            raise ValueError(f"{folder} is not a run of QVHighlights with --pvla: it has no distance to measure")
         self.data = GroundingData(self.script)
         [fold] = self.data.folds
         if fold.test is None or any(windows is None for windows in fold.test["relevant_windows"]):

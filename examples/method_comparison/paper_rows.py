@@ -6,21 +6,30 @@ from collections.abc import Mapping
 
 from comparison import Experiment
 
+METHODS = ("full", "bias", "partial", "proj", "lora", "prompt", "adapter", "read")
+
 POOLED = ("avg_cosine", "max_cosine", "avg_l2", "max_l2")  # Table 9
 
 
 def nine_methods(
-    rates: Mapping[str, tuple[float, ...]], *, frozen: str, alone: str = "", aligned: str = ""
+    adapter_rates: tuple[float, ...],
+    others: Mapping[str, tuple[float, ...]],
+    *,
+    frozen: str,
+    alone: str = "",
+    aligned: str = "",
 ) -> dict[str, Experiment]:
     """Tables 1 to 5: the backbone as it is, and the nine methods.
 
     Args:
-        rates: learning rates by method; those of "read" are READ-PVLA's too.
+        adapter_rates: learning rates of all methods but those in `others`; READ-PVLA has those of "read".
+        others: learning rates by method.
         frozen: name of the first row.
         alone: what switches the script's alignment off, where it is on by itself.
         aligned: what switches it on, where it is off.
     """
-    named = {name: Experiment(f"--method {name} {alone}".strip(), tried) for name, tried in rates.items()}
+    rates = {**dict.fromkeys(METHODS, adapter_rates), **others}
+    named = {name: Experiment(f"--method {name} {alone}".strip(), rates[name]) for name in METHODS}
     pvla = Experiment(f"--method read {aligned}".strip(), rates["read"])
     return {frozen: Experiment("--method none", (0.0,)), **named, "read_pvla": pvla}
 

@@ -76,10 +76,11 @@ class Setting:
 
 # --- configurations -----------------------------------------------------------------------------------------------
 
-COSINE = "--lr_scheduler_type cosine --warmup_steps 0.1"
+COSINE = "--lr_scheduler_type cosine --warmup_steps 0.1"  # of every grounding run that says nothing else
+CONSTANT = "--lr_scheduler_type constant --warmup_steps 0"
 
 
-def rates(method: str, values: tuple[str, ...], schedules: tuple[str, ...] = ("", COSINE)) -> tuple[str, ...]:
+def rates(method: str, values: tuple[str, ...], schedules: tuple[str, ...] = ("", CONSTANT)) -> tuple[str, ...]:
     """Learning rates under every schedule, for methods that have little else to choose."""
     return tuple(f"--method {method} --learning_rate {v} {s}".strip() for s in schedules for v in values)
 
@@ -91,76 +92,76 @@ ATTENTION = r"transformer\..*attn\.out_proj"
 # Twelve each. What is not said is the default: rank and width 16, PVLA of weight 0.1 and mass 0.5 on both blocks.
 MOMENT_DETR: Rows = {
     "Full": (
-        "--method full --learning_rate 1e-4",
         "--method full --learning_rate 3e-4",
         "--method full --learning_rate 1e-3",
+        "--method full --learning_rate 1e-4",
+        "--method full --learning_rate 3e-4 --weight_decay 0.1",
+        "--method full --learning_rate 1e-3 --weight_decay 0.1",
+        "--method full --learning_rate 2e-3",
         "--method full --learning_rate 3e-5",
-        f"--method full --learning_rate 3e-4 {COSINE}",
-        f"--method full --learning_rate 1e-3 {COSINE}",
-        "--method full --learning_rate 1e-4 --weight_decay 0.01",
         "--method full --learning_rate 3e-4 --weight_decay 0.01",
-        f"--method full --learning_rate 1e-4 {COSINE}",
-        f"--method full --learning_rate 3e-4 --weight_decay 0.1 {COSINE}",
         "--method full --learning_rate 1e-4 --weight_decay 0.1",
-        "--method full --learning_rate 2e-4 --lr_scheduler_type constant_with_warmup --warmup_steps 0.1",
+        f"--method full --learning_rate 1e-4 {CONSTANT}",
+        f"--method full --learning_rate 3e-4 {CONSTANT}",
+        f"--method full --learning_rate 3e-5 {CONSTANT}",
     ),
     "Bias": rates("bias", ("1e-3", "3e-3", "3e-4", "1e-2", "1e-4", "3e-2")),
     "Partial": rates("partial", ("3e-4", "1e-3", "1e-4", "3e-3", "3e-5", "1e-2")),
     "Proj": rates("proj", ("1e-3", "3e-3", "3e-4", "1e-2", "1e-4", "3e-2")),
     "LoRA": (
         f"--method lora --learning_rate 1e-3 --target_modules {FF}",
-        f"--method lora --learning_rate 3e-3 --target_modules {FF}",
         f"--method lora --learning_rate 3e-4 --target_modules {FF}",
         f"--method lora --learning_rate 1e-3 --target_modules {FF}|{ATTENTION}",
+        f"--method lora --learning_rate 3e-3 --target_modules {FF}",
+        f"--method lora --learning_rate 1e-3 --r 64 --target_modules {FF}",
         f"--method lora --learning_rate 1e-3 --target_modules {ATTENTION}",
         f"--method lora --learning_rate 1e-3 --r 4 --target_modules {FF}",
-        f"--method lora --learning_rate 1e-3 --r 64 --target_modules {FF}",
-        f"--method lora --learning_rate 3e-3 --r 4 --target_modules {FF}|{ATTENTION}",
         f"--method lora --learning_rate 3e-3 --target_modules {FF}|{ATTENTION}",
-        f"--method lora --learning_rate 1e-3 --target_modules {FF} {COSINE}",
-        f"--method lora --learning_rate 3e-3 --target_modules {FF} {COSINE}",
+        f"--method lora --learning_rate 3e-4 --target_modules {FF}|{ATTENTION}",
+        f"--method lora --learning_rate 1e-4 --target_modules {FF}",
         f"--method lora --learning_rate 3e-3 --target_modules {ATTENTION}",
+        f"--method lora --learning_rate 3e-4 --target_modules {FF} {CONSTANT}",
     ),
     "Prompt": (*rates("prompt", ("3e-3", "1e-2", "1e-3", "3e-2"), ("", "--prompt_length 30", "--prompt_length 3")),),
     "Adapter": (
-        "--method adapter --learning_rate 1e-3",
-        "--method adapter --learning_rate 3e-3",
         "--method bottleneck --learning_rate 1e-3",
-        "--method bottleneck --learning_rate 3e-3",
-        "--method adapter --learning_rate 3e-4",
-        "--method bottleneck --learning_rate 1e-3 --adapter_after attention",
-        "--method bottleneck --learning_rate 1e-3 --r 64",
-        "--method adapter --learning_rate 1e-3 --r 64",
+        "--method adapter --learning_rate 1e-3",
         "--method bottleneck --learning_rate 3e-4",
+        "--method bottleneck --learning_rate 3e-3",
+        "--method bottleneck --learning_rate 1e-3 --r 64",
+        "--method bottleneck --learning_rate 1e-3 --adapter_after attention",
+        "--method adapter --learning_rate 3e-4",
+        "--method adapter --learning_rate 3e-3",
+        "--method adapter --learning_rate 1e-3 --r 64",
         "--method bottleneck --learning_rate 1e-3 --adapter_after feed_forward",
         "--method adapter --learning_rate 1e-3 --r 4",
-        f"--method bottleneck --learning_rate 1e-3 {COSINE}",
+        f"--method bottleneck --learning_rate 3e-4 {CONSTANT}",
     ),
     "READ": (
         f"{READ} --learning_rate 1e-3",
         "--method read --learning_rate 1e-3",
-        f"{READ} --learning_rate 3e-3",
         f"{READ} --learning_rate 3e-4",
+        f"{READ} --learning_rate 3e-3",
         f"{READ} --learning_rate 1e-3 --r 64",
-        f"{READ} --learning_rate 1e-3 --r 4",
+        "--method read --learning_rate 3e-4",
         "--method read --learning_rate 3e-3",
+        f"{READ} --learning_rate 1e-3 --r 4",
         rf"{READ} --learning_rate 1e-3 --target_modules transformer\.encoder\..*\.linear2",
-        f"{READ} --learning_rate 1e-3 {COSINE}",
         f"{READ} --learning_rate 1e-3 --r 32",
         f"{READ} --learning_rate 1e-3 --cell gru",
-        f"{READ} --learning_rate 3e-3 {COSINE}",
+        f"{READ} --learning_rate 3e-4 {CONSTANT}",
     ),
     "READ-PVLA": (
         f"{PVLA} --learning_rate 1e-3",
         "--method read --pvla --learning_rate 1e-3",
-        f"{PVLA} --learning_rate 3e-3",
+        f"{PVLA} --learning_rate 3e-4",
         f"{PVLA} --learning_rate 1e-3 --pvla_weight 0.03",
-        f"{PVLA} --learning_rate 1e-3 --pvla_weight 0.3 --pvla_schedule decay",
         f"{PVLA} --learning_rate 1e-3 --r 64",
+        f"{PVLA} --learning_rate 1e-3 --pvla_weight 0.3 --pvla_schedule decay",
+        f"{PVLA} --learning_rate 3e-3",
         f"{PVLA} --learning_rate 1e-3 --pvla_blocks 0",
         f"{PVLA} --learning_rate 1e-3 --pvla_mass 0.25",
         rf"{PVLA} --learning_rate 1e-3 --pvla_modules transformer\.encoder\.layers\.\d+\.linear2",
-        f"{PVLA} --learning_rate 3e-4",
         f"{PVLA} --learning_rate 1e-3 --pvla_reg 0.2",
         f"{PVLA} --learning_rate 1e-3 --pvla_distance max_cosine",
     ),
@@ -224,7 +225,7 @@ BACKBONES = {
         30.0,
     ),
 }
-GROUNDING = "--pictures 0 --no_measure_before --eval_strategy no"
+GROUNDING = f"--pictures 0 --no_measure_before --eval_strategy no {COSINE}"
 QVHIGHLIGHTS_RUN = f"{QVHIGHLIGHTS_DATA} --train_pool 700 --text_cache {{text_cache}} {GROUNDING}"
 QVHIGHLIGHTS_TEST = (
     "--test_file {qvhighlights/highlight_test_with_gt.jsonl} "

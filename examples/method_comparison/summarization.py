@@ -24,14 +24,8 @@ FIXED = ("--compare_zero_video", "false", "--measure_before", "false")
 FIGURES = {"ROUGE-1": "rouge1", "ROUGE-2": "rouge2", "ROUGE-L": "rougeL"}
 ADAPTER_RATES, LORA_RATES, FULL_RATES = (1e-2, 3e-2), (3e-3, 1e-2), (3e-4, 1e-3)
 METHODS = nine_methods(
-    {
-        "full": FULL_RATES,
-        "bias": ADAPTER_RATES,
-        "partial": FULL_RATES,
-        "proj": FULL_RATES,
-        "lora": LORA_RATES,
-        **dict.fromkeys(("prompt", "adapter", "read"), ADAPTER_RATES),
-    },
+    ADAPTER_RATES,
+    {**dict.fromkeys(("full", "partial", "proj"), FULL_RATES), "lora": LORA_RATES},
     frozen="frozen",
     alone="--no_pvla",
 )

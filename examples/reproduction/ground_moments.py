@@ -374,7 +374,7 @@ class Answer:
         try:
             self.then = ScriptArguments(**json.loads(path.read_text(encoding="utf-8"))["arguments"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no result of this script: {error!r}") from error
+            raise ValueError(f"{path} is not a result of this script: {error!r}") from error
         if self.then.text_features is not None:
             raise ValueError("--predict needs an encoder for the query; the run had --text_features")
         self.then.text_cache = None

@@ -102,7 +102,7 @@ class Fold:
 class SeededByBatch(MomentDetrCollator):
     """Draws pairs that depend on the seed and on the queries of the batch alone.
 
-    A generator that runs on from batch to batch is no part of a checkpoint, so that a training that goes on from one
+    A generator that runs on from batch to batch is not part of a checkpoint, so that a training that goes on from one
     would draw other pairs than an uninterrupted one.
     """
 
@@ -390,7 +390,7 @@ def read_folds(arguments: DataArguments) -> list[Fold]:
         if arguments.test_video is not None:
             named = [fold for fold in named if fold.name == arguments.test_video]
             if not named:
-                raise ValueError(f"--test_video {arguments.test_video!r} is no video of {arguments.domain}")
+                raise ValueError(f"--test_video {arguments.test_video!r} is not a video of {arguments.domain}")
         return named
     if arguments.dataset == "youtube_highlights":
         parts = [
@@ -436,7 +436,7 @@ def read_text_cache(cache: Path, fingerprint: str) -> dict[str, np.ndarray]:
     """Token features by text, none where another encoder, projection or length made them.
 
     Raises:
-        ValueError: the file is no text cache, and would be lost if it became one.
+        ValueError: the file is not a text cache, and would be lost if it became one.
     """
     if not cache.exists():
         return {}

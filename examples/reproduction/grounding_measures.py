@@ -32,7 +32,7 @@ def figures(dataset: str, records: Sequence[dict], rows: Any, clip_seconds: floa
 def figures_of_each(dataset: str, records: Sequence[dict], rows: Any, clip_seconds: float) -> dict[str, Any]:
     """The figures of every query, or video, alone: `ids`, `sources`, and a list for each figure in percent.
 
-    A source is what a video was cut from: its queries are no independent examples. The mean over all is the figure of
+    A source is what a video was cut from: its queries are not independent examples. The mean over all is the figure of
     the split: QVHighlights' are means over queries, TVSum's and YouTube Highlights' over videos. Empty where there
     are no labels.
     """

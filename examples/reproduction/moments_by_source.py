@@ -39,14 +39,14 @@ def write_moments_by_source(
         Items by split.
 
     Raises:
-        ValueError: an item of the first two splits is no query of the annotations, or fewer items than asked for.
+        ValueError: an item of the first two splits is not a query of the annotations, or fewer items than asked for.
     """
     train, validation, test = (load_how2(moments, split) for split in SPLITS)
     items = {row["video_id"]: row for part in (train, validation) for row in part}
     queries = load_qvhighlights(annotations)
     queries = queries.select([i for i, qid in enumerate(queries["qid"]) if f"{PREFIX}{qid}" in items])
     if len(queries) < len(items):
-        raise ValueError(f"{len(items) - len(queries)} items of {moments} are no queries of {annotations}")
+        raise ValueError(f"{len(items) - len(queries)} items of {moments} are not queries of {annotations}")
     drawn = low_resource_split(queries, num_train=num_train, num_validation=num_validation, seed=seed)
     parts = [[items[f"{PREFIX}{qid}"] for qid in part["qid"]] for part in drawn]
     sizes = {}

@@ -33,7 +33,7 @@ def check_numbers(*groups: Any) -> None:
     for arguments in groups:
         for name, value in vars(arguments).items():
             if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"--{name} {value} is no finite number")
+                raise ValueError(f"--{name} {value} is not a finite number")
 
 
 def check_at_least(arguments: Any, bounds: dict[str, float]) -> None:
@@ -47,7 +47,7 @@ def check_at_least(arguments: Any, bounds: dict[str, float]) -> None:
 def check_heads(arguments: Any) -> None:
     """The width must be a multiple of the number of attention heads."""
     if arguments.d_model % arguments.heads:
-        raise ValueError(f"--d_model {arguments.d_model} is no multiple of --heads {arguments.heads}")
+        raise ValueError(f"--d_model {arguments.d_model} is not a multiple of --heads {arguments.heads}")
 
 
 def check_world_size(required: int | None, training: Any) -> None:

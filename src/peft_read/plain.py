@@ -42,7 +42,7 @@ def plain_integer(name: str, value: Any) -> int:
     """
     value = _item(value)
     if isinstance(value, bool) or not hasattr(value, "__index__") or _is_array(value):
-        raise ValueError(f"{name}={value!r} is no integer")
+        raise ValueError(f"{name}={value!r} is not an integer")
     return operator.index(value)
 
 
@@ -70,13 +70,13 @@ def plain_integers(name: str, value: Any) -> list[int]:
         value: what was given.
 
     Raises:
-        ValueError: anything else, or an entry that is no integer.
+        ValueError: anything else, or an entry that is not an integer.
     """
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, set | frozenset):
         value = sorted(value)
     if isinstance(value, str | bytes) or not isinstance(value, Sequence):
-        raise ValueError(f"{name}={value!r} is no sequence of integers")
+        raise ValueError(f"{name}={value!r} is not a sequence of integers")
     return [plain_integer(f"{name}[{place}]", entry) for place, entry in enumerate(value)]
 
 
@@ -88,13 +88,13 @@ def plain_names(name: str, value: Any) -> list[str]:
         value: what was given.
 
     Raises:
-        ValueError: anything else; a single string is no list of names.
+        ValueError: anything else; a single string is not a list of names.
     """
     if isinstance(value, str) or not isinstance(value, list | tuple | set | frozenset):
-        raise ValueError(f"{name}={value!r} is no list of names")
+        raise ValueError(f"{name}={value!r} is not a list of names")
     for entry in value:
         if not isinstance(entry, str) or not entry:
-            raise ValueError(f"{name} contains {entry!r}, which is no name")
+            raise ValueError(f"{name} contains {entry!r}, which is not a name")
     return sorted(value) if isinstance(value, set | frozenset) else list(value)
 
 

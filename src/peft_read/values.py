@@ -49,7 +49,7 @@ def array_of(value: Any) -> NDArray:
     try:
         return np.asarray(value)
     except (ValueError, TypeError, OverflowError, RuntimeError) as error:
-        raise ValueError(f"{shown(value)} is no table of numbers") from error
+        raise ValueError(f"{shown(value)} is not a table of numbers") from error
 
 
 def table(

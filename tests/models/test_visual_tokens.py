@@ -224,7 +224,7 @@ def test_each_token_follows_the_formula(backbone, norm, order):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_prompts_text_and_visual_tokens_stand_in_this_order(backbone, shared):
+def test_prompts_text_and_visual_tokens_come_in_this_order(backbone, shared):
     if shared and backbone is T5:
         with pytest.raises(ValueError, match="no norm of the text embeddings"):
             small_model(backbone, share_embedding_norm=True)
@@ -546,10 +546,10 @@ def test_prompts_and_the_visual_embedding_travel_with_an_adapter(backbone, tmp_p
         ({"visual_pooling": "grid", "pooled_tokens": 5}, "pooled_tokens=5 is not a square"),
         ({"max_objects": 41}, "max_objects=41: .* which has 40"),
         ({"visual_feature_dim": 0}, "visual_feature_dim=0 must be at least 1"),
-        ({"num_images": 1.5}, "num_images=1.5 is no integer"),
+        ({"num_images": 1.5}, "num_images=1.5 is not an integer"),
         ({"prompt_tasks": ["vqa"]}, "need a prompt_length above 0"),
         ({**PROMPTS, "prompt_tasks": ["vqa", "vqa"]}, "different names"),
-        ({**PROMPTS, "prompt_tasks": "vqa"}, "no list of names"),
+        ({**PROMPTS, "prompt_tasks": "vqa"}, "not a list of names"),
     ],
 )
 def test_invalid_configurations_are_refused(backbone, options, message):

@@ -35,9 +35,6 @@ BETWEEN_STACKS = re.compile(
 EXPERTS = re.compile(r"(^|\.)(local_)?experts(\.|$)")
 
 
-# ---- targets
-
-
 def linear_names(model: nn.Module) -> dict[str, tuple[int, int]]:
     """The widths (in, out) of the linear layers by name."""
     widths = {}
@@ -81,9 +78,6 @@ def targets_of(model: nn.Module, setting: str) -> Any:
     return "|".join(sorted(re.escape(shape).replace("N", r"\d+") for shape in shapes))
 
 
-# ---- models with adapters
-
-
 def fill(model: nn.Module) -> nn.Module:
     """Random adapter weights of one size, so that no adapter is the identity."""
     generator = torch.Generator().manual_seed(2)
@@ -123,7 +117,7 @@ def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], hal
     return worst
 
 
-# ---- measures: a number of a model, or None where there is nothing to measure
+# Measures: a number of a model, or None if there is nothing to measure
 
 
 def leak(kind: str) -> Callable[[nn.Module, Case], float | None]:
@@ -375,9 +369,6 @@ MEASURES: dict[str, Callable[[nn.Module, Case], float | None]] = {
     "checkpointing": checkpointed,
 }
 CHECKS = ("identity", "gradients", "order", *MEASURES, "reload")
-
-
-# ---- verdicts
 
 
 def attempt(function: Callable, *args: Any) -> dict[str, Any]:

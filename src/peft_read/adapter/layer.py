@@ -181,8 +181,8 @@ class Linear(nn.Module, READLayer):
         delta = None
         for adapter in active:
             rows = None if mixed is None else mixed.rows_of(adapter, sequences.tensor.shape[0], result.device)
-            one = self._delta(adapter, sequences, rows)
-            delta = one if delta is None else delta + one
+            added = self._delta(adapter, sequences, rows)
+            delta = added if delta is None else delta + added
         assert delta is not None
         return result + sequences.restore(delta).to(result.dtype)
 

@@ -123,7 +123,7 @@ class Stream:
         """The tokens of this stream (B, L', d), and their boolean mask (B, L') or None.
 
         Raises:
-            ValueError: no tokens are selected, or the mask is absent, is no mask, or has another shape.
+            ValueError: no tokens are selected, or the mask is absent, is not a mask, or has another shape.
         """
         if self.tokens is not None:
             states = self._selected(states, batch, name)

@@ -327,7 +327,7 @@ class _Sums:
             before = self.values.get(name)
             if before is not None and before.shape != value.shape:  # blocks that LayerDrop left out
                 longest = max(len(before), len(value))
-                before, value = (nn.functional.pad(one, (0, longest - len(one))) for one in (before, value))
+                before, value = (nn.functional.pad(sums, (0, longest - len(sums))) for sums in (before, value))
             self.values[name] = value if before is None else before + value
 
     def get(self, name: str) -> float:

@@ -245,7 +245,7 @@ def write_how2_mini(folder: str | Path, clips: dict[str, Sequence[How2MiniClip]]
         The folder.
 
     Raises:
-        ValueError: a split or video id that is no file name, or an id that appears twice.
+        ValueError: a split or video id that is not a file name, or an id that appears twice.
     """
     folder = Path(folder)
     for split, items in clips.items():

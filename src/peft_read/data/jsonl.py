@@ -69,7 +69,7 @@ def encodable(text: str, where: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where} is no valid Unicode: {shown(text)} (character {error.start})") from error
+        raise ValueError(f"{where} is not valid Unicode: {shown(text)} (character {error.start})") from error
     return text
 
 

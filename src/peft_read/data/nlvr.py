@@ -42,9 +42,9 @@ def load_nlvr(annotations: str | Path, *, prompt: str = TASK_PROMPTS["nlvr"]) ->
     from datasets import List as ListOf
     from datasets import Value
 
-    real, text = Value("float64"), Value("string")
-    one = {"x_loc": real, "y_loc": real, "size": real, "type": text, "color": text}
-    return ExampleReader.dataset(_rows(annotations, prompt), boxes=ListOf(ListOf(one)))
+    number, text = Value("float64"), Value("string")
+    shape = {"x_loc": number, "y_loc": number, "size": number, "type": text, "color": text}
+    return ExampleReader.dataset(_rows(annotations, prompt), boxes=ListOf(ListOf(shape)))
 
 
 def _rows(annotations: str | Path, prompt: str) -> Iterator[dict[str, Any]]:

@@ -249,12 +249,14 @@ def _whole(value: Any, where: str) -> Tensor:
 
 def _stack(rows: Sequence[Row], tokens: Sequence[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Tensor]:
     if len({features.shape[1] for features, _, _ in tokens}) > 1:
-        widths = listed([f"{_where(row)} ({one[0].shape[1]})" for row, one in zip(rows, tokens, strict=True)])
+        widths = listed(
+            [f"{_where(row)} ({features.shape[1]})" for row, (features, _, _) in zip(rows, tokens, strict=True)]
+        )
         raise ValueError(f"the visual features of a batch have different widths: {widths}")
     features, boxes, images = (
         nn.utils.rnn.pad_sequence(list(part), batch_first=True) for part in zip(*tokens, strict=True)
     )
-    mask = _pad([[1] * len(one[0]) for one in tokens], 0)
+    mask = _pad([[1] * len(part) for part, _, _ in tokens], 0)
     return {"visual_features": features, "visual_boxes": boxes, "visual_mask": mask, "image_ids": images}
 
 

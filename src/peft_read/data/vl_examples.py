@@ -118,11 +118,11 @@ class ExampleReader:
 
         from .jsonl import dataset_of
 
-        text, real = Value("string"), Value("float64")
+        text, number = Value("string"), Value("float64")
         columns = {
-            "task": text, "id": text, "sentence": text, "text": text, "target": text, "score": real,
-            "answers": ListOf(text), "scores": ListOf(real), "visuals": ListOf(text), "group": text, "start": real,
-            "end": real, **more,
+            "task": text, "id": text, "sentence": text, "text": text, "target": text, "score": number,
+            "answers": ListOf(text), "scores": ListOf(number), "visuals": ListOf(text), "group": text, "start": number,
+            "end": number, **more,
         }  # fmt: skip
         return dataset_of(rows, Features(columns))
 

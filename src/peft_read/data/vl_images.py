@@ -234,10 +234,10 @@ def _counted(record: Record, normalize: Callable[[str], str] | None) -> dict[str
     """The label and the type of answer of an official annotation."""
     given = record.get("answers")
     if not isinstance(given, list) or not all(
-        isinstance(one, dict) and isinstance(one.get("answer"), str) for one in given
+        isinstance(entry, dict) and isinstance(entry.get("answer"), str) for entry in given
     ):
         raise ValueError(f"{record.where('answers')} must be a list of objects with 'answer', not {shown(given)}")
-    answers = [one["answer"] if normalize is None else normalize(one["answer"]) for one in given]
+    answers = [entry["answer"] if normalize is None else normalize(entry["answer"]) for entry in given]
     times = Counter(answer for answer in answers if answer.strip())
     label = {answer: 1.0 if times[answer] > AGREEING else round(SHARE * times[answer], 1) for answer in times}
     return {"label": label, "answer_type": record.get("answer_type")}
@@ -291,8 +291,8 @@ def _coco(
             continue
         image = reader.new(record.text("filename").rsplit(".", 1)[0], record.place)
         given = record.get("sentences")
-        if not isinstance(given, list) or not all(isinstance(one, dict) for one in given):
+        if not isinstance(given, list) or not all(isinstance(sentence, dict) for sentence in given):
             raise ValueError(f"{record.where('sentences')} must be a list of objects with 'raw', not {shown(given)}")
-        captions = captions_of(record, "sentences", [one.get("raw") for one in given])
+        captions = captions_of(record, "sentences", [sentence.get("raw") for sentence in given])
         group = id_of(record["cocoid"], record.where("cocoid")) if "cocoid" in record else None
         yield from caption_rows("caption", image, captions, each=each, prompt=prompt, visuals=[image], group=group)

@@ -168,12 +168,12 @@ def _captions(task: str, annotations: str | Path, subtitles: Subtitles, prompt: 
             yield example(task, clip, **row, **times)
             continue
         given = record["descs"]
-        if not isinstance(given, list) or not given or not all(isinstance(one, dict) for one in given):
+        if not isinstance(given, list) or not given or not all(isinstance(entry, dict) for entry in given):
             raise ValueError(f"{record.where('descs')} must be a list of objects with 'desc', not {shown(given)}")
-        described = [Record(one, f"{record.place}: 'descs'") for one in given]
-        captions = [one.text("desc") for one in described]
-        for one, caption in zip(described, captions, strict=True):
-            yield example(task, reader.key(one, "desc_id"), target=caption, answers=captions, **row, **times)
+        described = [Record(entry, f"{record.place}: 'descs'") for entry in given]
+        captions = [entry.text("desc") for entry in described]
+        for entry, caption in zip(described, captions, strict=True):
+            yield example(task, reader.key(entry, "desc_id"), target=caption, answers=captions, **row, **times)
 
 
 def _pair(record: Record) -> bool:

@@ -175,16 +175,16 @@ def nlvr_accuracy(predictions: ByKey, examples: Sequence[Mapping[str, Any]] | Ma
     if isinstance(examples, Mapping):
         examples = [{"identifier": key, "label": label} for key, label in examples.items()]
     truth, sentences = {}, {}
-    for position, one in enumerate(examples):
-        if not isinstance(one, Mapping) or not isinstance(one.get("identifier"), str):
-            raise ValueError(f"example {position} must have an 'identifier', not {shown(one)}")
-        key = id_of(one.get("uid", one["identifier"]), f"the uid of example {position}")
+    for position, example in enumerate(examples):
+        if not isinstance(example, Mapping) or not isinstance(example.get("identifier"), str):
+            raise ValueError(f"example {position} must have an 'identifier', not {shown(example)}")
+        key = id_of(example.get("uid", example["identifier"]), f"the uid of example {position}")
         if key in truth:
             raise ValueError(f"the example {key!r} appears twice")
-        label = _truth(one.get("label"))
+        label = _truth(example.get("label"))
         if label is None:
-            raise ValueError(f"the label of {key!r} must be true or false, not {shown(one.get('label'))}")
-        truth[key], sentences[key] = label, _sentence(one["identifier"])
+            raise ValueError(f"the label of {key!r} must be true or false, not {shown(example.get('label'))}")
+        truth[key], sentences[key] = label, _sentence(example["identifier"])
     said, truth = _matched(predictions, truth if isinstance(predictions, Mapping) else list(truth.values()), "labels")
     right = {key: _truth(said[key]) == truth[key] for key in said}
     names = sentences if isinstance(predictions, Mapping) else dict(zip(right, sentences.values(), strict=True))
@@ -234,7 +234,7 @@ def _without_punctuation(text: str) -> str:
 def _soft_accuracy(prediction: str, given: Any, key: str) -> float:
     if isinstance(given, str) or not isinstance(given, Sequence) or not given:
         raise ValueError(f"the answers of {key!r} must be a list of strings, not {shown(given)}")
-    answers = [_text(one.get("answer") if isinstance(one, Mapping) else one, key) for one in given]
+    answers = [_text(entry.get("answer") if isinstance(entry, Mapping) else entry, key) for entry in given]
     if len(set(answers)) > 1:
         answers = [_without_punctuation(answer) for answer in answers]
     prediction = _normalized(prediction)

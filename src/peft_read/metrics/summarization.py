@@ -214,7 +214,7 @@ def _alignment(item: int, row: str, reference: int, hypothesis: int) -> tuple[in
     inside = there + length_there <= reference and here + length_here <= hypothesis
     if not (length_there and length_here and inside):
         raise ValueError(
-            f"item {item} of the alignment text: {shown(row.strip())} is no row '<reference position>:<length> "
+            f"item {item} of the alignment text: {shown(row.strip())} is not a row '<reference position>:<length> "
             f"<hypothesis position>:<length> ...' of a reference of {reference} and a hypothesis of {hypothesis} words"
         )
     return there, length_there, here, length_here

@@ -94,6 +94,6 @@ def _try_kernel(device: torch.device) -> str:
 
 def _compare(problem: Problem, kernel: Kernel, scaling: Scaling) -> str:
     known = solve_newton(problem, kernel, tol=1e-6, max_iter=50)
-    plans = [kernel.plan(one.log_left, one.log_right) for one in (scaling, known)]
+    plans = [kernel.plan(solution.log_left, solution.log_right) for solution in (scaling, known)]
     close = bool(((plans[0] - plans[1]).abs() <= 1e-4).all())  # false of a NaN too
     return "" if close and bool(scaling.converged.all()) else "its plan differs from that of torch"

@@ -18,7 +18,7 @@ def real_entries(
         check: whether to look at the values, which waits for a device; by default on the CPU only.
 
     Returns:
-        The mask as booleans, and where it was not looked at and may hold anything, which entries are no mask at all.
+        The mask as booleans and, if its values were not checked, which of its entries are invalid, else None.
 
     Raises:
         ValueError: for another shape, and for negative or NaN entries, which are those of a mask that is added to

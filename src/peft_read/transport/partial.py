@@ -130,7 +130,7 @@ def partial_optimal_transport(
             if check and not bool(matrix.isfinite().all()):
                 raise ValueError(NOT_FINITE)
             solved = _by_kernel(matrix, rows, cols, total, float(reg), penalty, padded, tol, gradient)
-            bad = [one for one in (bad_rows, bad_cols, bad_mass) if one is not None]
+            bad = [entries for entries in (bad_rows, bad_cols, bad_mass) if entries is not None]
             poison = torch.stack(bad).any(0) if bad else None
         else:
             solved = _by_method(
@@ -168,7 +168,7 @@ def _by_kernel(
         scaling = Scaling(left, right, n_iter.long(), done > 0)
         plan = Kernel.exponents(problem, torch.float64)
         plan = (plan + left[:, :, None] + right[:, None, :]).exp().to(matrix.dtype)
-        # Costs that are no numbers must not come out as a plan.
+        # NaN costs must not come out as a plan.
         plan = torch.where((done < 0)[:, None, None], math.nan, plan)
     if gradient == "implicit":
         plan = ImplicitPlan.apply(matrix, plan, left, right, problem)
@@ -323,9 +323,9 @@ def _result(
 
 
 def _check_size(total: Tensor, matrix: Tensor, penalty: float | None) -> None:
-    """Raises if the mass to move, or its cost, is no normal number of the plan's dtype."""
+    """Raises if the mass to move, or its cost, is not a normal number of the plan's dtype."""
     limits = torch.finfo(matrix.dtype)
-    largest = matrix.detach().abs().amax((-2, -1)).double().nan_to_num(1.0, 1.0)  # what is no number is said later
+    largest = matrix.detach().abs().amax((-2, -1)).double().nan_to_num(1.0, 1.0)  # NaN is reported later
     small = total < limits.tiny * matrix.shape[-2] * matrix.shape[-1] / limits.eps
     small |= (largest > 0) & (total * largest < limits.tiny / limits.eps)
     wrong = (total > 0) & (small | (total * largest.clamp_min(1) > limits.max))
@@ -432,7 +432,7 @@ def _checked_options(
     ):  # fmt: skip
         if name == "method" and value in ("numba", "triton"):
             raise ValueError(
-                f'method={value!r} is no algorithm but an implementation: write method="auto" and '
+                f'method={value!r} is not an algorithm but an implementation: write method="auto" and '
                 f'use_backend("{value}"), or set PEFT_READ_BACKEND={value}.'
             )
         if value not in allowed:

@@ -279,7 +279,7 @@ def sweeps(
                 best = tl.full([], float("inf"), tl.float64)
         sweep += 1
     if skip.to(tl.int32) == 0:
-        # What K carries under a penalty is no part of the scalings.
+        # What K carries under a penalty is not part of the scalings.
         tl.store(left + row, tl.load(left + row, row < n, 0.0) - row_shift, row < n)
         tl.debug_barrier()
         cap = tl.where(b > 0, log_b - log_ktu, 0.0)  # overfull columns are cut down

@@ -334,7 +334,7 @@ def _task_of(batch: Mapping[str, Any]) -> str:
         ValueError: it has none, or several.
     """
     task = batch.get("task")
-    if isinstance(task, list | tuple) and task and all(isinstance(one, str) for one in task):
+    if isinstance(task, list | tuple) and task and all(isinstance(name, str) for name in task):
         if len(set(task)) > 1:
             raise ValueError(
                 f"a batch mixes the tasks {', '.join(map(repr, sorted(set(task))))}: a model serves one at a time; "
