@@ -303,7 +303,7 @@ def test_invalid_options_are_named(run_folder, arguments, message, tmp_path):
     ("arguments", "message"),
     [
         ("--num_items 0", "--num_items 0"),
-        ("--d_model 10 --heads 4", "no multiple"),
+        ("--d_model 10 --heads 4", "not a multiple"),
         ("--fusion_layer 2", "--fusion_layer 2"),
         ("--softmax_dim words", "--softmax_dim 'words'"),
         ("--corpus films", "'films' is neither"),
