@@ -1,4 +1,4 @@
-"""Caches of fixed size: a compiled step of decoding is one graph for all tokens, and right after a rollback or reset."""
+"""Caches of fixed size: a compiled step of decoding is one graph for all tokens, also after a rollback or reset."""
 
 import pytest
 import torch
