@@ -152,3 +152,26 @@ def test_an_adapted_model_compiles_to_one_graph_and_learns_the_same():
     assert len(graphs.seen) == 1 and "peft_read.adapter" in graphs.seen[0]
     for number, (eager, compiled) in enumerate(zip(*found, strict=True)):
         torch.testing.assert_close(compiled, eager, rtol=1e-5 if number else 1e-6, atol=1e-6)
+
+
+def test_a_compiled_model_trains_for_several_steps_as_the_eager_one():
+    ids, mask = padded_batch("llama")
+    graphs, found = Graphs(), []
+    for compiled in (False, True):
+        model = adapted("llama", changes={"num_hidden_layers": 1}).train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        run, losses = graphs.compile(model) if compiled else model, []
+        for step in range(4):
+            optimizer.zero_grad()
+            batch = ids.roll(step, dims=0)
+            loss = run(input_ids=batch, attention_mask=mask.roll(step, dims=0), labels=batch, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        found.append((torch.stack(losses), [p.detach() for p in model.parameters()]))
+    (eager, weights), (compiled_losses, compiled_weights) = found
+    assert len(graphs.seen) == 1  # no step but the first one compiles
+    assert eager[-1] < eager[0]
+    torch.testing.assert_close(compiled_losses, eager, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(compiled_weights, weights, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
+from .cache import is_begun
+
 __all__ = [
     "as_mask",
     "attended_keys",
@@ -26,7 +28,7 @@ def as_mask(
     batch: int | None,
     length: int | None,
     *,
-    past: int = 0,
+    past: int | torch.Tensor = 0,
     cache: Cache | None = None,
 ) -> torch.Tensor | None:
     """Which of the new tokens are not padding, from the attention mask of a stack.
@@ -37,7 +39,7 @@ def as_mask(
             such masks with "full_attention".
         batch: B.
         length: T, the number of new tokens.
-        past: how many tokens came before.
+        past: how many tokens came before; a tensor where a compiled graph cannot know.
         cache: the cache, whose first kept column a 4-D mask starts at.
 
     Returns:
@@ -68,7 +70,9 @@ def as_mask(
     allowed = _allowed(attention_mask)
     if allowed.dim() == 2:
         mask = _columns(allowed, length, past)
-    elif attention_mask.shape[-1] < length or (cache is None and past == 0 and attention_mask.shape[-1] > length):
+    elif attention_mask.shape[-1] < length or (
+        cache is None and not is_begun(past) and attention_mask.shape[-1] > length
+    ):
         return None  # of cross-attention: its columns are the tokens of another sequence
     else:
         mask = _own_entries(allowed if allowed.dim() == 4 else allowed[:, None], length, past, cache)
@@ -104,28 +108,29 @@ def attended_keys(mask: torch.Tensor, batch: int) -> torch.Tensor | None:
     return _none_without_padding(_allowed(mask).any(dim=2).any(dim=1).expand(batch, -1))
 
 
-def _columns(mask: torch.Tensor, length: int, past: int) -> torch.Tensor:
+def _columns(mask: torch.Tensor, length: int, past: int | torch.Tensor) -> torch.Tensor:
     """The columns of the new tokens in a 2-D mask over them alone or over everything so far."""
     width = mask.shape[1]
-    if past == 0 and width == length:
-        return mask
-    if width >= past + length:
-        return mask[:, past : past + length]
     if width == length:
         return mask
+    if isinstance(past, torch.Tensor):
+        return mask.index_select(1, torch.arange(length, device=mask.device) + past)
+    if width >= past + length:
+        return mask[:, past : past + length]
     raise ValueError(
         f"An attention mask of width {width} fits neither the {length} new tokens nor the {past + length} tokens so "
         "far, so READ cannot tell which tokens are padding."
     )
 
 
-def _own_entries(mask: torch.Tensor, length: int, past: int, cache: Cache | None) -> torch.Tensor:
+def _own_entries(mask: torch.Tensor, length: int, past: int | torch.Tensor, cache: Cache | None) -> torch.Tensor:
     """Whether each new token may attend to itself, which a padding token may not."""
     mask = mask[:, 0]  # heads share the padding
     offset = past
     if cache is not None:
-        offset -= int(cache.get_mask_sizes(length, _first_full_layer(cache))[1])
-    if mask.shape[-1] < offset + length:
+        offset = offset - int(cache.get_mask_sizes(length, _first_full_layer(cache))[1])
+    # A cache of fixed size has a column for every token it will ever hold.
+    if not isinstance(offset, torch.Tensor) and mask.shape[-1] < offset + length:
         offset = mask.shape[-1] - length  # a window that keeps only the latest columns
     columns = torch.arange(length, device=mask.device) + offset
     rows = torch.zeros_like(columns) if mask.shape[1] == 1 else torch.arange(length, device=mask.device)

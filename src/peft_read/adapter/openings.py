@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from ..peft_methods.checkpointing import scope_checkpoints
 from ..peft_methods.stacks import RAW_INPUTS
-from .cache import cache_length, given_cache
+from .cache import cache_length, given_cache, is_begun
 from .masks import (
     as_mask,
     attended_keys,
@@ -129,12 +129,12 @@ class StackOpening(Opening):
         batch, length, device = self._shape(given)
         cache = given_cache(given)
         past = cache_length(cache) if cache is not None else 0
-        if past and not self.embeds:
+        if is_begun(past) and not self.embeds:
             raise NotImplementedError(
                 f"READ cannot tell how many tokens the cache held before {type(module).__name__}, because the stack "
                 "around it takes no `inputs_embeds`; generate with use_cache=False."
             )
-        if given.get("segment_ids") is not None and past:
+        if given.get("segment_ids") is not None and is_begun(past):
             raise NotImplementedError("READ does not continue a KV cache when `segment_ids` are given.")
         told = _told_by_user(outer, batch, length)
         mask = told.mask if told is not None else None
@@ -190,7 +190,7 @@ class StackOpening(Opening):
         given: dict[str, Any],
         batch: int | None,
         length: int | None,
-        past: int,
+        past: int | torch.Tensor,
         cache: Cache | None,
         device: torch.device | None,
     ) -> torch.Tensor | None:
@@ -324,7 +324,7 @@ def _streams(outer: Scope | None, batch: int, length: int, device: torch.device)
     ngram = getattr(getattr(outer.owner, "config", None), "ngram", None) if outer is not None else None
     if outer is None or not isinstance(ngram, int) or not outer.length or length != (1 + ngram) * outer.length:
         return None
-    if outer.past:
+    if is_begun(outer.past):
         raise NotImplementedError(
             f"READ does not follow the cache of {type(outer.owner).__name__}, whose blocks compute {1 + ngram} "
             "streams, of which the cache keeps the first; generate with use_cache=False."
@@ -339,7 +339,9 @@ def _told_by_user(outer: Scope | None, batch: int | None, length: int | None) ->
     return next((s for s in outer.around() if s.explicit and (s.batch, s.length) == (batch, length)), None)
 
 
-def _segments(given: dict[str, Any], batch: int | None, length: int | None, past: int) -> torch.Tensor | None:
+def _segments(
+    given: dict[str, Any], batch: int | None, length: int | None, past: int | torch.Tensor
+) -> torch.Tensor | None:
     """The sequences that are packed into each row, by what a module is told about them."""
     if given.get("segment_ids") is not None:
         return given["segment_ids"]
@@ -347,7 +349,7 @@ def _segments(given: dict[str, Any], batch: int | None, length: int | None, past
         cumulative = given.get(name)
         if isinstance(cumulative, torch.Tensor) and cumulative.dim() == 1 and length is not None:
             return segments_of_lengths(cumulative, batch, length)
-    if past:
+    if is_begun(past):
         return None
     attention_mask = given.get("attention_mask")
     if attention_mask is None:
@@ -372,7 +374,9 @@ def _may_be_merged(tower: Tower | None, batch: int | None, length: int | None) -
     return several and batch == 1 and length is not None and length > 1
 
 
-def _mask_or_none(attention_mask: Any, batch: int | None, length: int | None, past: int = 0) -> torch.Tensor | None:
+def _mask_or_none(
+    attention_mask: Any, batch: int | None, length: int | None, past: int | torch.Tensor = 0
+) -> torch.Tensor | None:
     """`as_mask` of a mask that may be one of windows, of other tokens, or of a kind that tells no padding."""
     try:
         return as_mask(attention_mask, batch, length, past=past)

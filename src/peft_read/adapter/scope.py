@@ -18,7 +18,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from ..recurrence import Segments
-from .cache import States, saved_states
+from .cache import WAY_OUT, States, is_begun, saved_states
 
 __all__ = ["Scope", "Tower", "current_scope", "enter_scope", "leave_scope", "run_in_scope", "sequence_scope"]
 
@@ -51,7 +51,7 @@ class Scope:
         mask: (B, T), False = padding; None if all are.
         segment_ids: (B, T), tokens of a row with different ids are different sequences; None if a row is one.
         cache: the cache that the stack writes its keys and values to, if any.
-        past: how many tokens the cache holds before this pass.
+        past: how many tokens the cache holds before this pass; a tensor where a compiled graph cannot know.
         keeps_states: whether the states of this pass may be wanted later.
         source: the sequence that the stack's cross-attention reads, (B, S, d), if any.
         source_mask: (B, S), False = padding.
@@ -70,7 +70,7 @@ class Scope:
         mask: torch.Tensor | None = None,
         segment_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
-        past: int = 0,
+        past: int | torch.Tensor = 0,
         keeps_states: bool = False,
         source: torch.Tensor | None = None,
         source_mask: torch.Tensor | None = None,
@@ -192,28 +192,28 @@ class Scope:
         Raises:
             RuntimeError: if the cache holds tokens that this adapter did not see.
         """
-        if self.cache is None or self.past == 0:
+        if self.cache is None or not is_begun(self.past):
             return None
         entry = saved_states(self.cache).get(key)
-        seen = 0 if entry is None else entry.trajectory.shape[1]
-        way_out = "Recompute the prompt with the adapter active, or use use_cache=False."
-        if entry is None or seen < self.past:
+        known = isinstance(self.past, int)
+        seen = 0 if entry is None else entry.length if known else None
+        if entry is None or (seen is not None and seen < self.past):
             raise RuntimeError(
                 f"READ layer {path!r} (adapter {adapter!r}) has recurrent states for {seen} tokens but the KV cache "
-                f"already holds {self.past}. The adapter was switched, disabled or added after the cache was begun, "
-                f"or the cache was rebuilt from its tensors. {way_out}"
+                f"already holds {self.past if known else 'some'}. The adapter was switched, disabled or added after "
+                f"the cache was begun, or the cache was rebuilt from its tensors. {WAY_OUT}"
             )
         if entry.trajectory.shape[0] != self.batch:
             raise RuntimeError(
                 f"READ layer {path!r} (adapter {adapter!r}) has recurrent states for {entry.trajectory.shape[0]} "
-                f"sequences but is given {self.batch}. {way_out}"
+                f"sequences but is given {self.batch}. {WAY_OUT}"
             )
         if entry.rows is not None and not bool((entry.rows if rows is None else entry.rows[rows]).all()):
             raise RuntimeError(
                 f"READ layer {path!r} (adapter {adapter!r}): the rows of `adapter_names` changed while the KV cache "
-                f"was in use. {way_out}"
+                f"was in use. {WAY_OUT}"
             )
-        return entry.trajectory[:, self.past - 1]
+        return entry.before(self.past)
 
 
 def current_scope() -> Scope | None:
