@@ -105,3 +105,31 @@ def test_loops_and_kernels_refuse_the_same_tensors_in_the_same_words(backend, re
         wide, None, mask, torch.zeros(4, 16), vector, square, weight, vector, vector, torch.zeros(16, 4), None
     )
     assert ADAPTER.implementations[backend].refusal(adapter) == reason
+
+
+MISFITS = {
+    "state": torch.zeros(1, 4),
+    "weight_ih": torch.zeros(4, 3),
+    "weight_hh": torch.zeros(3, 4),
+    "bias_ih": torch.zeros(3),
+    "bias_hh": torch.zeros(3),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+@pytest.mark.parametrize("backend", ["numba", "triton"])
+def test_shapes_that_do_not_fit_together_are_left_to_torch_which_refuses_them(backend, name, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    vector, square = torch.zeros(4), torch.zeros(4, 4)
+    fitting = ScanArguments(torch.zeros(2, 3, 4), torch.zeros(2, 4), None, square, square, vector, vector)
+    refusal = SCANS["rnn"].implementations[backend].refusal
+    assert refusal(fitting) == ""
+    assert refusal(fitting._replace(**{name: MISFITS[name]})) == "its tensors do not fit together"
+
+
+def test_a_state_of_another_batch_is_an_error_of_torch():
+    down, cell, up = nn.Linear(32, 4), build_cell("rnn", 4), nn.Linear(4, 32)
+    with use_backend("numba"):
+        assert adapt_in_one(torch.randn(2, 3, 32), down, cell, nn.Identity(), up, state=torch.zeros(1, 4)) is None
+        with pytest.raises(RuntimeError):
+            cell(torch.randn(2, 3, 4), torch.zeros(1, 4))

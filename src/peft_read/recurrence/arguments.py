@@ -19,6 +19,7 @@ __all__ = [
     "AdapterArguments",
     "ScanArguments",
     "Scanned",
+    "fit_together",
     "numbers",
     "some_padding",
     "state_width",
@@ -77,6 +78,20 @@ class Scanned(NamedTuple):
     """The result of a scan. A token that is padding repeats the state before it."""
 
     outputs: Tensor  # h_t, (B, T, k)
+
+
+def fit_together(arguments: ScanArguments, gates: int) -> bool:
+    """Whether the shapes are those of one recurrence: a loop or a kernel reads beyond a tensor that is smaller."""
+    x, state, _, weight_ih, weight_hh, bias_ih, bias_hh = arguments
+    rows, width = weight_hh.shape
+    return (
+        rows == gates * width
+        and weight_ih.shape == (rows, x.shape[-1])
+        and (bias_ih is None) == (bias_hh is None)
+        and (bias_ih is None or bias_ih.shape == (rows,))
+        and (bias_hh is None or bias_hh.shape == (rows,))
+        and (state is None or state.shape == (x.shape[0], width))
+    )
 
 
 class AdapterArguments(NamedTuple):

@@ -105,6 +105,8 @@ def _is_whole(arguments: AdapterArguments) -> bool:
     for weight, shape in zip(arguments[3:], shapes, strict=True):
         if weight is not None and weight.shape != shape:
             return False
+    if arguments.state is not None and arguments.state.shape != (arguments.x.shape[0], width):
+        return False
     return (arguments.down_bias is None) == (arguments.up_bias is None) and (arguments.bias_ih is None) == (
         arguments.bias_hh is None
     )

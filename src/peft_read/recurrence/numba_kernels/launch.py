@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ... import backends
-from ..arguments import GATES, Adapted, AdapterArguments, ScanArguments, Scanned, unfit
+from ..arguments import GATES, Adapted, AdapterArguments, ScanArguments, Scanned, fit_together, unfit
 from ..gates import gradients_of_gates, slopes_of_gru
 from ..operation import Implementation
 
@@ -110,16 +110,9 @@ def _scan_backward(
 def _scan_of(kind: str) -> Implementation[ScanArguments, Scanned]:
     def refusal(arguments: ScanArguments) -> str:
         x, state, mask, weight_ih, weight_hh, bias_ih, bias_hh = arguments
-        rows, width = weight_hh.shape
-        if width > LARGEST_SCAN_WIDTH:
+        if weight_hh.shape[1] > LARGEST_SCAN_WIDTH:
             return f"it is wider than {LARGEST_SCAN_WIDTH}"
-        if (
-            rows != GATES[kind] * width
-            or weight_ih.shape != (rows, x.shape[-1])
-            or (bias_ih is None) != (bias_hh is None)
-            or (bias_ih is not None and bias_ih.shape != (rows,))
-            or (state is not None and state.shape != (x.shape[0], width))
-        ):
+        if not fit_together(arguments, GATES[kind]):
             return "its tensors do not fit together"
         if not x.is_cpu:
             return "its tensors are not on the CPU"

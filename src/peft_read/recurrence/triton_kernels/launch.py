@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..arguments import PLAIN, Adapted, AdapterArguments, ScanArguments, Scanned, unfit
+from ..arguments import GATES, PLAIN, Adapted, AdapterArguments, ScanArguments, Scanned, fit_together, unfit
 from ..gates import gradients_of_gates
 from ..operation import Implementation
 
@@ -77,8 +77,10 @@ def _pointer(tensor: Tensor | None, anything: Tensor) -> Tensor:
 
 def _scan_refusal(arguments: ScanArguments) -> str:
     x, state, mask, *weights = arguments
-    if weights[1] is not None and weights[1].shape[1] > LARGEST_SCAN_WIDTH:
+    if arguments.weight_hh.shape[1] > LARGEST_SCAN_WIDTH:
         return f"it is wider than {LARGEST_SCAN_WIDTH}"
+    if not fit_together(arguments, GATES["rnn"]):
+        return "its tensors do not fit together"
     if x.shape[0] > LARGEST_GRID:
         return "it has too many sequences"
     return _place(x) or unfit((x, state, *weights), mask, x)
