@@ -17,7 +17,7 @@ from .bottleneck import BottleneckConfig, CompacterConfig, HyperformerConfig
 from .tasks import set_task
 from .transport import TransportPlan, partial_optimal_transport
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Aligner",
