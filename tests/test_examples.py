@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -297,7 +298,9 @@ def test_resuming_reports_missing_weights_but_not_those_that_are_tied(tmp_path, 
 
     messages: list[str] = []
     handler = Messages()
-    logging.getLogger("transformers.trainer").addHandler(handler)
+    logger, verbosity = logging.getLogger("transformers.trainer"), transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_warning()  # the command line, called by another test, may have lowered it
+    logger.addHandler(handler)
     sizes = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
     config = BartConfig(vocab_size=20, d_model=8, encoder_layers=1, decoder_layers=1, **sizes)
     rows = [{"input_ids": [3, 4], "labels": [5, 6]}] * 2
@@ -314,7 +317,8 @@ def test_resuming_reports_missing_weights_but_not_those_that_are_tied(tmp_path, 
                 save_file(weights, path, {"format": "pt"})
             trainer.train(resume_from_checkpoint=steps == 2)
     finally:
-        logging.getLogger("transformers.trainer").removeHandler(handler)
+        logger.removeHandler(handler)
+        transformers.logging.set_verbosity(verbosity)
     missing = [message for message in messages if "missing keys" in message]
     assert len(missing) == (0 if tied else 1) and all("layers.0.fc1.weight" in message for message in missing)
 

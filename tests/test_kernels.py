@@ -55,7 +55,7 @@ def compiled(jobs, folder):
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", COMPILE], input=json.dumps(jobs), env=environment, capture_output=True,
-        text=True, timeout=900,
+        text=True, timeout=3600,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout.splitlines()[-1])

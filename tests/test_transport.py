@@ -360,7 +360,7 @@ def test_permutations_carry_through(drawn):
         ({"max_iter": 0}, "max_iter must be"),
         ({"penalty": float("nan")}, "penalty must be"),
         ({"method": "simplex"}, "method must be one of"),
-        ({"method": "numba"}, r'no algorithm but an implementation.*use_backend\("numba"\)'),
+        ({"method": "numba"}, r'not an algorithm but an implementation.*use_backend\("numba"\)'),
         ({"method": "triton"}, "PEFT_READ_BACKEND=triton"),
         ({"row_weights": torch.full((3,), 1e-300, dtype=torch.float64)}, "cannot hold it"),
         (
