@@ -65,7 +65,7 @@ def test_installed_means_used(undecided):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert backends.backend("cpu") == backends.backend("cuda") == "torch"
-    with pytest.raises(ImportError, match=r"not installed .*peft-read\[fast\]"):
+    with pytest.raises(ImportError, match=r"not installed .*pip install numba"):
         use_backend("numba")
 
 

@@ -44,5 +44,5 @@ def test_failures(monkeypatch):
     with pytest.raises(ValueError, match="no metric 'bleu'; there are"):
         evaluate_metric("bleu")
     monkeypatch.setitem(sys.modules, "evaluate", None)
-    with pytest.raises(ImportError, match="pip install 'peft-read"):
+    with pytest.raises(ImportError, match="pip install evaluate datasets"):
         evaluate_metric("rouge")

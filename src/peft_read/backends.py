@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 VARIABLE = "PEFT_READ_BACKEND"
 NAMES = ("auto", "torch", "numba", "triton")
 WAYS_OUT = {
-    "numba": '`pip install "peft-read[fast]"` installs it',
+    "numba": "`pip install numba` installs it",
     "triton": "it comes with torch for CUDA",
 }
 

@@ -89,7 +89,7 @@ class READModel(AdapterModel):
     cannot_merge = CANNOT_MERGE
     cannot_add = (
         "READ adapters cannot be combined by adding their weights: they are not linear in them. Activate several "
-        "adapters at once with `set_adapter([...])`; their outputs are then added."
+        "adapters at once with `model.base_model.set_adapter([...])`; their outputs are then added."
     )
     target_module_mapping = TARGET_MODULES
 

@@ -36,7 +36,7 @@ CANNOT_MERGE = (
 )
 CANNOT_ADD = (
     "{} adapters cannot be combined by adding their weights: they are not linear in them. Activate several adapters "
-    "at once with `set_adapter([...])`; their outputs are then added."
+    "at once with `model.base_model.set_adapter([...])`; their outputs are then added."
 )
 # The names that weights have below the name of their adapter, which peft takes for those of adapters.
 RESERVED = {"down_sampler", "up_sampler", "norm_before", "norm_after", "down_rule", "up_rule", "rule", "stacks",

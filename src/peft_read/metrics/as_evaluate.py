@@ -66,7 +66,7 @@ def evaluate_metric(name: str) -> Any:
         import datasets
         import evaluate
     except ImportError as error:
-        raise ImportError("evaluate metrics need the package evaluate: pip install 'peft-read[examples]'") from error
+        raise ImportError("evaluate metrics need the package evaluate: pip install evaluate datasets") from error
     prediction, reference, function = _METRICS[name]
 
     class LocalMetric(evaluate.Metric):

@@ -99,7 +99,7 @@ def _rouge_score(
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise ImportError(
-            "variant='rouge_score' needs the package rouge-score: pip install 'peft-read[examples]', or use "
+            "variant='rouge_score' needs the package rouge-score: pip install rouge-score, or use "
             "variant='easy_rouge', another definition that needs nothing"
         ) from error
 

@@ -166,7 +166,7 @@ class LSTM(Cell):
 
 
 class Identity(nn.Module):
-    """No recurrence: READ without its cell is the bottleneck adapter of Houlsby et al. (arXiv 1902.00751)."""
+    """No recurrence: READ without its cell is a bottleneck adapter like that of Houlsby et al. (arXiv 1902.00751)."""
 
     state_size = 0
 

@@ -23,9 +23,7 @@ def solve_exact(problem: Problem) -> Tensor:
     try:
         import ot
     except ImportError as error:
-        raise ImportError(
-            'method="exact" needs POT (`pip install "peft-read[exact]"`); the other methods do not.'
-        ) from error
+        raise ImportError('method="exact" needs POT (`pip install POT`); the other methods do not.') from error
     plans = torch.zeros(problem.cost.shape, dtype=torch.float64)
     for number in range(len(plans)):
         rows, cols = problem.rows[number].cpu().numpy(), problem.cols[number].cpu().numpy()

@@ -3,7 +3,7 @@
 The same dual, stopping rule and answers as `newton.py`, one problem after the other with everything in the cache. One
 sweep costs two passes over the kernel; most problems of training need about ten. What is not done after
 `MIXED_SWEEPS` is a flat dual, and gets Newton steps with the same Laplacian and the same search along slopes as
-in `newton.py`, where the comments explain them. Optional: needs numba (`pip install "peft-read[fast]"`).
+in `newton.py`, where the comments explain them. Optional: needs numba (the extra `fast`).
 """
 
 # mypy: allow-untyped-defs

@@ -1,1 +1,1 @@
-"""Compiled loops for the CPU. Optional: they need numba (`pip install "peft-read[fast]"`)."""
+"""Compiled loops for the CPU. Optional: they need numba (the extra `fast`)."""

@@ -2,7 +2,7 @@
 
 A whole number costs a compiled function a tenth of what an array does, and storage that numpy has seen could never be
 resized again, which is how FSDP frees gathered weights. Tensors are contiguous float32, masks one byte per token; what
-is absent has the address 0. Optional: needs numba (`pip install "peft-read[fast]"`).
+is absent has the address 0. Optional: needs numba (the extra `fast`).
 """
 
 # mypy: allow-untyped-defs
