@@ -363,6 +363,13 @@ def test_every_table_and_picture_is_made_from_the_file_alone(name, tmp_path, cap
     assert (tmp_path / "page" / "study.md").read_text() == before, "the same file gives the same page"
 
 
+def test_a_study_whose_tuning_is_under_way_says_that_it_compares_nothing(tmp_path):
+    results = made_up_results()
+    results["settings"] = {"many": results["settings"]["many"] | {"main": [], "choices": {}}}
+    page = study_summary.summarise(results, tmp_path)
+    assert "nothing here compares methods" in page and "### Tuning" in page and "![" not in page
+
+
 def test_the_table_has_the_numbers_of_the_results():
     results = made_up_results()
     setting = results["settings"]["many"]

@@ -84,6 +84,8 @@ def summarise(results: Mapping[str, Any], folder: Path) -> str:
         if rows:
             parts += [*_main(setting, rows), *_pictures(folder, name, setting, rows)]
             parts += _compared(setting, rows)
+        else:
+            parts.append("No run with a main seed has ended yet: nothing here compares methods.")
         parts += _tuning(setting)
     parts += _curve(folder, settings)
     page = "\n\n".join(parts) + "\n"
