@@ -1,9 +1,9 @@
-"""Dropout on the CPU with sixteen random bits per number, where torch draws a number in double precision.
+"""Dropout on the CPU from sixteen random bits per number, alone and inside attention.
 
-On one thread torch's dropout takes longer than the linear layer before it, and attention with dropout leaves the fused
-kernel. Here both are the same operations with a cheaper mask; `examples/benchmarks/dropout.py` measures them. The
-probability is rounded to a multiple of 1/65536, kept values are scaled by the rounded one's inverse, and the masks are
-others than torch's from the same seed. They come from torch's generator, so that a resumed run repeats them.
+It is torch's operation with a cheaper mask; `examples/benchmarks/dropout.py` measures both. What it does not take
+(other devices and types, causal or grouped attention, in-place dropout) is torch's own. The probability is rounded to
+a multiple of 1/65536, kept values are scaled by the rounded one's inverse, and the masks are others than torch's from
+the same seed. They come from torch's generator, so that a resumed run repeats them.
 """
 
 from __future__ import annotations

@@ -42,12 +42,10 @@ def figures_of_each(dataset: str, records: Sequence[dict], rows: Any, clip_secon
     records, videos = _comparable(records, labels), list(rows["vid"])
     if dataset == "qvhighlights":
         found = evaluate_qvhighlights(records, labels, clip_seconds=clip_seconds, per_query=True)["per_query"]
-        order = {qid: index for index, qid in enumerate(found["qid"])}
-        places = [order[qid] for qid in rows["qid"]]
         return {
-            "ids": list(rows["qid"]),
+            "ids": found["qid"],
             "sources": [source_of(vid) for vid in videos],
-            "figures": {name: [found[name][place] for place in places] for name in QUERY_FIGURES if name in found},
+            "figures": {name: found[name] for name in QUERY_FIGURES if name in found},
         }
     measure = _measure(dataset, clip_seconds)
     each = [measure([record], [label]) for record, label in zip(records, labels, strict=True)]
