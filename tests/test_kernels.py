@@ -158,7 +158,7 @@ def carried_by_source(kernel, constants):
     return [names for _, names in sorted(Loop(function, constants).loops)]
 
 
-SIZES = dict.fromkeys(("n", "m", "limit", "length", "k", "d", "tokens"), "i32")
+SIZES = dict.fromkeys(("n", "m", "limit", "length", "k", "d", "tokens", "part"), "i32")
 NUMBERS = ("inverse_first", "inverse_rest", "penalty_first", "penalty_rest", "tol", "floor")
 TRANSPORT_TYPES = SIZES | dict.fromkeys(NUMBERS, "fp32") | dict.fromkeys(("n_iter", "converged"), "*i32")
 TRANSPORT_TYPES |= dict.fromkeys(("rows", "cols", "totals", "scratch", "left", "right", "bounds"), "*fp64")
@@ -202,11 +202,12 @@ def recurrence_jobs(card):
             for kind in ("*fp32", half):
                 if kind == half and (k, d) != (4, 768):
                     continue
-                settings = launch.tile_settings(k, d)
-                warps = settings.pop("num_warps")
                 types = SIZES | {"valid": "*u8"} | dict.fromkeys(("x", "out", "grad", "grad_x"), kind)
-                options = {"MASKED": True, "SHIFTED": True, "BIASED": True, "LIFTED": True, "SEEN": True, **settings}
+                flags = ("MASKED", "SHIFTED", "BIASED", "LIFTED", "SEEN", "PASSED_ON", "UP", "DOWN")
                 for name in adapter.__all__:
+                    over = launch.column_settings if name == "columns_backward" else launch.tile_settings
+                    settings = over(k, d)
+                    warps, options = settings.pop("num_warps"), dict.fromkeys(flags, True) | settings
                     jobs.append({"module": adapter.__name__, "name": name, "source": None, "fixed": options,
                                  "types": types, "card": card, "warps": warps})  # fmt: skip
     return jobs
@@ -269,6 +270,16 @@ def test_settings_are_powers_of_two_for_every_width():
         assert settings["K"] >= k and all(value & (value - 1) == 0 for value in settings.values())
     for k in range(1, 17):
         for d in (1, 24, 768, 1024, 5120):
-            settings = launch.tile_settings(k, d)
-            assert all(value & (value - 1) == 0 for value in settings.values()), (k, d)
-            assert settings["TOKENS"] * settings["K"] * settings["COLUMNS"] <= launch.TILE_NUMBERS * 2
+            for settings in (launch.tile_settings(k, d), launch.column_settings(k, d)):
+                assert all(value & (value - 1) == 0 for value in settings.values()), (k, d)
+                assert settings["TOKENS"] * settings["K"] * settings["COLUMNS"] <= launch.TILE_NUMBERS
+
+
+def test_parts_of_the_tokens_are_whole_tiles_and_miss_no_token():
+    for tokens in (1, 2, 63, 64, 65, 8192, 16384, 100_001):
+        for blocks in (1, 6, 16, 40, 5000):
+            for tile in (1, 2, 16):
+                parts, part = launch.token_parts(tokens, blocks, tile)
+                assert part % tile == 0
+                assert (parts - 1) * part < tokens <= parts * part
+                assert parts == 1 or part >= launch.PART_TOKENS // 2

@@ -5,7 +5,8 @@
 
 Runs every kernel against float64, counts the transport problems that the kernel solves by itself, times an adapter
 beside cuDNN, the adapter without a recurrence and LoRA, and a training step of BART-base in bfloat16 beside LoRA's, in
-eager mode and compiled; counts how often a step waits for the device, wraps it in DDP, and generates with a static
+eager mode and compiled; counts how often a step waits for the device; compares gradients under DDP, checkpointing,
+fp16 with a GradScaler and CUDA graphs with plain ones; trains with the mixin, also on NaN; and generates with a static
 cache. "device" is the time of a CUDA graph's replay, without the host; "wall" that of the call. Each line of the
 report is a check with its limit; the ones that are only informative have none.
 """
@@ -17,8 +18,9 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,14 +32,35 @@ from peft import LoraConfig, get_peft_model
 from topics import tokens_about_topics
 from torch import Tensor, distributed, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    LlamaConfig,
+    Trainer,
+    TrainingArguments,
+)
 
-from peft_read import PVLALoss, READConfig, backends, show_backends, use_backend
+from peft_read import (
+    PVLAConfig,
+    PVLALoss,
+    PVLALossMixin,
+    READConfig,
+    Stream,
+    backends,
+    show_backends,
+    use_backend,
+)
+from peft_read.adapter.untrained import PATIENCE
 from peft_read.recurrence import build_cell
 from peft_read.recurrence.naive import naive_recurrence
 from peft_read.transport import cosine_cost, partial_optimal_transport
 
 DEVICE = "cuda"  # --smoke makes it the CPU
+SMALL_BART = {
+    "d_model": 32, "encoder_layers": 2, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
+    "encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 99,
+}  # fmt: skip
 WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero")
 
 
@@ -68,6 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=None, help="write OUTPUT.json and OUTPUT.md")
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--parts", nargs="+", choices=[part.__name__ for part in PARTS], help="only these")
     parser.add_argument("--smoke", action="store_true", help="small sizes on the CPU; times and waits only inform")
     arguments = parser.parse_args(argv)
     global DEVICE
@@ -76,11 +100,20 @@ def main(argv: list[str] | None = None) -> int:
         print("gpu_check needs a CUDA device, and torch sees none; --smoke runs the script on the CPU.")
         return 2
     torch.manual_seed(0)
+    torch.backends.cudnn.allow_tf32 = False  # torch's own cells round to TF32 by default, which is not their error
     checks: list[Check] = []
-    for part in (scans, adapters, transport, training_steps, waits, data_parallel, generation):
+    for part in PARTS if arguments.parts is None else [globals()[name] for name in arguments.parts]:
+        start = time.perf_counter()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            checks += part(arguments.repeats)
+            try:
+                for check in part(arguments.repeats):
+                    checks.append(check)
+                    print(line(check), file=sys.stderr, flush=True)
+            except Exception:
+                traceback.print_exc()
+                checks.append(Check(f"{part.__name__}: ended by an error", 1, 0))
+        print(f"{part.__name__}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
         fell = [str(one.message) for one in caught if "does not work here" in str(one.message)]
         checks.append(Check(f"{part.__name__}: fast paths that failed their trial", len(fell), 0))
         for message in fell:
@@ -94,23 +127,22 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if all(check.passed for check in checks) else 1
 
 
-def scans(repeats: int) -> list[Check]:
+def scans(repeats: int) -> Iterator[Check]:
     """Values and gradients of every cell over widths, lengths and masks; the RNN beside cuDNN."""
-    checks = []
     for kind in ("rnn", "gru", "lstm"):
         worst = 0.0
         for k in (1, 4, 17) if DEVICE == "cpu" else (1, 2, 3, 4, 5, 8, 16, 17, 31, 32, 33, 64):
             for length, masked in ((1, False), (37, True), (130, False)):
                 worst = max(worst, scan_error(kind, k, length, masked))
-        checks.append(Check(f"{kind}: largest relative error against float64, k = 1 to 64", worst, 1e-4))
+        yield Check(f"{kind}: largest relative error against float64, k = 1 to 64", worst, 1e-4)
     for batch, length, k in sized(((4, 512, 4), (32, 512, 4), (128, 512, 4), (32, 512, 16)), ((2, 16, 4),)):
         cell, x = build_cell("rnn", k).to(DEVICE), torch.randn(batch, length, k, device=DEVICE)
         theirs = nn.RNN(k, k, batch_first=True).to(DEVICE)
         with torch.no_grad():
             ours_ms, theirs_ms = on_device(lambda c=cell, x=x: c(x)), on_device(lambda c=theirs, x=x: c(x))
         row = f"rnn {batch}x{length}x{k} forward, device"
-        checks += [Check(f"{row}: ms", ours_ms), Check(f"{row}: time against cuDNN", ours_ms / theirs_ms, 0.5)]
-    return checks
+        yield Check(f"{row}: ms", ours_ms)
+        yield Check(f"{row}: time against cuDNN", ours_ms / theirs_ms, 0.5)
 
 
 def scan_error(kind: str, k: int, length: int, masked: bool) -> float:
@@ -128,9 +160,8 @@ def scan_error(kind: str, k: int, length: int, masked: bool) -> float:
     return max(relative(one, other) for one, other in zip(found, known, strict=True))
 
 
-def adapters(repeats: int) -> list[Check]:
+def adapters(repeats: int) -> Iterator[Check]:
     """Whole adapters: against torch's own cells in values and gradients, and in time beside the others."""
-    checks = []
     for dtype, limit in ((torch.float32, 1e-3), (torch.float16, 2e-2), (torch.bfloat16, 5e-2)):
         if dtype == torch.bfloat16 and not has_bfloat16():
             continue
@@ -144,16 +175,24 @@ def adapters(repeats: int) -> list[Check]:
                     out = model(x)
                     both.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
             worst = max(worst, *(relative(one, other) for one, other in zip(*both, strict=True)))
-        checks.append(Check(f"adapter, {dtype}: largest relative error against torch's cells", worst, limit))
-    rows = (((8, 2048, 2048, 8), 1.0), ((32, 512, 768, 4), 1.2))
-    for (batch, length, width, k), limit in sized(rows, (((2, 16, 32, 4), 1.2),)):
-        x = torch.randn(batch, length, width, device=DEVICE)
+        yield Check(f"adapter, {dtype}: largest relative error against torch's cells", worst, limit)
+    rows = (
+        ((8, 2048, 2048, 8), torch.float32, 1.0),
+        ((32, 512, 768, 4), torch.float32, 1.2),
+        ((8, 2048, 2048, 8), torch.bfloat16, None),
+        ((32, 512, 768, 4), torch.bfloat16, None),
+    )
+    for (batch, length, width, k), dtype, limit in sized(rows, (((2, 16, 32, 4), torch.float32, 1.2),)):
+        if dtype == torch.bfloat16 and not has_bfloat16():
+            continue
+        x = torch.randn(batch, length, width, device=DEVICE, dtype=dtype)
         models = {
             "READ": READConfig(r=k, target_modules=["fc2"], init_weights=False),
             "Adapter": READConfig(r=k, cell="none", target_modules=["fc2"], init_weights=False),
             "LoRA r=4": LoraConfig(r=4, target_modules=["fc2"]),
         }
-        times, walls = {}, {}
+        row = f"adapter {batch}x{length}x{width} k={k} {str(dtype)[6:]}, forward and backward"
+        times = {}
         for name, config in models.items():
             model, leaf = get_peft_model(FreeModel(width), config).to(DEVICE), x.clone().requires_grad_()
             parameters = [leaf, *(p for p in model.parameters() if p.requires_grad)]
@@ -161,102 +200,180 @@ def adapters(repeats: int) -> list[Check]:
             def step(model: nn.Module = model, leaf: Tensor = leaf, wanted: list[Tensor] = parameters) -> None:
                 torch.autograd.grad(model(leaf).sum(), wanted, allow_unused=True)
 
-            times[name], walls[name] = on_device(step), wall(step, repeats)
-        row = f"adapter {batch}x{length}x{width} k={k}, forward and backward"
-        checks += [Check(f"{row}: {name}, device ms", ms) for name, ms in times.items()]
-        checks += [Check(f"{row}: {name}, wall ms", ms) for name, ms in walls.items()]
-        checks.append(Check(f"{row}: device time against Adapter", times["READ"] / times["Adapter"], limit))
-    return checks
+            times[name] = on_device(step)
+            yield Check(f"{row}: {name}, device ms", times[name])
+            yield Check(f"{row}: {name}, wall ms", wall(step, repeats))
+        yield Check(f"{row}: device time against Adapter", times["READ"] / times["Adapter"], limit)
 
 
-def transport(repeats: int) -> list[Check]:
+def transport(repeats: int) -> Iterator[Check]:
     """Problems solved by the kernel itself, their errors, and the time of a call."""
-    checks, unsolved, worst, count = [], 0, 0.0, 0
-    generator = torch.Generator().manual_seed(0)
-    for batch, n, m in sized(((32, 75, 32), (96, 256, 256), (8, 300, 77)), ((4, 20, 12),)):
-        for noise in (1.0, 0.2):
-            cost = cosine_cost(*tokens_about_topics(batch, n, m, noise, generator))
-            for options in ({"mass": 0.5}, {"mass": 0.9}, {"mass": 1.0}, {"mass": 0.5, "reg": 0.002}):
-                found = partial_optimal_transport(cost.to(DEVICE), **options)
-                exact = partial_optimal_transport(cost.to(DEVICE).double(), method="newton", tol=1e-8, **options)
-                unsolved += int((~found.converged).sum())
-                worst = max(worst, float(((found.cost - exact.cost).abs() / exact.cost.abs().clamp_min(1e-2)).max()))
-                count += batch
-    checks.append(Check(f"transport: share of {count} problems that the kernel did not solve", unsolved / count, 0.0))
-    checks.append(Check("transport: largest relative error of the cost", worst, 1e-4))
+    # 0.002 is 500 times less than the costs range over, harder than what training asks for: it only informs.
+    for reg, limit in ((0.05, 0.0), (0.02, 0.0), (0.002, None)):
+        unsolved, worst, count, sweeps = 0, 0.0, 0, 0
+        generator = torch.Generator().manual_seed(0)
+        for batch, n, m in sized(((32, 75, 32), (96, 256, 256), (8, 300, 77)), ((4, 20, 12),)):
+            for noise in (1.0, 0.2):
+                cost = cosine_cost(*tokens_about_topics(batch, n, m, noise, generator))
+                for mass in (0.5, 0.9, 1.0) if reg == 0.05 else (0.5,):
+                    found = partial_optimal_transport(cost.to(DEVICE), mass=mass, reg=reg)
+                    exact = partial_optimal_transport(
+                        cost.to(DEVICE).double(), mass=mass, reg=reg, method="newton", tol=1e-8
+                    )
+                    solved = found.converged & exact.converged
+                    unsolved += int((~found.converged).sum())
+                    errors = (found.cost - exact.cost).abs() / exact.cost.abs().clamp_min(1e-2)
+                    worst = max(worst, float(torch.where(solved, errors, 0).max()))
+                    count, sweeps = count + batch, max(sweeps, int(found.n_iter.max()))
+        row = f"transport, reg={reg}"
+        yield Check(f"{row}: share of {count} problems that the kernel did not solve", unsolved / count, limit)
+        yield Check(f"{row}: largest relative error of the cost of the others", worst, 1e-4)
+        yield Check(f"{row}: most sweeps", sweeps)
     problems = sized(192, 4)
     cost = cosine_cost(torch.randn(problems, 75, 256), torch.randn(problems, 32, 256)).to(DEVICE).requires_grad_()
     call = lambda: torch.autograd.grad(partial_optimal_transport(cost).cost.sum(), cost)  # noqa: E731
-    checks.append(
-        Check(f"transport: {problems} problems of 75x32, value and gradient, wall ms", wall(call, repeats), 1.0)
-    )
+    row = f"transport: {problems} problems of 75x32, value and gradient"
+    yield Check(f"{row}, wall ms", wall(call, repeats), 1.0)
+    yield Check(f"{row}, device ms", on_device(call))
     with use_backend("torch"):
-        checks.append(Check("transport: the same by Newton in torch, wall ms", wall(call, 3)))
-    return checks
+        yield Check(f"{row}, by Newton in torch, wall ms", wall(call, 3))
 
 
-def training_steps(repeats: int) -> list[Check]:
-    """A training step of BART under autocast: READ beside the same without a recurrence, READ-PVLA beside LoRA."""
-    small = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
-             "encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 99}  # fmt: skip
-    config = BartConfig(**sized({}, small), dropout=0.0)
+def training_steps(repeats: int) -> Iterator[Check]:
+    """A training step of BART-base: READ beside the same without a recurrence, READ-PVLA beside LoRA."""
+    walls = {}
+    for name in ("LoRA r=4", "Adapter", "READ", "READ + PVLA"):
+        walls[name] = bart_step(name, repeats)
+        yield Check(f"BART-base, a step: {name}, wall ms", walls[name])
+    for ours, theirs in (("READ + PVLA", "LoRA r=4"), ("READ", "Adapter")):
+        yield Check(f"BART-base, a step: {ours}, time against {theirs}", walls[ours] / walls[theirs], 1.05)
+
+
+def compiled_steps(repeats: int) -> Iterator[Check]:
+    """The same compiled to CUDA graphs, with two layers each in the encoder and the decoder."""
+    walls = {}
+    for name in ("LoRA r=4", "Adapter", "READ"):
+        walls[name] = bart_step(name, repeats, compiled=True)
+        yield Check(f"BART of 2 + 2 layers, a compiled step: {name}, wall ms", walls[name])
+    for theirs, limit in (("LoRA r=4", 1.05), ("Adapter", None)):
+        ratio = walls["READ"] / walls[theirs]
+        yield Check(f"BART of 2 + 2 layers, a compiled step: READ, time against {theirs}", ratio, limit)
+
+
+def bart_step(name: str, repeats: int, compiled: bool = False) -> float:
+    """Milliseconds of a training step under autocast, 16 sequences of 512 tokens, 256 of them video for PVLA."""
+    layers = {"encoder_layers": 2, "decoder_layers": 2} if compiled else {}
+    config = BartConfig(**sized(layers, SMALL_BART), dropout=0.0)
     batch, length = sized((16, 512), (2, 16))
     ids = torch.randint(3, 99, (batch, length), device=DEVICE)
     video, text = slice(0, length // 2), slice(length // 2, length)
-    dtype = torch.bfloat16 if has_bfloat16() else torch.float16
     configs = {
         "LoRA r=4": LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
         "Adapter": READConfig(r=4, cell="none"),
         "READ": READConfig(r=4),
     }
-    checks, walls = [], {}
-    for name, compiled in (("LoRA r=4", False), ("Adapter", False), ("READ", False), ("READ + PVLA", False),
-                           ("LoRA r=4", True), ("READ", True)):  # fmt: skip
-        model = get_peft_model(BartForConditionalGeneration(config), configs[name.removesuffix(" + PVLA")]).to(DEVICE)
-        called = torch.compile(model, mode=sized("reduce-overhead", "default")) if compiled else model
-        optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
-        loss = PVLALoss() if name.endswith("PVLA") else None
+    model = get_peft_model(BartForConditionalGeneration(config), configs[name.removesuffix(" + PVLA")]).to(DEVICE)
+    called = torch.compile(model, mode=sized("reduce-overhead", "default")) if compiled else model
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    loss = PVLALoss() if name.endswith("PVLA") else None
 
-        def step(called=called, optimizer=optimizer, loss=loss) -> None:  # type: ignore[no-untyped-def]
-            with torch.autocast(DEVICE, dtype=dtype):
-                out = called(input_ids=ids, labels=ids, output_hidden_states=loss is not None)
-            total = out.loss
-            if loss is not None:
-                for states in out.encoder_hidden_states[1:]:
-                    total = total + 0.1 * loss(states[:, video].float(), states[:, text].float())
-            total.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    def step() -> None:
+        with torch.autocast(DEVICE, dtype=torch.bfloat16 if has_bfloat16() else torch.float16):
+            out = called(input_ids=ids, labels=ids, output_hidden_states=loss is not None)
+        total = out.loss
+        if loss is not None:  # all blocks in one call, as the mixin does it
+            blocks = out.encoder_hidden_states[1:]
+            states = [[states[:, part].float() for states in blocks] for part in (video, text)]
+            total = total + loss(*states)
+        total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
-        label = f"{name}, compiled" if compiled else name
-        walls[label] = wall(step, sized(repeats, 2))
-        checks.append(Check(f"BART {batch}x{length}, {dtype}, a step: {label}, wall ms", walls[label]))
-    for ours, theirs in (("READ + PVLA", "LoRA r=4"), ("READ", "Adapter"), ("READ, compiled", "LoRA r=4, compiled")):
-        ratio = walls[ours] / walls[theirs]
-        checks.append(Check(f"BART {batch}x{length}, a step: {ours}, time against {theirs}", ratio, 1.05))
-    return checks
+    return wall(step, sized(repeats, 2))
 
 
-def data_parallel(repeats: int) -> list[Check]:
+def data_parallel(repeats: int) -> Iterator[Check]:
     """One process of DDP: its gradients are those without."""
     with tempfile.TemporaryDirectory() as folder:
         options = {"init_method": f"file://{folder}/store", "rank": 0, "world_size": 1}
         distributed.init_process_group("nccl" if DEVICE == "cuda" else "gloo", **options)
         try:
-            model = free_model(64, 4)
-            x, both = torch.randn(4, 30, 64, device=DEVICE), []
-            for called in (model, nn.parallel.DistributedDataParallel(model)):
-                called(x).square().sum().backward()
-                both.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-                model.zero_grad(set_to_none=True)
+            model, x = free_model(64, 4), torch.randn(4, 30, 64, device=DEVICE)
+            parallel = nn.parallel.DistributedDataParallel(model)
+            both = [gradients(model, lambda called=called: called(x).square().sum()) for called in (model, parallel)]
         finally:
             distributed.destroy_process_group()
-    worst = max(relative(one, other) for one, other in zip(*both, strict=True))
-    return [Check("DDP: largest relative error of a gradient against none", worst, 1e-5)]
+    yield Check("DDP: largest relative error of a gradient against none", difference(*both), 1e-5)
 
 
-def waits(repeats: int) -> list[Check]:
-    """Waits for the device that a step of READ and PVLA causes."""
+def ways_of_training(repeats: int) -> Iterator[Check]:
+    """Gradients of a small BART under checkpointing, fp16 with a GradScaler, and CUDA graphs, against plain ones."""
+    model = get_peft_model(small_bart(), READConfig(r=4, init_weights=False)).to(DEVICE)
+    ids = torch.randint(3, 99, (4, 16), device=DEVICE)
+    mask = torch.ones_like(ids)
+    mask[0, 10:], mask[1, :3] = 0, 0
+    loss = lambda called=model: called(input_ids=ids, attention_mask=mask, labels=ids).loss  # noqa: E731
+    plain = gradients(model, loss)
+    compiled = torch.compile(model, mode=sized("reduce-overhead", "default"))
+    worst = 0.0
+    for _ in range(4):  # a graph is recorded at the second or third call
+        torch.compiler.cudagraph_mark_step_begin()
+        worst = max(worst, difference(gradients(model, lambda: loss(compiled)), plain))
+    yield Check("compiled to CUDA graphs: largest relative error of a gradient against eager", worst, 1e-3)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**10)
+    with torch.autocast(DEVICE, dtype=torch.float16):
+        half = gradients(model, lambda: scaler.scale(loss()))
+    yield Check(
+        "fp16 with a GradScaler: largest relative error of a gradient against fp32",
+        difference([gradient / 2.0**10 for gradient in half], plain), 5e-2,
+    )  # fmt: skip
+    for reentrant in (False, True):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        model.train()  # dropout is 0; checkpointing is on in training only
+        yield Check(
+            f"checkpointing, use_reentrant={reentrant}: largest relative error of a gradient against none",
+            difference(gradients(model, loss), plain), 1e-5,
+        )  # fmt: skip
+
+
+class AlignedTrainer(PVLALossMixin, Trainer):
+    """A trainer with the alignment loss."""
+
+
+def mixin(repeats: int) -> Iterator[Check]:
+    """Training with the mixin: the loss is that of the CPU, and a NaN among the states ends it at the next log."""
+    layers = r"model\.encoder\.layers\.\d+"
+    config = PVLAConfig(video=Stream(layers, tokens=slice(0, 9)), language=Stream(layers, tokens=slice(9, None)))
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, 99, (16, 16))]
+
+    def train(folder: str, on_cpu: bool, poisoned: bool) -> list[float]:
+        torch.manual_seed(0)
+        model = get_peft_model(small_bart(), READConfig(r=4))
+        if poisoned:
+            model.base_model.model.model.encoder.layers[1].final_layer_norm.bias.data[0] = torch.nan
+        arguments = TrainingArguments(
+            output_dir=folder, per_device_train_batch_size=4, max_steps=4, logging_steps=2, save_strategy="no",
+            report_to="none", disable_tqdm=True, use_cpu=on_cpu, learning_rate=1e-3, logging_nan_inf_filter=False,
+        )  # fmt: skip
+        trainer = AlignedTrainer(model=model, args=arguments, train_dataset=rows, pvla_config=config)
+        trainer.train()
+        return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+    with tempfile.TemporaryDirectory() as folder:
+        here, known = (train(folder, on_cpu, False) for on_cpu in (DEVICE == "cpu", True))
+        worst = max(abs(one - other) for one, other in zip(here, known, strict=True))
+        yield Check("Trainer with the mixin: largest difference of a logged loss from that on the CPU", worst, 1e-3)
+        try:
+            train(folder, DEVICE == "cpu", True)
+            message = ""
+        except (FloatingPointError, ValueError) as error:  # at the next log on a device, at once on the CPU
+            message = str(error)
+        yield Check("Trainer with the mixin: NaN states that went on unnoticed", int("block" not in message), 0)
+
+
+def waits(repeats: int) -> Iterator[Check]:
+    """Waits for the device that a step of READ and PVLA causes, by torch's operations and by the CUDA runtime."""
     model = get_peft_model(FreeModel(64), READConfig(r=4, target_modules=["fc2"])).to(DEVICE)
     loss, mask = PVLALoss(), torch.rand(4, 30, device=DEVICE) > 0.2
     x, text = torch.randn(4, 30, 64, device=DEVICE), torch.randn(4, 12, 64, device=DEVICE, requires_grad=True)
@@ -264,25 +381,73 @@ def waits(repeats: int) -> list[Check]:
     def step() -> None:
         loss(model(x), text, mask).backward()
 
-    step()
+    for _ in range(PATIENCE):  # in the first backward passes READ looks for parameters without a gradient
+        step()
     with Waits() as counted:
         step()
-    return [Check("waits for the device in one step of READ and PVLA", counted.count, 0)]
+    yield Check("waits for the device in one step of READ and PVLA, in torch's operations", counted.count, 0)
+    if DEVICE == "cuda":
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                step()
+                x.sum().item()  # one wait that has to be seen
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        count = sum("synchronizing CUDA operation" in str(one.message) for one in caught)
+        yield Check("waits for the device in the same step, by torch's debug mode", count - 1 if count else 99, 0)
 
 
-def generation(repeats: int) -> list[Check]:
-    """A static cache against none."""
-    config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=4, vocab_size=101, max_position_embeddings=128)  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config)
-    model = get_peft_model(model, READConfig(r=4, init_weights=False, task_type="CAUSAL_LM")).to(DEVICE).eval()
-    ids = torch.randint(3, 100, (2, 9), device=DEVICE)
+def generation(repeats: int) -> Iterator[Check]:
+    """Generation with a static cache, whose steps transformers compiles on CUDA, against none."""
     settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    with torch.no_grad():
-        expected = model.generate(input_ids=ids, use_cache=False, **settings)
-        found = model.generate(input_ids=ids, cache_implementation="static", **settings)
-    differing = int((expected != found).sum()) if expected.shape == found.shape else expected.numel()
-    return [Check("generation: tokens that differ between a static cache and none", differing, 0)]
+    for cell in ("rnn", "gru", "lstm"):
+        config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                             num_key_value_heads=4, vocab_size=101, max_position_embeddings=128)  # fmt: skip
+        model = AutoModelForCausalLM.from_config(config)
+        read = READConfig(r=4, cell=cell, init_weights=False, task_type="CAUSAL_LM")
+        model = get_peft_model(model, read).to(DEVICE).eval()
+        ids = torch.randint(3, 100, (2, 9), device=DEVICE)
+        mask = torch.ones_like(ids)
+        mask[0, :3] = 0
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        with torch.no_grad():
+            expected = model.generate(input_ids=ids, attention_mask=mask, use_cache=False, **settings)
+            found = model.generate(input_ids=ids, attention_mask=mask, cache_implementation="static", **settings)
+        differing = int((expected != found).sum()) if expected.shape == found.shape else expected.numel()
+        yield Check(f"generation, {cell}: tokens that differ between a static cache and none", differing, 0)
+        counters = torch._dynamo.utils.counters
+        yield Check(f"generation, {cell}: graphs that transformers compiled", counters["stats"]["unique_graphs"])
+        for reason, count in counters["graph_break"].items():
+            print("graph break:", count, reason)
+        yield Check(f"generation, {cell}: graph breaks", sum(counters["graph_break"].values()), 0)
+
+
+PARTS = (
+    scans, adapters, transport, waits, data_parallel, mixin, training_steps, ways_of_training, generation,
+    compiled_steps,
+)  # fmt: skip
+
+
+def small_bart() -> BartForConditionalGeneration:
+    """A BART of a few thousand parameters, without dropout."""
+    return BartForConditionalGeneration(BartConfig(**SMALL_BART, dropout=0.0))
+
+
+def gradients(model: nn.Module, loss: Callable[[], Tensor]) -> list[Tensor]:
+    """The gradients of the trainable parameters."""
+    model.zero_grad(set_to_none=True)
+    loss().backward()
+    found = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def difference(found: list[Tensor], known: list[Tensor]) -> float:
+    """The largest relative error of a list."""
+    return max(relative(one, other) for one, other in zip(found, known, strict=True))
 
 
 def relative(found: Tensor, known: Tensor) -> float:
@@ -343,10 +508,15 @@ def markdown(checks: list[Check]) -> str:
         "| check | value | limit | |", "|---|---|---|---|",
     ]  # fmt: skip
     for check in checks:
-        limit = "" if check.limit is None else f"{check.limit:.3g}"
-        verdict = "" if check.limit is None else "passed" if check.passed else "**missed**"
-        lines.append(f"| {check.name} | {check.value:.4g} | {limit} | {verdict} |")
+        lines.append(line(check))
     return "\n".join(lines)
+
+
+def line(check: Check) -> str:
+    """A line of the report."""
+    limit = "" if check.limit is None else f"{check.limit:.3g}"
+    verdict = "" if check.limit is None else "passed" if check.passed else "**missed**"
+    return f"| {check.name} | {check.value:.4g} | {limit} | {verdict} |"
 
 
 if __name__ == "__main__":

@@ -219,7 +219,8 @@ def cache_length(cache: Cache) -> int | torch.Tensor:
 
 
 def _are_fixed(states: dict[Hashable, States]) -> bool:
-    return bool(states) and all(isinstance(entry, FixedStates) for entry in states.values())
+    # Not bool(states), which torch.compile could not trace before torch 2.12.
+    return len(states) > 0 and all(isinstance(entry, FixedStates) for entry in states.values())
 
 
 def _slots_of(cache: Cache) -> int:

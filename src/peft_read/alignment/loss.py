@@ -76,7 +76,7 @@ def alignment_distance(
         if distance == "partial_ot":
             return _transport_distance(blocks, mass=mass, reg=reg, method=method)
         for index, block in enumerate(blocks):
-            _check_finite(block, index)  # the transport refuses such costs itself
+            _check_finite(block, index)  # the transport looks at its costs itself
         pooling, metric = distance.split("_")
         distances = torch.stack([_pooled_distance(*block, pooling=pooling, metric=metric) for block in blocks])
         return AlignmentDistance(distances, torch.stack([_both_present(vm, lm) for _, _, vm, lm in blocks]))
@@ -268,14 +268,19 @@ def _transport_distance(blocks: list[Block], *, mass: float, reg: float, method:
         costs.append(F.pad(cost, (0, columns - cost.shape[2], 0, rows - cost.shape[1])))
         row_masks.append(F.pad(vm, (0, rows - vm.shape[1])))
         column_masks.append(F.pad(tm, (0, columns - tm.shape[1])))
-    plan = partial_optimal_transport(
-        torch.stack(costs),  # (blocks, B, N, M)
-        mass=mass,
-        reg=reg,
-        row_mask=torch.stack(row_masks),
-        col_mask=torch.stack(column_masks),
-        method=method,
-    )
+    try:
+        plan = partial_optimal_transport(
+            torch.stack(costs),  # (blocks, B, N, M)
+            mass=mass,
+            reg=reg,
+            row_mask=torch.stack(row_masks),
+            col_mask=torch.stack(column_masks),
+            method=method,
+        )
+    except ValueError:
+        for index, block in enumerate(blocks):
+            _check_finite(block, index)  # a message that names the block and the side
+        raise
     moved = plan.mass.detach()
     # An example without video or without words transports nothing: its cost is 0 and stays 0.
     distance = torch.where(moved > 0, plan.cost / moved.clamp_min(torch.finfo(moved.dtype).tiny), plan.cost * 0)

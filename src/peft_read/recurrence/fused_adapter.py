@@ -88,12 +88,8 @@ def _has_hooks(module: nn.Module) -> bool:
         if own[name]:
             return True
     everywhere = nn.modules.module
-    return bool(
-        everywhere._global_forward_hooks
-        or everywhere._global_forward_pre_hooks
-        or everywhere._global_backward_hooks
-        or everywhere._global_backward_pre_hooks
-    )
+    # The lengths, since torch.compile could not trace bool() of a dictionary before torch 2.12.
+    return any(len(getattr(everywhere, f"_global{name}")) > 0 for name in HOOKS)
 
 
 def _is_whole(arguments: AdapterArguments) -> bool:

@@ -1,6 +1,8 @@
 """The parts of the RNN adapter that are parallel over tokens, as Triton kernels: before and behind the scan.
 
-A program takes a tile of the B T tokens. O is read in its own dtype and everything is computed in float32.
+A program is one warp. It takes a tile of tokens and goes over the columns of O, or a tile of columns and goes over a
+part of the tokens. Tiles are (tokens, width, columns), divided by columns alone: products are summed per thread, and
+across threads only once, at the end. O is read in its own dtype and everything is computed in float32.
 """
 
 # mypy: allow-untyped-defs
@@ -9,7 +11,20 @@ import triton.language as tl
 
 from .scan import square
 
-__all__ = ["down_backward", "down_forward", "up_backward", "up_forward"]
+__all__ = ["columns_backward", "down_forward", "up_backward", "up_forward"]
+
+
+@triton.jit
+def project(x, weight, token, tokens, d, k, K: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The product (TOKENS, K) of rows of x (tokens, d) with a matrix (k, d)."""
+    i, j = tl.arange(0, K)[None, :, None], tl.arange(0, COLUMNS)[None, None, :]
+    here = (token < tokens)[:, None, None]
+    total = tl.zeros([TOKENS, K, COLUMNS], tl.float32)
+    for start in tl.range(0, d, COLUMNS):
+        column = start + j
+        rows = tl.load(x + token[:, None, None] * d + column, here & (column < d), 0.0).to(tl.float32)
+        total += rows * tl.load(weight + i * d + column, (i < k) & (column < d), 0.0)
+    return tl.sum(total, 2)
 
 
 @triton.jit
@@ -19,22 +34,16 @@ def down_forward(
 ):  # fmt: skip
     """Sets narrow = O W_down + b_down and inner = W_ih narrow + b_ih + b_hh."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    i, j = tl.arange(0, K), tl.arange(0, COLUMNS)
-    inside = (token < tokens)[:, None] & (i < k)[None, :]
-    low = tl.zeros([TOKENS, K], tl.float32)
-    for start in tl.range(0, d, COLUMNS):
-        column = start + j
-        within = (token < tokens)[:, None] & (column < d)[None, :]
-        rows = tl.load(x + token[:, None] * d + column[None, :], within, 0.0).to(tl.float32)
-        weight = tl.load(down + i[:, None] * d + column[None, :], (i < k)[:, None] & (column < d)[None, :], 0.0)
-        low += tl.sum(rows[:, None, :] * weight[None, :, :], 2)
+    i = tl.arange(0, K)
+    inside, place = (token < tokens)[:, None] & (i < k)[None, :], token[:, None] * k + i[None, :]
+    low = project(x, down, token, tokens, d, k, K, TOKENS, COLUMNS)
     if SHIFTED:
         low += tl.load(down_bias + i, i < k, 0.0)[None, :]
-    tl.store(narrow + token[:, None] * k + i[None, :], low, inside)
+    tl.store(narrow + place, low, inside)
     gates = tl.sum(low[:, None, :] * square(weight_ih, k, K)[None, :, :], 2)
     if BIASED:
         gates += (tl.load(bias_ih + i, i < k, 0.0) + tl.load(bias_hh + i, i < k, 0.0))[None, :]
-    tl.store(inner + token[:, None] * k + i[None, :], gates, inside)
+    tl.store(inner + place, gates, inside)
 
 
 @triton.jit
@@ -47,21 +56,26 @@ def up_forward(
     x, hidden, up, up_bias, valid, out, tokens, d, k,
     LIFTED: tl.constexpr, MASKED: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Sets out = O + GELU(h) W_up + b_up, and O at padding."""
+    """Sets out = O + GELU(h) W_up + b_up, and O at padding; `up` is W_up with a row of d for each of the width."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    column, i = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, K)
-    within = (token < tokens)[:, None] & (column < d)[None, :]
+    i, j = tl.arange(0, K), tl.arange(0, COLUMNS)[None, None, :]
     h = tl.load(hidden + token[:, None] * k + i[None, :], (token < tokens)[:, None] & (i < k)[None, :], 0.0)
-    weight = tl.load(up + column[:, None] * k + i[None, :], (column < d)[:, None] & (i < k)[None, :], 0.0)
-    delta = tl.sum((h * normal_cdf(h))[:, None, :] * weight[None, :, :], 2)
-    if LIFTED:
-        delta += tl.load(up_bias + column, column < d, 0.0)[None, :]
+    active = (h * normal_cdf(h))[:, :, None]
+    here, rest = (token < tokens)[:, None, None], token[:, None, None] * d
     if MASKED:
-        delta = tl.where((tl.load(valid + token, token < tokens, 0) != 0)[:, None], delta, 0.0)
-    rows = tl.load(x + token[:, None] * d + column[None, :], within, 0.0)
-    # Added in the dtype of O, as O + delta is everywhere else.
-    total = rows.to(tl.float32) + delta.to(rows.dtype).to(tl.float32)
-    tl.store(out + token[:, None] * d + column[None, :], total.to(rows.dtype), within)
+        real = (tl.load(valid + token, token < tokens, 0) != 0)[:, None, None]
+    for start in tl.range(0, d, COLUMNS):
+        column = start + j
+        known = (i < k)[None, :, None] & (column < d)
+        delta = tl.sum(active * tl.load(up + i[None, :, None] * d + column, known, 0.0), 1)[:, None, :]
+        if LIFTED:
+            delta += tl.load(up_bias + column, column < d, 0.0)
+        if MASKED:
+            delta = tl.where(real, delta, 0.0)
+        rows = tl.load(x + rest + column, here & (column < d), 0.0)
+        # Added in the dtype of O, as O + delta is everywhere else.
+        total = rows.to(tl.float32) + delta.to(rows.dtype).to(tl.float32)
+        tl.store(out + rest + column, total.to(rows.dtype), here & (column < d))
 
 
 @triton.jit
@@ -71,16 +85,10 @@ def up_backward(
 ):  # fmt: skip
     """Sets the gradient of h, and GELU(h) with a one behind it, both without what is padding."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    i, j = tl.arange(0, K), tl.arange(0, COLUMNS)
-    inside = (token < tokens)[:, None] & (i < k)[None, :]
-    total = tl.zeros([TOKENS, K], tl.float32)
-    for start in tl.range(0, d, COLUMNS):
-        column = start + j
-        within = (token < tokens)[:, None] & (column < d)[None, :]
-        rows = tl.load(grad + token[:, None] * d + column[None, :], within, 0.0).to(tl.float32)
-        weight = tl.load(up + column[None, :] * k + i[:, None], (column < d)[None, :] & (i < k)[:, None], 0.0)
-        total += tl.sum(rows[:, None, :] * weight[None, :, :], 2)
-    h = tl.load(hidden + token[:, None] * k + i[None, :], inside, 0.0)
+    i = tl.arange(0, K)
+    inside, place = (token < tokens)[:, None] & (i < k)[None, :], token[:, None] * k + i[None, :]
+    total = project(grad, up, token, tokens, d, k, K, TOKENS, COLUMNS)
+    h = tl.load(hidden + place, inside, 0.0)
     cdf = normal_cdf(h)
     total = total * (cdf + h * 0.3989422804014327 * tl.exp(-0.5 * h * h))
     mark = (token < tokens).to(tl.float32)
@@ -88,21 +96,51 @@ def up_backward(
         mark = tl.where(tl.load(valid + token, token < tokens, 0) != 0, mark, 0.0)
         total = tl.where(mark[:, None] > 0, total, 0.0)
     if SEEN:
-        total += tl.load(grad_hidden + token[:, None] * k + i[None, :], inside, 0.0)
-    tl.store(carried + token[:, None] * k + i[None, :], total, inside)
+        total += tl.load(grad_hidden + place, inside, 0.0)
+    tl.store(carried + place, total, inside)
     tl.store(active + token[:, None] * (k + 1) + i[None, :], h * cdf * mark[:, None], inside)
     tl.store(active + token * (k + 1) + k, mark, token < tokens)
 
 
 @triton.jit
-def down_backward(grad, low, down, grad_x, tokens, d, k, K: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sets the gradient of O: its own, and that of O W_down times W_down."""
-    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    column, i = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, K)
-    within = (token < tokens)[:, None] & (column < d)[None, :]
-    factor = tl.load(low + token[:, None] * k + i[None, :], (token < tokens)[:, None] & (i < k)[None, :], 0.0)
-    weight = tl.load(down + i[None, :] * d + column[:, None], (i < k)[None, :] & (column < d)[:, None], 0.0)
-    rows = tl.load(grad + token[:, None] * d + column[None, :], within, 0.0)
-    added = tl.sum(factor[:, None, :] * weight[None, :, :], 2)
-    total = rows.to(tl.float32) + added.to(rows.dtype).to(tl.float32)
-    tl.store(grad_x + token[:, None] * d + column[None, :], total.to(rows.dtype), within)
+def columns_backward(
+    grad, x, low, active, down, grad_x, grad_up, grad_down, tokens, part, d, k,
+    PASSED_ON: tl.constexpr, UP: tl.constexpr, DOWN: tl.constexpr,
+    K: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Sets the gradient of O, its own and that of O W_down times W_down, and those of both matrices.
+
+    Of the matrices a program sets the sums over its `part` of the tokens: W_up's and its bias's as (k + 1, d),
+    W_down's as (k, d).
+    """
+    column = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, None, :]
+    first = tl.program_id(1).to(tl.int64)
+    i = tl.arange(0, K)[None, :, None]
+    wanted, place = (i < k) & (column < d), i * d + column
+    weight = tl.load(down + place, wanted, 0.0)
+    # One array per name: Triton takes names that start as the same value for one, which the loop does not carry.
+    up_total = tl.zeros([TOKENS, K, COLUMNS], tl.float32)
+    bias_total = tl.zeros([TOKENS, 1, COLUMNS], tl.float32)
+    down_total = tl.zeros([TOKENS, K, COLUMNS], tl.float32)
+    for start in tl.range(0, part, TOKENS):
+        token = (first * part + start + tl.arange(0, TOKENS))[:, None, None]
+        here = token < tokens
+        within = here & (column < d)
+        rows = tl.load(grad + token * d + column, within, 0.0)
+        wide = rows.to(tl.float32)
+        factor = tl.load(low + token * k + i, here & (i < k), 0.0)
+        if PASSED_ON:
+            added = tl.sum(factor * weight, 1)[:, None, :]
+            total = wide + added.to(rows.dtype).to(tl.float32)
+            tl.store(grad_x + token * d + column, total.to(rows.dtype), within)
+        if UP:
+            up_total += tl.load(active + token * (k + 1) + i, here & (i < k), 0.0) * wide
+            bias_total += tl.load(active + token * (k + 1) + k, here, 0.0) * wide
+        if DOWN:
+            down_total += factor * tl.load(x + token * d + column, within, 0.0).to(tl.float32)
+    if UP:
+        grad_up += first * (k + 1) * d
+        tl.store(grad_up + place, tl.sum(up_total, 0)[None, :, :], wanted)
+        tl.store(grad_up + k * d + column, tl.sum(bias_total, 0)[None, :, :], column < d)
+    if DOWN:
+        tl.store(grad_down + first * k * d + place, tl.sum(down_total, 0)[None, :, :], wanted)

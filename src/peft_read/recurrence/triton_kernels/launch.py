@@ -1,8 +1,9 @@
 """The Triton kernels as implementations of the two operations: which cases they take, and how they are launched.
 
 An adapter is three launches each way. Down projection and "GELU, up, add" are parallel over tokens, only the scan
-between them is sequential; backward likewise, with the gradients of W_down and W_up as matrix products of torch. No
-value is read back from the device. triton is imported when the first kernel is needed.
+between them is sequential; backward likewise, where the last launch also has the gradients of W_down and W_up: O and
+the gradient are each read once for both. No value is read back from the device. triton is imported when the first
+kernel is needed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ LARGEST_SCAN_WIDTH = 64
 LARGEST_ADAPTER_WIDTH = 16  # wider ones are matrix products that cuBLAS does well
 LARGEST_GRID = 2**31 - 1
 WIDE = (torch.float32, torch.bfloat16, torch.float16)
-TILE_NUMBERS = 8192  # tokens x width x columns that a program multiplies at a time: 64 registers a thread of 4 warps
+# Tokens x width x columns that a program multiplies at a time. It is one warp: threads of several would exchange their
+# parts of a tile in every step.
+TILE_NUMBERS, COLUMN_NUMBERS = 2048, 2048
+PROGRAMS, PART_TOKENS = 2048, 64  # of the launch over columns: programs, and tokens of one at least
 
 
 def filled(k: int) -> int:
@@ -46,7 +50,24 @@ def tile_settings(k: int, d: int) -> dict[str, int]:
     """Compile-time settings of the launches over tokens: tiles of tokens x columns of the model's width d."""
     width = filled(k)
     columns = min(128, max(16, filled(d)))
-    return {"K": width, "TOKENS": max(2, TILE_NUMBERS // (width * columns)), "COLUMNS": columns, "num_warps": 4}
+    return {"K": width, "TOKENS": max(1, TILE_NUMBERS // (width * columns)), "COLUMNS": columns, "num_warps": 1}
+
+
+def column_settings(k: int, d: int) -> dict[str, int]:
+    """Compile-time settings of the launch over columns, which sums two products and holds a matrix at a time."""
+    width = filled(k)
+    columns = min(128, max(16, filled(d)), COLUMN_NUMBERS // width)
+    return {"K": width, "TOKENS": max(1, COLUMN_NUMBERS // (width * columns)), "COLUMNS": columns, "num_warps": 1}
+
+
+def token_parts(tokens: int, blocks: int, tile: int) -> tuple[int, int]:
+    """Into how many parts the launch over columns divides the tokens, and the tokens of a part, a multiple of a tile.
+
+    A function of the sizes alone, so that sums have the same order on every card.
+    """
+    parts = max(1, min(-(-tokens // PART_TOKENS), PROGRAMS // blocks))
+    part = -(-tokens // (parts * tile)) * tile
+    return -(-tokens // part), part
 
 
 @cache
@@ -144,29 +165,23 @@ def _adapter_refusal(arguments: AdapterArguments) -> str:
     return _place(x) or unfit((state, *weights), mask, x)
 
 
-def _over_tokens(x: Tensor, settings: dict[str, int], *, columns: bool) -> tuple[int, ...]:
-    """The grid of a launch over the B T tokens, and over the columns of O if they are independent."""
-    tokens, d = x.shape[0] * x.shape[1], x.shape[2]
-    rows = -(-tokens // settings["TOKENS"])
-    return (rows, -(-d // settings["COLUMNS"])) if columns else (rows,)
-
-
 def _adapter(arguments: AdapterArguments) -> Adapted:
     x, state, mask, down, down_bias, weight_ih, weight_hh, bias_ih, bias_hh, up, up_bias = arguments
     batch, length, d = x.shape
     k, kernels = len(down), _kernels("adapter")
     settings = tile_settings(k, d)
+    grid = (-(-batch * length // settings["TOKENS"]),)
     narrow, inner = down.new_empty(2, batch, length, k).unbind()
     with _on(x):
-        kernels.down_forward[_over_tokens(x, settings, columns=False)](
+        kernels.down_forward[grid](
             x, down.contiguous(), _pointer(down_bias, down), weight_ih.contiguous(), _pointer(bias_ih, down),
             _pointer(bias_hh, down), narrow, inner, batch * length, d, k, SHIFTED=down_bias is not None,
             BIASED=bias_ih is not None, **settings,
         )  # fmt: skip
     hidden, out = _launch_scan(inner, state, mask, weight_hh), torch.empty_like(x)
     with _on(x):
-        kernels.up_forward[_over_tokens(x, settings, columns=True)](
-            x, hidden, up.contiguous(), _pointer(up_bias, up), _pointer(mask, x), out, batch * length, d, k,
+        kernels.up_forward[grid](
+            x, hidden, up.T.contiguous(), _pointer(up_bias, up), _pointer(mask, x), out, batch * length, d, k,
             LIFTED=up_bias is not None, MASKED=mask is not None, **settings,
         )  # fmt: skip
     return Adapted(out, hidden, narrow)
@@ -180,33 +195,39 @@ def _adapter_backward(
     k, kernels = len(down), _kernels("adapter")
     settings = tile_settings(k, d)
     grad = torch.zeros_like(x) if grads[0] is None else grads[0].contiguous()
-    carried, active = torch.empty_like(hidden), hidden.new_empty(batch * length, k + 1)
+    tokens = batch * length
+    carried, active = torch.empty_like(hidden), hidden.new_empty(tokens, k + 1)
     with _on(x):
-        kernels.up_backward[_over_tokens(x, settings, columns=False)](
-            grad, hidden, up.contiguous(), _pointer(grads[1], hidden), _pointer(mask, hidden), carried, active,
-            batch * length, d, k, SEEN=grads[1] is not None, MASKED=mask is not None, **settings,
+        kernels.up_backward[(-(-tokens // settings["TOKENS"]),)](
+            grad, hidden, up.T.contiguous(), _pointer(grads[1], hidden), _pointer(mask, hidden), carried, active,
+            tokens, d, k, SEEN=grads[1] is not None, MASKED=mask is not None, **settings,
         )  # fmt: skip
     inner, grad_state = _launch_scan_backward(carried, mask, arguments.weight_hh, hidden)
     within, wanted = arguments.within(results.narrow), needs.within(True)  # type: ignore[arg-type]
     inside = gradients_of_gates(inner, inner, grad_state, within, hidden, wanted)
     low = inside.x.flatten(0, 1)  # the gradient of O W_down, (B · T, k)
+    wants_up, wants_down = bool(needs.up or needs.up_bias), bool(needs.down)
     grad_x = torch.empty_like(x) if needs.x else None
-    if grad_x is not None:
-        with _on(x):
-            kernels.down_backward[_over_tokens(x, settings, columns=True)](
-                grad, low, down.contiguous(), grad_x, batch * length, d, k, **settings
-            )
+    settings = column_settings(k, d)
+    blocks = -(-d // settings["COLUMNS"])
+    parts, part = token_parts(tokens, blocks, settings["TOKENS"])
+    lifted, lowered = down.new_empty(parts, k + 1, d), down.new_empty(parts, k, d)
+    with _on(x):
+        kernels.columns_backward[(blocks, parts)](
+            grad, x, low, active, down.contiguous(), grad if grad_x is None else grad_x, lifted, lowered, tokens, part,
+            d, k, PASSED_ON=grad_x is not None, UP=wants_up, DOWN=wants_down, **settings,
+        )  # fmt: skip
     # GELU(h), and a one for the bias, both zero at padding: the gradients of W_up and its bias at once.
-    lifted = grad.flatten(0, 1).to(down.dtype).T @ active if needs.up or needs.up_bias else None
+    lifted = lifted.sum(0)
     return AdapterArguments(
         grad_x,  # type: ignore[arg-type]
         grad_state,
         None,
-        low.T @ x.flatten(0, 1).to(down.dtype) if needs.down else None,  # type: ignore[arg-type]
+        lowered.sum(0) if wants_down else None,  # type: ignore[arg-type]
         low.sum(0) if needs.down_bias else None,
         *inside[3:],  # type: ignore[arg-type]
-        None if lifted is None else lifted[:, :k],  # type: ignore[arg-type]
-        None if lifted is None else lifted[:, k],
+        lifted[:k].T if wants_up else None,  # type: ignore[arg-type]
+        lifted[k] if wants_up else None,
     )
 
 

@@ -2,6 +2,11 @@
 
 The width k is filled up with zeros to a power of two. The loads of later tokens do not depend on the state, so they
 are pipelined. Sums and states are float32.
+
+A product with W_hh turns a state that lies along one axis of the matrix into one along the other, and threads would
+have to exchange it before the next product. So tokens are taken in pairs: the first by W_hh, the second by its
+transpose, whose product turns the state back. What padding repeats goes through the product too, with the identity in
+place of the matrix.
 """
 
 # mypy: allow-untyped-defs
@@ -10,7 +15,7 @@ import triton.language as tl
 
 __all__ = ["rnn_backward", "rnn_forward", "square"]
 
-STAGES = tl.constexpr(4)  # tokens whose loads are in flight
+STAGES_FORWARD, STAGES_BACKWARD = tl.constexpr(4), tl.constexpr(6)  # pairs of tokens whose loads are in flight
 
 
 @triton.jit
@@ -37,6 +42,13 @@ def square(weight, k, K: tl.constexpr):
 
 
 @triton.jit
+def transposed(weight, k, K: tl.constexpr):
+    """The transpose of a matrix (k, k), with zeros to (K, K)."""
+    row, column = tl.arange(0, K)[:, None], tl.arange(0, K)[None, :]
+    return tl.load(weight + column * k + row, (row < k) & (column < k), 0.0)
+
+
+@triton.jit
 def rnn_forward(
     inner, weight_hh, state, valid, outputs, length, k,
     CONTINUED: tl.constexpr, MASKED: tl.constexpr, K: tl.constexpr,
@@ -45,17 +57,35 @@ def rnn_forward(
     b = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, K)
     inside = i < k
-    weight = square(weight_hh, k, K)
+    weight, turned = square(weight_hh, k, K), transposed(weight_hh, k, K)
+    same = (i[:, None] == i[None, :]).to(tl.float32)
     hidden = tl.zeros([K], tl.float32)
     if CONTINUED:
         hidden = tl.load(state + b * k + i, inside, 0.0)
-    for t in tl.range(length, num_stages=STAGES):
-        token = b * length + t
+    if length % 2 == 1:
+        token = b * length
         new = tanh(tl.load(inner + token * k + i, inside, 0.0) + tl.sum(weight * hidden[None, :], 1))
         if MASKED:
             new = tl.where(tl.load(valid + token) != 0, new, hidden)
+        tl.store(outputs + token * k + i, new, inside)
         hidden = new
-        tl.store(outputs + token * k + i, hidden, inside)
+    for t in tl.range(length % 2, length, 2, num_stages=STAGES_FORWARD):
+        token = b * length + t
+        first_matrix, second_matrix = weight, turned
+        if MASKED:
+            first_real, second_real = tl.load(valid + token) != 0, tl.load(valid + token + 1) != 0
+            first_matrix = tl.where(first_real, weight, same)
+            second_matrix = tl.where(second_real, turned, same)
+        moved = tl.sum(first_matrix * hidden[None, :], 1)
+        first = tanh(tl.load(inner + token * k + i, inside, 0.0) + moved)
+        if MASKED:
+            first = tl.where(first_real, first, moved)
+        tl.store(outputs + token * k + i, first, inside)
+        moved = tl.sum(second_matrix * first[:, None], 0)
+        hidden = tanh(tl.load(inner + (token + 1) * k + i, inside, 0.0) + moved)
+        if MASKED:
+            hidden = tl.where(second_real, hidden, moved)
+        tl.store(outputs + (token + 1) * k + i, hidden, inside)
 
 
 @triton.jit
@@ -66,18 +96,41 @@ def rnn_backward(
     b = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, K)
     inside = i < k
-    weight = square(weight_hh, k, K)
+    weight, turned = square(weight_hh, k, K), transposed(weight_hh, k, K)
+    same = (i[:, None] == i[None, :]).to(tl.float32)
     carried = tl.zeros([K], tl.float32)
-    for back in tl.range(length, num_stages=STAGES):
+    if length % 2 == 1:
+        token = b * length + length - 1
+        h = tl.load(outputs + token * k + i, inside, 0.0)
+        last = tl.load(grad_outputs + token * k + i, inside, 0.0)
+        d = last * (1 - h * h)
+        carried = tl.sum(weight * d[:, None], 0)
+        if MASKED:
+            is_real = tl.load(valid + token) != 0
+            d = tl.where(is_real, d, 0.0)
+            carried = tl.where(is_real, carried, last)
+        tl.store(grad_inner + token * k + i, d, inside)
+    for back in tl.range(length % 2, length, 2, num_stages=STAGES_BACKWARD):
         token = b * length + length - 1 - back
         h = tl.load(outputs + token * k + i, inside, 0.0)
         carried += tl.load(grad_outputs + token * k + i, inside, 0.0)
         d = carried * (1 - h * h)
-        before = tl.sum(weight * d[:, None], 0)
         if MASKED:
             is_real = tl.load(valid + token) != 0
-            d = tl.where(is_real, d, 0.0)
-            before = tl.where(is_real, before, carried)
-        carried = before
-        tl.store(grad_inner + token * k + i, d, inside)
+            tl.store(grad_inner + token * k + i, tl.where(is_real, d, 0.0), inside)
+            before = tl.sum(tl.where(is_real, weight, same) * tl.where(is_real, d, carried)[:, None], 0)
+        else:
+            tl.store(grad_inner + token * k + i, d, inside)
+            before = tl.sum(weight * d[:, None], 0)
+        token = token - 1
+        h = tl.load(outputs + token * k + i, inside, 0.0)
+        before += tl.load(grad_outputs + token * k + i, inside, 0.0)
+        d = before * (1 - h * h)
+        if MASKED:
+            is_real = tl.load(valid + token) != 0
+            tl.store(grad_inner + token * k + i, tl.where(is_real, d, 0.0), inside)
+            carried = tl.sum(tl.where(is_real, turned, same) * tl.where(is_real, d, before)[None, :], 1)
+        else:
+            tl.store(grad_inner + token * k + i, d, inside)
+            carried = tl.sum(turned * d[None, :], 1)
     tl.store(grad_state + b * k + i, carried, inside)
