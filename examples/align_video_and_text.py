@@ -3,9 +3,9 @@
     python examples/align_video_and_text.py --output_dir outputs/alignment
     python examples/align_video_and_text.py --adapter outputs/how2/adapter --data_dir how2 --split sum_test
 
-Draws the transport plan of one item (frames against words) as a heat map, and prints the POT distance of the items'
-own video and text beside that of each text with the video of another item (the paper's Table 7), with and without the
-adapter. Without `--data_dir` it uses How2-mini.
+Draws the transport plan of one item (frames against words) as a heat map, and prints the mean POT distance of a text
+from its own video and from the video of another item (the paper's Table 7), with and without the adapter. Their
+difference is how much nearer the own video is. Without `--data_dir` it uses How2-mini.
 """
 
 from __future__ import annotations
@@ -25,26 +25,28 @@ from peft_read.alignment import AlignedBlock
 from peft_read.data import FeatureStore, How2Collator, generate_how2_mini, load_how2
 from peft_read.transport import cosine_cost
 
+BACKBONE = str(Path(__file__).with_name("how2_mini_backbone"))
+
 
 @dataclass
 class Arguments:
     """Which model, which data, which item."""
 
-    model_name_or_path: str = str(Path(__file__).with_name("how2_mini_backbone"))
-    adapter: str | None = field(default=None, metadata={"help": "folder of a saved adapter"})
-    data_dir: str | None = field(default=None, metadata={"help": "How2 layout; default: How2-mini"})
-    split: str = "sum_test"
-    features: str | None = None
+    model_name_or_path: str = field(default=BACKBONE, metadata={"help": "a VG-BART or VG-T5: a folder, or on the Hub"})
+    adapter: str | None = field(default=None, metadata={"help": "a saved adapter; measured with it and without it"})
+    data_dir: str | None = field(default=None, metadata={"help": "a folder in the How2 layout; absent: How2-mini"})
+    split: str = field(default="sum_test", metadata={"help": "the split of --data_dir to measure"})
+    features: str | None = field(default=None, metadata={"help": "their folder; absent: the one in --data_dir"})
     item: int = field(default=0, metadata={"help": "index of the item to draw"})
-    num_items: int = field(default=64, metadata={"help": "items to measure"})
+    num_items: int = field(default=64, metadata={"help": "how many items to measure"})
     text: str = field(default="summary", metadata={"help": "align the video with the summary or the transcript"})
-    mass: float = 0.5
-    block: int = field(default=-1, metadata={"help": "the encoder block to draw and to measure"})
-    output_dir: str = "outputs/alignment"
+    mass: float = field(default=0.5, metadata={"help": "the part of frames and words to match, in (0, 1]"})
+    block: int = field(default=-1, metadata={"help": "the encoder block to draw and to measure; -1 is the last"})
+    output_dir: str = field(default="outputs/alignment", metadata={"help": "where the picture goes"})
 
 
 def main() -> None:
-    arguments = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]
+    arguments = HfArgumentParser(Arguments, description=__doc__.rpartition("\n\n")[2]).parse_args_into_dataclasses()[0]
     if find_spec("matplotlib") is None:  # before the work, not after it
         sys.exit('the picture needs matplotlib: pip install ".[examples]"')
     items, features = load_items(arguments)
@@ -56,7 +58,10 @@ def main() -> None:
     collator = How2Collator(tokenizer, features, decoder_start_token_id=model.config.decoder_start_token_id)
 
     wrong = [{**item, "video_id": items[index - 1]["video_id"]} for index, item in enumerate(items)]
-    print("| model | own video and text | video of another item | difference |\n|---|---|---|---|")
+    print(
+        "Mean POT distance of a text from a video; difference: the other minus its own, above 0 if its own is nearer\n"
+    )
+    print("| model | from its own video | from another item's video | difference |\n|---|---|---|---|")
     names = ["with the adapter", "without"] if arguments.adapter is not None else ["backbone"]
     for name in names:
         if name == "without":

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import build
 from torch import nn
 
-from peft_read import READConfig
+from peft_read import CompacterConfig, READConfig
 
 
 class Net(nn.Module):
@@ -83,6 +83,66 @@ def test_numbers_of_numpy_and_torch_are_converted():
 def test_invalid_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         READConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"target_modules": ["fcc2"]},
+            r"names 'fcc2', and BartFor.* Near names: 'fc2'\. .*'language', .*'all-linear'",
+        ),
+        ({"target_modules": ["mlp.fc2"]}, r"Near names: 'model\.encoder\.layers\.0\.fc2', 'model\.decoder"),
+        ({"target_modules": ["zzz"]}, r"Its linear layers are 'model\.encoder\.layers\.\*\.self_attn\.k_proj'"),
+        ({"target_modules": ["all-linear"]}, r"As a string, .*: target_modules='all-linear'$"),
+        ({"target_modules": "visoin"}, "='visoin' is a string, so a regular expression .* Near names: 'vision'"),
+        ({"target_modules": r".*\.fcc2"}, "Near names: 'fc2'"),
+        ({"target_modules": "fc2"}, r"whose names end so: target_modules=\['fc2'\]$"),
+        ({"target_modules": ["fc2"], "exclude_modules": ["fc2"]}, "exclude_modules"),  # peft's own
+        (
+            {"layers_to_transform": 99},
+            r"=99 names the layer 99, .*2 layers \(0 to 1\) in 'model\.encoder\.layers' and",
+        ),
+        ({"layers_to_transform": [0, 2, 3]}, r"names the layers 2, 3, .*leave `layers_to_transform` out"),
+        ({"layers_to_transform": [2], "target_modules": ["fc1"]}, r"=\[2\] names the layer 2"),
+        (
+            {"layers_to_transform": [0], "layers_pattern": "blocks"},
+            "='blocks' is not .*; the lists there are 'layers'$",
+        ),
+    ],
+)
+def test_what_is_not_in_the_model_is_named_with_what_is(settings, message):
+    base = build("bart")
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(base, READConfig(**settings))
+    assert not base._load_state_dict_pre_hooks
+    names = [name for name, _ in get_peft_model(base, READConfig()).named_modules()]
+    assert sum(name.endswith("base_layer") for name in names) == 4
+
+
+def test_the_names_of_a_second_method_and_of_a_second_adapter_are_those_of_the_model():
+    model = get_peft_model(build("gpt2"), READConfig())
+    with pytest.raises(ValueError, match=r"names .readapter_down., and .*Its linear layers") as error:
+        model.add_adapter("second", READConfig(target_modules=["readapter_down"]))
+    assert "base_layer" not in str(error.value) and error.value.args[0].count("readapter_") == 1
+    with pytest.raises(ValueError, match=r"Near names: 'c_proj'.*'feed_forward', 'attention', 'language'"):
+        get_peft_model(build("gpt2"), CompacterConfig(target_modules=["c_porj"]))
+
+
+def test_layers_in_no_other_module_need_their_name():
+    """peft counts the layers of lists inside a module alone."""
+    bare = build("gpt2").transformer
+    with pytest.raises(ValueError, match=r"names the layer 0, and none .* needs its name, layers_pattern='h'"):
+        get_peft_model(bare, READConfig(layers_to_transform=[0]))
+    with pytest.raises(ValueError, match=r"=\[2\] names the layer 2, and GPT2Model has 2 layers \(0 to 1\) in 'h'"):
+        get_peft_model(bare, READConfig(layers_to_transform=[2], layers_pattern="h"))
+    model = get_peft_model(bare, READConfig(layers_to_transform=[1], layers_pattern="h"))
+    assert model.base_model.targeted_module_names == ["h.1.mlp.c_proj"]
+
+
+def test_a_misspelt_name_among_others_is_said():
+    with pytest.warns(UserWarning, match="names 'fcc1', and BartForConditionalGeneration has no such module"):
+        get_peft_model(build("bart"), READConfig(target_modules=["fc2", "fcc1"]))
 
 
 def test_a_value_that_cannot_be_saved_leaves_the_saved_configuration_unchanged(tmp_path):

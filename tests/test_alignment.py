@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 from transformers import BartConfig, BartForConditionalGeneration
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from peft_read import Aligner, PVLAConfig, PVLALoss, Stream, models, partial_optimal_transport
+from peft_read import Aligner, PVLAConfig, PVLALoss, READConfig, Stream, models, partial_optimal_transport
 from peft_read.alignment import alignment_distance
 from peft_read.transport import cosine_cost
 
@@ -112,12 +113,40 @@ def test_impossible_settings_are_refused(arguments, message):
 
 def test_shapes_that_do_not_belong_together_are_named():
     video, language = states()
-    with pytest.raises(ValueError, match=r"block 0.*project one of them"):
+    widths = rf"^video states .* and language states .*: widths {video.shape[2]} and 3 differ; project one of them"
+    with pytest.raises(ValueError, match=widths):
         PVLALoss()(video, language[..., :3])
+    with pytest.raises(ValueError, match=r"^block 1: .*the language states have 2 dimensions and need three"):
+        PVLALoss()([video, video], [language, language[0]])
+    with pytest.raises(ValueError, match=r"^video states .*: the language states hold no token at all"):
+        PVLALoss()(video, language[:, :0])
     with pytest.raises(ValueError, match="cannot be paired"):
         PVLALoss()([video, video], [language])
-    with pytest.raises(ValueError, match="block 0: a mask of shape"):
+    with pytest.raises(ValueError, match=r"^the video mask has shape \(2, 4\), and the states that it describes"):
         PVLALoss()(video, language, torch.ones(2, 4))
+
+
+def test_batch_sizes_that_differ_are_named_in_words():
+    message = (
+        "video states (2, 75, 64) and language states (3, 12, 64): batch sizes 2 and 3 differ; a row of the video "
+        "states and the same row of the language states are one example"
+    )
+    with pytest.raises(ValueError) as error:
+        PVLALoss()(torch.randn(2, 75, 64), torch.randn(3, 12, 64))
+    assert str(error.value) == message
+    with pytest.raises(ValueError) as error:
+        PVLALoss()([torch.randn(2, 75, 64)] * 2, [torch.randn(2, 12, 64), torch.randn(3, 12, 64)])
+    assert str(error.value) == f"block 1: {message}"
+
+
+@pytest.mark.parametrize("distance", ["partial_ot", "avg_cosine"])
+def test_a_token_that_is_not_finite_is_named_by_side(distance):
+    video, language = states()
+    language = torch.cat([language[:, :1], torch.full_like(language[:, 1:], torch.nan)], 1)
+    with pytest.raises(ValueError, match=r"^a token of the language states outside the padding is NaN or infinite"):
+        PVLALoss(distance=distance)(video, language)
+    with pytest.raises(ValueError, match=r"^block 1: a token of the language states"):
+        PVLALoss(distance=distance)([video, video], [video, language])
 
 
 def tiny_bart():
@@ -314,9 +343,19 @@ def test_schedules_follow_the_progress_of_training():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (PVLAConfig(), "no preset streams for model_type='bart'"),
+        (
+            PVLAConfig(),
+            r"BartForConditionalGeneration \(model_type='bart'\) has the states .* does not put the features",
+        ),
         (PVLAConfig(video=Stream("nothing"), language=Stream(ENCODER)), "no module .* matches 'nothing'; some of its"),
-        (PVLAConfig(video=Stream(["model.encodr"]), language=Stream(ENCODER)), "has no modules"),
+        (
+            PVLAConfig(video=Stream(["model.encodr"]), language=Stream(ENCODER)),
+            "has no modules .*names: model.encoder,",
+        ),
+        (
+            PVLAConfig(video=Stream(r"model\.encoder\.layer\.\d+"), language=Stream(ENCODER)),
+            r"; near names: model\.encoder\.layers\.0,",
+        ),
         (
             PVLAConfig(video=Stream(r"model\.encoder\.layers\.\d\.(fc1|fc2)"), language=Stream(ENCODER)),
             "4 video modules .* and 2 language modules",
@@ -329,9 +368,43 @@ def test_streams_that_do_not_fit_the_model_say_what_there_is(config, message):
         Aligner(tiny_bart(), config)
 
 
+def test_the_way_out_of_a_model_without_known_streams_runs_as_it_is_printed():
+    model = tiny_bart()
+    with pytest.raises(ValueError) as error:
+        Aligner(model, PVLAConfig())
+    _, first, second, _ = str(error.value).split("\n")
+    config = eval(f"{first.strip()}{second.strip()}", {"PVLAConfig": PVLAConfig, "Stream": Stream})
+    ids = torch.randint(4, 20, (2, 24))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids[:, :2]}
+    aligner = Aligner(model, config)
+    with aligner.record() as recording:
+        model(**inputs)
+    for block in aligner.blocks(recording, inputs):
+        assert (block.video.shape[1], block.language.shape[1]) == (16, 8) and block.language_mask.all()
+
+
+def test_names_in_stream_errors_are_those_of_the_model_without_peft():
+    model = get_peft_model(tiny_bart(), READConfig())
+    outer = rf"base_model\.model\.{ENCODER}"
+    with pytest.raises(ValueError, match="those of the model without its wrappers: ") as error:
+        Aligner(model, PVLAConfig(video=Stream(outer), language=Stream(ENCODER)))
+    assert str(error.value).endswith(repr(ENCODER))
+    with pytest.raises(ValueError, match=r"\(no base_model\.model\.\); near names: model\.encoder\.layers\.0\.fc2"):
+        Aligner(
+            model, PVLAConfig(video=Stream(["base_model.model.model.encoder.layers.1.fc22"]), language=Stream(ENCODER))
+        )
+    with pytest.raises(ValueError, match="some of its modules: ") as error:
+        Aligner(model, PVLAConfig(video=Stream("nothing"), language=Stream(ENCODER)))
+    assert "readapter_" not in str(error.value) and "base_layer" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("stream", "message"),
     [
+        (
+            Stream(ENCODER, mask=lambda batch: batch["attention_mask"][:, 1:]),
+            r": the mask function's result has shape",
+        ),
         (Stream(ENCODER, mask="video_mask"), "the batch has no mask 'video_mask'"),
         (Stream(ENCODER, mask="attention_mask", tokens=slice(0, 2)), "has shape .* set Stream.tokens"),
         (Stream(ENCODER, output=lambda output: output.mean(1)), "needs states of shape"),
@@ -399,7 +472,7 @@ def test_masks_that_are_to_be_added_to_scores_are_refused(distance):
     video, language = torch.randn(2, 5, 8), torch.randn(2, 4, 8)
     additive = torch.zeros(2, 5)
     additive[0, 3:] = -torch.inf
-    with pytest.raises(ValueError, match="block 0: the video mask has negative or NaN entries"):
+    with pytest.raises(ValueError, match=r"^the video mask has negative or NaN entries"):
         PVLALoss(distance=distance)(video, language, additive)
-    with pytest.raises(ValueError, match="block 0: the language mask has negative or NaN"):
+    with pytest.raises(ValueError, match=r"^the language mask has negative or NaN"):
         PVLALoss(distance=distance)(video, language, None, torch.full((2, 4), torch.nan))

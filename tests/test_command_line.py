@@ -3,9 +3,12 @@
 import copy
 import logging
 import os
+import runpy
 import subprocess
 import sys
+import tomllib
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +16,11 @@ from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from tiny_models import build
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, BartConfig, BertConfig, MambaConfig
 
+import peft_read_command
 from peft_read import BottleneckConfig, CompacterConfig, HyperformerConfig, READConfig
 from peft_read.command_line import main
 from peft_read.inspection import inspect_model
+from peft_read.recurrence import CELLS
 
 BART_BASE = {
     "d_model": 768, "encoder_layers": 6, "decoder_layers": 6, "encoder_ffn_dim": 3072, "decoder_ffn_dim": 3072,
@@ -167,6 +172,41 @@ def test_the_card_is_printed_and_written(adapter, capsys):
     assert "import peft_read" in written and "arxiv:2312.06950" in written and "# READ adapter" in before
 
 
+def test_a_card_without_a_base_model_has_no_empty_name_and_no_empty_tag(adapter, capsys):
+    for card in (adapter / "README.md", None):
+        if card is None:
+            assert main(["card", str(adapter), "--write"]) == 0
+            said = capsys.readouterr().err
+            assert said.count("\n") == 1 and "adapter_config.json does not name the base model" in said
+        _, data, text = (adapter / "README.md").read_text().split("---\n", 2)
+        assert "base_model" not in data and "- read\n" in data
+        assert "| base model | `unknown` |" in text
+    config = adapter / "adapter_config.json"
+    named = config.read_text().replace('"base_model_name_or_path": null', '"base_model_name_or_path": "openai/gpt2"')
+    before = config.read_text()
+    config.write_text(named)
+    assert main(["card", str(adapter)]) == 0
+    captured = capsys.readouterr()
+    assert not captured.err and "base_model: openai/gpt2\n" in captured.out
+    assert captured.out.count("base_model:adapter:openai/gpt2") == 1
+    config.write_text(before)
+    config.write_text(config.read_text().replace('"base_model_name_or_path": null', '"base_model_name_or_path": ""'))
+    for arguments in (["inspect", "--adapter", str(adapter)], ["inspect", "", "--adapter", str(adapter)]):
+        assert f"which model? {adapter} does not name its base model." in failure(capsys, *arguments)
+    assert "which model? Name a folder" in failure(capsys, "inspect", "")
+
+
+def test_a_card_keeps_the_base_model_that_the_adapter_names(tmp_path, capsys):
+    build("bart").save_pretrained(tmp_path / "base")
+    base = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base")
+    get_peft_model(base, READConfig()).save_pretrained(tmp_path / "adapter")
+    capsys.readouterr()  # progress bars of transformers
+    assert main(["card", str(tmp_path / "adapter")]) == 0
+    captured = capsys.readouterr()
+    assert f"base_model: {tmp_path / 'base'}" in captured.out and "base_model:adapter:" in captured.out
+    assert not captured.err
+
+
 def test_bad_input_is_one_line(bart_base, adapter, tmp_path, capsys):
     assert "should be a positive integer, got 0" in failure(capsys, "inspect", bart_base, "--r", "0")
     assert "`cell` should be one of" in failure(capsys, "count", bart_base, "--cell", "rwkv")
@@ -176,7 +216,9 @@ def test_bad_input_is_one_line(bart_base, adapter, tmp_path, capsys):
     assert "no such folder" in failure(capsys, "card", str(tmp_path / "nothing"))
     assert "it has no config.json\n" in failure(capsys, "inspect", str(tmp_path))
     assert "it holds an adapter: peft-read inspect --adapter" in failure(capsys, "inspect", str(adapter))
-    assert "fc9" in failure(capsys, "inspect", bart_base, "--target-modules", "fc9")
+    missing = failure(capsys, "inspect", bart_base, "--target-modules", "fc9")
+    assert "names 'fc9'" in missing and "Near names: 'fc2'" in missing
+    assert missing.endswith("Here that is --target-modules NAME ...\n")
     assert "no adapter_config.json" in failure(capsys, "card", str(tmp_path))
     assert "--steps should be a positive number" in failure(capsys, "demo", "--steps", "0")
     (adapter / "adapter_model.safetensors").unlink()
@@ -238,7 +280,44 @@ def test_the_demonstration_and_the_check(capsys):
 
 def test_the_module_runs_as_a_program(tmp_path):
     """As a user's shell runs it: bad input has no traceback."""
-    command = [sys.executable, "-m", "peft_read.command_line", "inspect", str(tmp_path)]
+    command = [sys.executable, "-m", "peft_read", "inspect", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert result.returncode == 2
     assert result.stderr.startswith("peft-read inspect: ") and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("module", ["peft_read", "peft_read.command_line", "peft_read_command"])
+def test_every_way_to_run_it_shows_the_same_help(module, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["peft-read", "--help"])
+    monkeypatch.delitem(sys.modules, module if module != "peft_read" else "peft_read.__main__", raising=False)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(module, run_name="__main__")
+    help_text = capsys.readouterr().out
+    assert not end.value.code and help_text.startswith("usage: peft-read ")
+    assert all(command in help_text for command in ("inspect", "count", "card", "demo", "check"))
+
+
+def test_help_and_wrong_options_import_nothing_that_takes_seconds():
+    code = """
+import sys
+from peft_read_command import main
+for arguments in (["--help"], ["inspect", "--help"], ["--version"], ["inspect", "--nothing"]):
+    try:
+        main(arguments)
+    except SystemExit:
+        pass
+print(sorted({"torch", "transformers", "peft", "numpy", "peft_read"} & set(sys.modules)))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1] == "[]", result.stderr
+
+
+def test_the_installed_command_is_the_one_that_starts_without_them():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    assert project["project"]["scripts"] == {"peft-read": f"{peft_read_command.__name__}:main"}
+    folder = Path(peft_read_command.__file__).relative_to(Path(__file__).parents[1])
+    assert str(folder) in project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+
+
+def test_the_help_names_the_recurrences_that_there_are():
+    assert tuple(CELLS) == peft_read_command.CELLS

@@ -270,7 +270,9 @@ def test_the_alignment_picture_and_the_loop_without_trainer(how2, tmp_path, monk
     monkeypatch.setattr(sys, "argv", ["align_video_and_text.py", *map(str, arguments)])
     align_video_and_text.main()
     printed = capsys.readouterr().out
-    assert "| backbone | 0." in printed
+    row = re.search(r"\| backbone \| ([\d.]+) \| ([\d.]+) \| (\S+) \|", printed)
+    own, other, difference = map(float, row.groups())
+    assert difference == pytest.approx(other - own, abs=1e-3) and "difference: the other minus its own" in printed
     assert len(list(tmp_path.glob("plan_*.png"))) == 1
     accelerate_loop.main(["--steps", "2"])
     assert "last task loss" in capsys.readouterr().out

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from peft_read.metrics import evaluate_qvhighlights, tvsum_map, youtube_highlights_map
-from peft_read.metrics.moment_retrieval import _average_precisions, _ranking_precisions
+from peft_read.metrics.moment_retrieval import _average_precisions
+from peft_read.metrics.qvhighlights_ratings import ranking_precisions
 
 TRUTH = [
     {
@@ -123,7 +124,7 @@ def test_primitives_equal_the_official_ones(reference_data):
     golden = json.loads(reference_data("golden/metrics/qvhighlights_primitives.json").read_text())
     for case in golden["get_ap"]:
         labels = np.array(case["y_true"])[:, None] > 0
-        assert _ranking_precisions(np.array(case["y_predict"]), labels)[0] == pytest.approx(case["ap"], abs=1e-12)
+        assert ranking_precisions(np.array(case["y_predict"]), labels)[0] == pytest.approx(case["ap"], abs=1e-12)
     for case in golden["detection_ap"]:
         assert _average_precisions(case["pred"], case["gt"]) == pytest.approx(case["ap"], abs=1e-12)
 

@@ -14,7 +14,10 @@ from typing import Any
 
 from huggingface_hub.utils import logging as hub_logging
 from peft import PeftConfig
+from peft.utils import CONFIG_NAME
 from transformers.utils import logging as transformers_logging
+
+from peft_read_command import parser
 
 from . import bottleneck
 from .backends import show_backends
@@ -23,12 +26,10 @@ from .inspection import Inspection, aligned_table, inspect_model
 from .peft_methods import AdapterConfig
 from .peft_methods.card import update_model_card
 from .peft_methods.settings import method_config, method_fields, read_settings, saved_config
-from .recurrence import CELLS
 
-__all__ = ["main"]
+__all__ = ["main", "run"]
 
 GPU_CHECK = Path("examples", "benchmarks", "gpu_check.py")
-DESCRIPTION = "Shows what READ, or any other method of peft, adapts in a model and how many parameters it trains."
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,7 +41,11 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    options = _parser().parse_args(arguments)
+    return run(parser().parse_args(arguments))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command that the options of `peft_read_command` name; see `main`."""
     transformers_logging.set_verbosity_error()
     hub_logging.set_verbosity_error()  # without a network the Hub's client reports every retry
     try:
@@ -48,87 +53,13 @@ def main(arguments: list[str] | None = None) -> int:
             # Warnings of peft and transformers about their own settings, which the reader of a table cannot change.
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-            return int(options.run(options))
+            return COMMANDS[options.command](options)
     except (OSError, ValueError, ImportError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
-        if "Please specify `target_modules`" in message:
-            message += " Here that is --target-modules NAME ..."
+        if "`target_modules`" in message:
+            message = message.removesuffix(".") + ". Here that is --target-modules NAME ..."
         print(f"peft-read {options.command}: {message}", file=sys.stderr)
         return 2
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="peft-read", description=DESCRIPTION, epilog="peft-read COMMAND --help lists the options of a command."
-    )
-    parser.add_argument("--version", action="version", version=f"peft-read {metadata.version('peft-read')}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    inspect = _command(
-        commands, "inspect", _inspect, "show the modules that a method adapts in a model, as a table and a tree"
-    )
-    inspect.add_argument(
-        "--method", default="read", help="read, bottleneck, lora or any other method of peft (default: read)"
-    )
-    inspect.add_argument(
-        "--adapter", metavar="FOLDER", type=Path, help="take method, settings and base model from a saved adapter"
-    )
-    inspect.add_argument("--r", type=int, help="width or rank of the adapter; k in READ (default: 4)")
-    inspect.add_argument("--cell", help=f"READ's recurrence: {', '.join(CELLS)} (default: rnn)")
-    _add_model(inspect, needed=False)
-
-    count = _command(
-        commands, "count", _count, "count the trained parameters of several methods, widths and recurrences"
-    )
-    count.add_argument("--method", nargs="+", default=["read"], help="methods of peft (default: read)")
-    count.add_argument("--r", type=int, nargs="+", help="widths or ranks (default: 4 8 16)")
-    count.add_argument("--cell", nargs="+", help="READ's recurrences (default: rnn none)")
-    _add_model(count)
-
-    card = _command(commands, "card", _card, "print the model card of a saved adapter")
-    card.add_argument("adapter", metavar="FOLDER", type=Path, help="a folder with adapter_config.json")
-    card.add_argument("--write", action="store_true", help="write the card to FOLDER/README.md instead")
-
-    demo = _command(
-        commands,
-        "demo",
-        _demo,
-        "train READ, and the same adapter without a recurrence, on a toy task: seconds, no download",
-    )
-    demo.add_argument("--steps", type=int, default=150, help="optimiser steps for each adapter (default: 150)")
-
-    check = _command(commands, "check", _check, "print versions and backends, and check the kernels if there is a GPU")
-    check.add_argument(
-        "--checkout", metavar="FOLDER", type=Path, default=Path.cwd(),
-        help="a checkout of peft_read, for its check of the kernels (default: the current folder)",
-    )  # fmt: skip
-    return parser
-
-
-def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-    parser.set_defaults(run=run)
-    return parser
-
-
-def _add_model(parser: argparse.ArgumentParser, *, needed: bool = True) -> None:
-    text = "a folder with config.json, or a name on the Hub"
-    parser.add_argument("model", metavar="MODEL", nargs=None if needed else "?", help=text)
-    parser.add_argument(
-        "--target-modules", nargs="+", metavar="NAME",
-        help="modules to adapt: names, a regular expression, or language, vision, audio, all or all-linear (default: "
-        "the method's own for the model)",
-    )  # fmt: skip
-    parser.add_argument("--exclude-modules", nargs="+", metavar="NAME", help="modules to leave out")
-    parser.add_argument("--no-bias", action="store_true", help="READ without biases")
-    parser.add_argument("--bidirectional", action="store_true", help="READ in both directions of time; encoders only")
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        metavar="NAME=VALUE",
-        default=[],
-        help="other settings of the method's configuration, values as in YAML",
-    )
 
 
 def _config_of(options: argparse.Namespace, method: str, r: int | None, cell: str | None) -> PeftConfig:
@@ -163,8 +94,9 @@ def _inspect(options: argparse.Namespace) -> int:
         name, config = options.model, _config_of(options, options.method, options.r, options.cell)
     else:
         name, config = _of_adapter(options)
-    if name is None:
-        raise ValueError("which model? Name a folder with config.json, or a model on the Hub")
+    if not name:
+        nameless = "" if options.adapter is None else f" {options.adapter} does not name its base model."
+        raise ValueError(f"which model?{nameless} Name a folder with config.json, or a model on the Hub")
     inspection = inspect_model(name, config)
     print(inspection.summary(), inspection.table(), inspection.tree(), sep="\n\n")
     return 0
@@ -222,6 +154,12 @@ def _card(options: argparse.Namespace) -> int:
             print(f"wrote {folder / 'README.md'}")
         else:
             print((place / "README.md").read_text(encoding="utf-8"))
+    if not config.base_model_name_or_path:
+        print(
+            f"peft-read card: {folder / CONFIG_NAME} does not name the base model, so the card names none; with "
+            "base_model_name_or_path in that file it does",
+            file=sys.stderr,
+        )
     return 0
 
 
@@ -251,6 +189,8 @@ def _check(options: argparse.Namespace) -> int:
         return 0
     return subprocess.run([sys.executable, str(script)], check=False).returncode
 
+
+COMMANDS = {"inspect": _inspect, "count": _count, "card": _card, "demo": _demo, "check": _check}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -92,6 +92,7 @@ class READModel(AdapterModel):
         "adapters at once with `model.base_model.set_adapter([...])`; their outputs are then added."
     )
     target_module_mapping = TARGET_MODULES
+    target_words = (*PARTS, "all-linear")
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         if not isinstance(model_config, Mapping):  # a model's `config` may be anything, and peft hands it on
@@ -105,7 +106,7 @@ class READModel(AdapterModel):
             as_list = peft_config.layers_to_transform is not None
             peft_config.target_modules = default_targets(self._injected, part, as_list=as_list)
             if as_list:  # peft matches a name that is a whole path in every layer, layers_to_transform or not
-                peft_config.target_modules = in_layers(peft_config)
+                peft_config.target_modules = in_layers(self._injected, peft_config)
         elif part == "all-linear":
             targets = linear_targets(self._injected)
             if targets is None and isinstance(self._injected, PreTrainedModel):

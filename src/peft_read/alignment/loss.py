@@ -74,9 +74,12 @@ def alignment_distance(
     device_type = blocks[0][0].device.type
     with torch.autocast(device_type=device_type, enabled=False):
         if distance == "partial_ot":
-            return _transport_distance(blocks, mass=mass, reg=reg, method=method)
-        for index, block in enumerate(blocks):
-            _check_finite(block, index)  # the transport looks at its costs itself
+            try:
+                return _transport_distance(blocks, mass=mass, reg=reg, method=method)
+            except ValueError:
+                _check_finite(blocks)  # the transport sees costs alone, and refuses those that are not finite
+                raise
+        _check_finite(blocks)
         pooling, metric = distance.split("_")
         distances = torch.stack([_pooled_distance(*block, pooling=pooling, metric=metric) for block in blocks])
         return AlignmentDistance(distances, torch.stack([_both_present(vm, lm) for _, _, vm, lm in blocks]))
@@ -197,22 +200,43 @@ def _pair_blocks(video: object, language: object, video_mask: object, language_m
     video_masks, language_masks = _masks_as_list(video_mask, count), _masks_as_list(language_mask, count)
     blocks = []
     for index, (v, t, vm, tm) in enumerate(zip(videos, languages, video_masks, language_masks, strict=True)):
+        where = "" if count == 1 else f"block {index}: "
         for name, states in (("video", v), ("language", t)):
             if not isinstance(states, Tensor) or not states.is_floating_point():
                 kind = states.dtype if isinstance(states, Tensor) else type(states).__name__
-                raise ValueError(f"block {index}: {name} states must be a floating-point tensor, got {kind}")
-        if v.dim() != 3 or t.dim() != 3 or v.shape[0] != t.shape[0] or v.shape[2] != t.shape[2] or not v.shape[2]:
-            raise ValueError(
-                f"block {index}: video states {tuple(v.shape)} and language states {tuple(t.shape)} must be (B, N, d) "
-                "and (B, M, d); project one of them where the widths differ"
-            )
-        if 0 in v.shape or 0 in t.shape:
-            raise ValueError(
-                f"block {index}: video states {tuple(v.shape)} and language states {tuple(t.shape)} hold no token at "
-                "all; an example without video or text is one whose mask is 0"
-            )
-        blocks.append((*_masked(vm, v, "video", index), *_masked(tm, t, "language", index)))
+                raise ValueError(f"{where}{name} states must be a floating-point tensor, got {kind}")
+        if misfit := _misfit(v, t):
+            shapes = f"video states {tuple(v.shape)} and language states {tuple(t.shape)}"
+            raise ValueError(f"{where}{shapes}: {misfit}")
+        blocks.append((*_masked(vm, v, "video", where), *_masked(tm, t, "language", where)))
     return [(v, t, vm, tm) for v, vm, t, tm in blocks]
+
+
+def _misfit(video: Tensor, language: Tensor) -> str | None:
+    """Why the states of the two sides do not belong together."""
+    for name, states in (("video", video), ("language", language)):
+        if states.dim() != 3:
+            count = f"{states.dim()} dimension{'s' * (states.dim() != 1)}"
+            return f"the {name} states have {count} and need three, (batch, tokens, width)"
+        if not states.shape[2]:
+            return f"the {name} states have the width 0"
+    if len(video) != len(language):
+        return (
+            f"batch sizes {len(video)} and {len(language)} differ; a row of the video states and the same row of the "
+            "language states are one example"
+        )
+    if video.shape[2] != language.shape[2]:
+        return (
+            f"widths {video.shape[2]} and {language.shape[2]} differ; project one of them to the width of the other, "
+            "or name states of one width"
+        )
+    for name, states in (("video", video), ("language", language)):
+        if not states.numel():
+            return (
+                f"the {name} states hold no token at all; an example without video or text is one whose mask is 0 "
+                "everywhere"
+            )
+    return None
 
 
 def _as_list(value: object, name: str) -> list[Tensor]:
@@ -231,32 +255,32 @@ def _masks_as_list(value: object, count: int) -> list[Tensor | None]:
     return list(value)
 
 
-def _masked(mask: Any, states: Tensor, side: str, index: int) -> tuple[Tensor, Tensor]:
+def _masked(mask: Any, states: Tensor, side: str, where: str) -> tuple[Tensor, Tensor]:
     """The states in at least float32, and their mask as booleans."""
     states = states if states.dtype == torch.float64 else states.float()
     if mask is None:
         return states, torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
-    where = f"block {index}: the {side} mask"
-    mask = mask_of(mask, where)
+    whose = f"{where}the {side} mask"
+    mask = mask_of(mask, whose)
     if mask.shape != states.shape[:2]:
         raise ValueError(
-            f"block {index}: a mask of shape {tuple(mask.shape)} does not fit states of shape {tuple(states.shape)}"
+            f"{whose} has shape {tuple(mask.shape)}, and the states that it describes have {tuple(states.shape)}; a "
+            "mask has one entry per token, (batch, tokens)"
         )
-    valid, wrong = real_entries(where, mask, tuple(states.shape[:2]))
+    valid, wrong = real_entries(whose, mask, tuple(states.shape[:2]))
     if wrong is not None:  # reading values would wait for the device; the distance is NaN there
         states = torch.where(wrong.to(states.device)[..., None], torch.nan, states)
     return states, valid.to(states.device)
 
 
-def _check_finite(block: Block, index: int) -> None:
-    v, t, vm, tm = block
-    if (
-        v.device.type != "cpu"
-    ):  # reading values would wait for the device; the distance is NaN there, which the trainer reports
-        return
-    for name, states, mask in (("video", v, vm), ("language", t, tm)):
-        if not bool((states.isfinite().all(-1) | ~mask).all()):
-            raise ValueError(f"block {index}: a token of the {name} states outside the padding is NaN or infinite")
+def _check_finite(blocks: list[Block]) -> None:
+    if blocks[0][0].device.type != "cpu":
+        return  # reading values would wait for the device; the distance is NaN there, which the trainer reports
+    for index, (v, t, vm, tm) in enumerate(blocks):
+        for name, states, mask in (("video", v, vm), ("language", t, tm)):
+            if not bool((states.isfinite().all(-1) | ~mask).all()):
+                where = "" if len(blocks) == 1 else f"block {index}: "
+                raise ValueError(f"{where}a token of the {name} states outside the padding is NaN or infinite")
 
 
 def _transport_distance(blocks: list[Block], *, mass: float, reg: float, method: str) -> AlignmentDistance:
@@ -268,19 +292,14 @@ def _transport_distance(blocks: list[Block], *, mass: float, reg: float, method:
         costs.append(F.pad(cost, (0, columns - cost.shape[2], 0, rows - cost.shape[1])))
         row_masks.append(F.pad(vm, (0, rows - vm.shape[1])))
         column_masks.append(F.pad(tm, (0, columns - tm.shape[1])))
-    try:
-        plan = partial_optimal_transport(
-            torch.stack(costs),  # (blocks, B, N, M)
-            mass=mass,
-            reg=reg,
-            row_mask=torch.stack(row_masks),
-            col_mask=torch.stack(column_masks),
-            method=method,
-        )
-    except ValueError:
-        for index, block in enumerate(blocks):
-            _check_finite(block, index)  # a message that names the block and the side
-        raise
+    plan = partial_optimal_transport(
+        torch.stack(costs),  # (blocks, B, N, M)
+        mass=mass,
+        reg=reg,
+        row_mask=torch.stack(row_masks),
+        col_mask=torch.stack(column_masks),
+        method=method,
+    )
     moved = plan.mass.detach()
     # An example without video or without words transports nothing: its cost is 0 and stays 0.
     distance = torch.where(moved > 0, plan.cost / moved.clamp_min(torch.finfo(moved.dtype).tiny), plan.cost * 0)

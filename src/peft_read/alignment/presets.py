@@ -111,26 +111,30 @@ PRESETS: dict[str, Callable[[Any], tuple[Stream, Stream]]] = {
 }
 
 
-def _placeholder_streams(model: nn.Module) -> tuple[Stream, Stream] | None:
+def _placeholder_streams(model: nn.Module) -> tuple[Stream, Stream] | str:
     """The visual tokens against the text, in every block of a language model that reads both in one sequence.
 
     These are the models of transformers that put the features of images and videos at placeholder tokens of the text,
     whose ids are in their configuration. Frames may come as a video or as images: both are visual tokens.
 
     Returns:
-        The streams; None for a model of another kind.
+        The streams; for a model of another kind, what it lacks.
     """
     owners = [module for module in model.modules() if hasattr(module, "get_placeholder_mask")]
-    if len(owners) != 1:
-        return None
+    if not owners:
+        return "it does not put the features of images or videos among the tokens of its text"
+    if len(owners) > 1:
+        return "several of its parts put features of images or videos among the tokens of a text"
     config: Any = getattr(owners[0], "config", None)
     fields = config.to_dict() if hasattr(config, "to_dict") else {}
     ids = {name: value for name, value in fields.items() if isinstance(value, int) and not isinstance(value, bool)}
     visual = {value for name, value in ids.items() if VISUAL.fullmatch(name)}
     media = {value for name, value in ids.items() if OTHER_MEDIA.fullmatch(name)}
     blocks = _decoder_blocks(owners[0], model)
-    if not visual or not blocks:
-        return None
+    if not visual:
+        return "its configuration has no video_token_id or image_token_id, which tells the frames from the words"
+    if not blocks:
+        return "its language model has no numbered list of blocks that reads frames and words in one sequence"
 
     def visual_mask(batch: Batch) -> Tensor:
         return _is_one_of(_token_ids(batch), visual)
@@ -194,11 +198,23 @@ def preset_streams(model: nn.Module) -> tuple[Stream, Stream]:
     if model_type in PRESETS:
         return PRESETS[model_type](config)
     streams = _placeholder_streams(model)
-    if streams is None:
-        raise ValueError(
-            f"no preset streams for model_type={model_type!r} (there are presets for {sorted(PRESETS)}, and for "
-            "models that read videos at placeholder tokens, whose id is their configuration's video_token_id or "
-            "image_token_id): say where the states are with PVLAConfig(video=Stream(...), language=Stream(...)) or "
-            "PVLAConfig(extractor=...)"
-        )
+    if isinstance(streams, str):
+        raise ValueError(_unknown_streams(model, model_type, streams))
     return streams
+
+
+def _unknown_streams(model: nn.Module, model_type: str | None, lacks: str) -> str:
+    lists = {name: len(part) for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
+    outermost = {name: length for name, length in lists.items() if not re.search(r"(^|\.)\d+\.", name)}
+    stack = max(outermost, key=outermost.__getitem__, default="encoder.layers")
+    blocks = rf'r"{re.escape(stack)}\.\d+"'
+    words = 'tokens=slice(16, None), mask=lambda b: b["attention_mask"][:, 16:]'
+    return (
+        f"PVLAConfig() does not know where {type(model).__name__} (model_type={model_type!r}) has the states of its "
+        f"video and those of its text: it is none of this package's backbones ({', '.join(PRESETS)}), and {lacks}. "
+        "Name them: modules with outputs (batch, tokens, width), which of their tokens, and the padding. Where both "
+        "sides go through the same blocks and the first 16 tokens are frames, this is\n"
+        f"    PVLAConfig(video=Stream({blocks}, tokens=slice(0, 16)),\n"
+        f"               language=Stream({blocks}, {words}))\n"
+        "`print(model)` shows the modules. PVLAConfig(extractor=...) takes a function that returns the states itself"
+    )

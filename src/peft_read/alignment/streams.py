@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..names import near_names, own_names, without_numbers
 from ..plain import plain_flag, plain_integer, plain_names
 from ..transport import real_entries
 from .loss import mask_of
@@ -85,11 +86,13 @@ class Stream:
         if isinstance(self.modules, str):
             matching = [name for name in names if re.fullmatch(self.modules, name)]
             if not matching:
-                raise ValueError(f"no module of {type(model).__name__} matches {self.modules!r}; {_hint(names)}")
+                raise ValueError(
+                    f"no module of {type(model).__name__} matches {self.modules!r}; {_hint(model, [self.modules])}"
+                )
             return matching
         missing = [name for name in self.modules if name not in set(names)]
         if missing:
-            raise ValueError(f"{type(model).__name__} has no modules {missing}; {_hint(names)}")
+            raise ValueError(f"{type(model).__name__} has no modules {missing}; {_hint(model, missing)}")
         return list(self.modules)
 
     def select_output(self, output: Any, name: str) -> Tensor:
@@ -137,12 +140,12 @@ class Stream:
             raise ValueError(f"the batch has no mask {self.mask!r}; it has {sorted(batch)}")
         if mask is None:
             return states, None
-        source = self.mask if isinstance(self.mask, str) else "the mask function"
-        where = f"module {name!r}, mask {source!r}"
+        source = f"mask {self.mask!r}" if isinstance(self.mask, str) else "the mask function's result"
+        where = f"module {name!r}, {source}"
         valid = mask_of(mask, where)
         if valid.shape != states.shape[:2]:
             raise ValueError(
-                f"module {name!r}: mask {source!r} has shape {tuple(valid.shape)}, the states that it should describe "
+                f"module {name!r}: {source} has shape {tuple(valid.shape)}, the states that it should describe "
                 f"have {tuple(states.shape)}; set Stream.tokens to the part of the sequence that the mask covers"
             )
         valid, wrong = real_entries(where, valid, tuple(states.shape[:2]))
@@ -167,9 +170,24 @@ class Stream:
         return selected
 
 
-def _hint(names: list[str]) -> str:
-    shown = sorted({re.sub(r"\.\d+(?=\.|$)", ".0", name) for name in names})
-    return f"some of its modules: {', '.join(shown[:40])}"
+# What peft, torch.compile and DDP put before the names of the model that they wrap.
+OUTER_NAMES = re.compile(r"(base_model\\?\.model\\?\.|_orig_mod\\?\.|module\\?\.)+")
+
+
+def _hint(model: nn.Module, wanted: Sequence[str]) -> str:
+    """What there is in the place of names or a regular expression that match nothing."""
+    names = own_names(model)
+    inner = [text[outer.end() :] for text in wanted if (outer := OUTER_NAMES.match(text)) and outer.end() < len(text)]
+    if found := [text for text in inner if any(text == name or re.fullmatch(text, name) for name in names)]:
+        return f"names are those of the model without its wrappers: {found[0]!r}"
+    advice = "names are those of the model without its wrappers (no base_model.model.); " if inner else ""
+    # What a regular expression stands for: signs that are escaped, and 0 for a number.
+    spelt = [re.sub(r"\\(\W)", r"\1", re.sub(r"\\d[+*]?", "0", text)) for text in inner or wanted]
+    shown = without_numbers(names)
+    near = near_names(without_numbers(spelt), shown, count=4)
+    if near:
+        return f"{advice}near names: {', '.join(near)}"
+    return f"{advice}some of its modules: {', '.join(sorted(shown)[:40])}"
 
 
 WRAPPERS = frozenset({"DataParallel", "DeepSpeedEngine", "DistributedDataParallel", "FullyShardedDataParallel"})

@@ -105,6 +105,7 @@ class BottleneckModel(AdapterModel):
     prefix = "bottleneckadapter_"
     tuner_layer_cls = BottleneckState
     target_module_mapping = {}
+    target_words = ("feed_forward", "attention", *PARTS, "all-linear")
     layer_cls: ClassVar[type[BottleneckLayer]] = BottleneckLayer
     method: ClassVar[str] = "Bottleneck"
     cannot_merge = CANNOT_MERGE.format("A bottleneck adapter")
@@ -133,7 +134,7 @@ class BottleneckModel(AdapterModel):
                 self._injected, part, as_list=as_list, endings_of=endings_of, blocks=blocks, method=self.method
             )
             if as_list:  # peft matches a name that is a whole path in every layer, layers_to_transform or not
-                peft_config.target_modules = in_layers(peft_config)
+                peft_config.target_modules = in_layers(self._injected, peft_config)
         return super()._prepare_adapter_config(peft_config, {"model_type": None, **model_config})
 
     def _check_new_adapter_config(self, config: Any) -> None:

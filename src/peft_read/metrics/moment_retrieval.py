@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..spans import check_windows, clips_of
-from ..values import array_of, id_of, number, shown, table
+from ..values import id_of, number, shown, table
+from .qvhighlights_ratings import LEVELS, highlight_detection
+from .qvhighlights_records import CHUNK, Record, Records, field, joined
 
 __all__ = ["evaluate_qvhighlights"]
-
-Record = Mapping[str, Any]
-Records = Mapping[Hashable, Record]
 
 THRESHOLDS = [round(0.5 + 0.05 * i, 2) for i in range(10)]
 # A window belongs to a range if its length in seconds is above the first and not above the second number.
 RANGES = {"full": None, "long": (30, 150), "middle": (10, 30), "short": (0, 10)}
-LEVELS = {"Fair": 2, "Good": 3, "VeryGood": 4}
-ANNOTATORS, BEST_RATING = 3, 4
 MAX_WINDOWS = 10
-CHUNK = 512  # queries computed at a time: tables of a few megabytes, which stay in a processor's cache
 
 
 def evaluate_qvhighlights(
@@ -88,7 +83,7 @@ def evaluate_qvhighlights(
         brief |= {f"MR-full-R1@{iou}": results["full"]["MR-R1"][iou] for iou in ("0.5", "0.7")}
         brief = dict(sorted(brief.items()))
     if has_scores:
-        precisions, hits = _highlight_detection(predicted, true, clip_seconds)
+        precisions, hits = highlight_detection(predicted, true, clip_seconds)
         for i, name in enumerate(f"HL-min-{level}" for level in LEVELS):
             results[name] = {
                 "HL-mAP": _percent(np.mean(precisions[:, i].copy())),
@@ -146,31 +141,6 @@ def _all_have(records: Records, field: str) -> bool:
     return not lacking
 
 
-def _field(qid: Hashable, record: Record, name: str) -> Any:
-    if record.get(name) is None:
-        raise ValueError(f"query {qid!r} has no {name} in the ground truth")
-    return record[name]
-
-
-def _joined(values: Mapping[Hashable, Any], columns: int | None) -> tuple[NDArray[np.float64], NDArray] | None:
-    """The rows of all queries, concatenated, and the number of each; None if they are not finite numbers.
-
-    One conversion for all queries is ten times as fast as one per query.
-    """
-    plain = [array_of(value) if hasattr(value, "detach") else value for value in values.values()]
-    try:
-        counts = np.array([len(value) for value in plain], dtype=np.int64)
-        rows = np.asarray(list(chain.from_iterable(plain)))
-    except (TypeError, ValueError, OverflowError):
-        return None
-    if not len(rows):
-        rows = np.zeros((0, columns) if columns else 0)
-    expected = (counts.sum(), columns) if columns else (counts.sum(),)
-    if rows.dtype.kind not in "iuf" or rows.shape != expected or not np.isfinite(rows).all():
-        return None
-    return rows.astype(np.float64), counts
-
-
 def _percent(value: float | np.floating) -> float:
     return float(f"{100 * value:.2f}")
 
@@ -180,7 +150,7 @@ class _Moments:
 
     def __init__(self, predicted: Records, true: Records, clip_seconds: float) -> None:
         candidates = {qid: record["pred_relevant_windows"] for qid, record in predicted.items()}
-        windows = {qid: _field(qid, record, "relevant_windows") for qid, record in true.items()}
+        windows = {qid: field(qid, record, "relevant_windows") for qid, record in true.items()}
         self.candidates, self.num_candidates = _padded(*_checked_windows(candidates, 3))
         self.windows, self.num_windows = _padded(*_checked_windows(windows, 2))
         if (empty := np.flatnonzero(self.num_windows == 0)).size:
@@ -245,12 +215,12 @@ class _Moments:
 def _checked_windows(windows: Mapping[Hashable, Any], columns: int) -> tuple[NDArray[np.float64], NDArray]:
     """The windows of all queries, concatenated: (start, end, score) of a submission, (start, end) of the truth."""
     name = "pred_relevant_windows" if columns == 3 else "relevant_windows"
-    joined = _joined(windows, columns)
-    if joined is not None:
-        rows, _ = joined
+    together = joined(windows, columns)
+    if together is not None:
+        rows, _ = together
         wrong = (rows[:, 0] < 0) | (rows[:, 1] < rows[:, 0]) | ((columns == 2) & (rows[:, 1] == rows[:, 0]))
         if not wrong.any():
-            return joined
+            return together
     for qid, value in windows.items():  # one of them is wrong, and is named
         where = f"query {qid!r}: {name!r}"
         check_windows(table(value, where, columns=columns)[:, :2], where, allow_empty=columns == 3)
@@ -335,118 +305,3 @@ def _interpolated_precisions(hits: NDArray, total: NDArray) -> NDArray:
         area += (recall[:, k] - before) * envelope[:, k]
         before = recall[:, k]
     return area
-
-
-def _highlight_detection(predicted: Records, true: Records, clip_seconds: float) -> tuple[NDArray, NDArray]:
-    """Average precision (N, levels, annotators) and whether the best clip is a hit (N, levels) of every query."""
-    scores, lengths = _checked_scores({qid: record["pred_saliency_scores"] for qid, record in predicted.items()})
-    ratings, clips = _checked_ratings(true, clip_seconds)
-    starts, places = np.cumsum(lengths) - lengths, np.cumsum(clips) - clips
-    levels = np.array(list(LEVELS.values()))
-    precisions = np.zeros((len(clips), len(levels) * ANNOTATORS))
-    hits = np.zeros((len(clips), len(levels)), dtype=bool)
-    # Videos are grouped by their number of clips and scores, so that a chunk needs no padding.
-    for shape in np.unique(np.stack((clips, lengths), axis=1), axis=0):
-        same = np.flatnonzero((clips == shape[0]) & (lengths == shape[1]))
-        for start in range(0, len(same), CHUNK):
-            part = same[start : start + CHUNK]
-            clip_scores = scores[starts[part, None] + np.arange(shape[1])]
-            rated = ratings[places[part, None] + np.arange(shape[0])]  # (N, clips, 3)
-            best = clip_scores.argmax(axis=1)
-            padded = np.zeros((len(part), shape[0]))
-            padded[:, : shape[1]] = clip_scores[:, : shape[0]]
-            labels = (rated[:, :, None] >= levels[:, None]).reshape(len(part), shape[0], -1)
-            precisions[part] = _chunk_precisions(padded, labels)
-            highest = rated[np.arange(len(part)), np.minimum(best, shape[0] - 1)].max(axis=1)
-            hits[part] = (best < shape[0])[:, None] & (highest[:, None] >= levels)
-    return precisions.reshape(len(clips), len(levels), ANNOTATORS), hits
-
-
-def _checked_scores(scores: Mapping[Hashable, Any]) -> tuple[NDArray[np.float64], NDArray]:
-    joined = _joined(scores, None)
-    if joined is not None and (joined[1] > 0).all():
-        return joined
-    for qid, value in scores.items():
-        table(value, f"query {qid!r}: 'pred_saliency_scores'", empty=False)
-    raise ValueError("'pred_saliency_scores' must be a list of numbers in every query")
-
-
-def _checked_ratings(true: Records, clip_seconds: float) -> tuple[NDArray[np.float64], NDArray]:
-    """The ratings of the clips of all videos, concatenated (all clips, 3), zero outside the relevant clips."""
-    seconds = np.array(
-        [
-            number(_field(qid, record, "duration"), f"query {qid!r}: 'duration'", above=0)
-            for qid, record in true.items()
-        ]
-    )
-    ids = {qid: _field(qid, record, "relevant_clip_ids") for qid, record in true.items()}
-    given = {qid: _field(qid, record, "saliency_scores") for qid, record in true.items()}
-    chosen, rated = _joined(ids, None), _joined(given, ANNOTATORS)
-    clips = np.array([clips_of(duration, clip_seconds) for duration in seconds.tolist()])
-    if chosen is None or rated is None or not _fit(*chosen, *rated, seconds / clip_seconds):
-        for index, (qid, value) in enumerate(ids.items()):  # one of them is wrong, and is named
-            where = f"query {qid!r}: 'relevant_clip_ids'"
-            own = table(value, where, low=0, whole=True)
-            if len(set(own.tolist())) < len(own):
-                raise ValueError(f"{where} names a clip twice: {shown(value)}")
-            if len(own) and own.max() * clip_seconds >= seconds[index]:
-                raise ValueError(
-                    f"{where} names clip {int(own.max())}, which begins at {own.max() * clip_seconds:g} s; the video "
-                    f"ends at {seconds[index]:g} s"
-                )
-            where = f"query {qid!r}: 'saliency_scores'"
-            ratings = table(given[qid], where, columns=ANNOTATORS, low=0, high=BEST_RATING, whole=True)
-            if len(ratings) != len(own):
-                raise ValueError(f"{where} rates {len(ratings)} clips, and {len(own)} are relevant")
-        raise ValueError("'relevant_clip_ids' and 'saliency_scores' must be lists of numbers in every query")
-    (rows, counts), (values, _) = chosen, rated
-    query = np.repeat(np.arange(len(counts)), counts)
-    np.maximum.at(clips, query, rows.astype(np.int64) + 1)
-    clips = np.maximum(clips, 1)
-    ratings = np.zeros((clips.sum(), ANNOTATORS))
-    ratings[(np.cumsum(clips) - clips)[query] + rows.astype(np.int64)] = values
-    return ratings, clips
-
-
-def _fit(ids: NDArray, counts: NDArray, ratings: NDArray, rated: NDArray, clips: NDArray) -> bool:
-    """Whether clips are integers inside their videos, without duplicates, each with ratings from 0 to 4."""
-    query = np.repeat(np.arange(len(counts)), counts)
-    if not np.array_equal(counts, rated) or (ids != np.floor(ids)).any() or (ids < 0).any():
-        return False
-    if (ids >= clips[query]).any() or len(np.unique(np.stack((query, ids), axis=1), axis=0)) < len(ids):
-        return False
-    return bool(((ratings >= 0) & (ratings <= BEST_RATING) & (ratings == np.floor(ratings))).all())
-
-
-def _ranking_precisions(scores: NDArray, labels: NDArray) -> NDArray:
-    """As `_chunk_precisions`, of one ranking (clips,) with labels (clips, columns); (columns,)."""
-    return _chunk_precisions(np.asarray(scores)[None], np.asarray(labels)[None])[0]
-
-
-def _chunk_precisions(scores: NDArray, labels: NDArray) -> NDArray:
-    """Interpolated average precision of rankings for several label columns.
-
-    Clips of equal score share a threshold. From the lowest threshold up, a precision is the largest so far; the
-    mean is taken over the thresholds at which the recall (as float32) changes.
-
-    Args:
-        scores: (N, clips).
-        labels: (N, clips, columns), booleans.
-
-    Returns:
-        (N, columns): 0 for a column without positives, 1 for one without negatives.
-    """
-    clips = scores.shape[1]
-    order = np.argsort(-scores, axis=1, kind="stable")
-    ranked = np.take_along_axis(scores, order, axis=1)
-    threshold = np.append(ranked[:, 1:] != ranked[:, :-1], np.ones((len(scores), 1), dtype=bool), axis=1)[..., None]
-    positives = np.cumsum(np.take_along_axis(labels, order[..., None], axis=1), axis=1, dtype=np.float64)
-    total = positives[:, -1]
-    precision = np.where(threshold, positives / np.arange(1, clips + 1)[:, None], 0.0)
-    precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    recall = (positives / np.maximum(total, 1)[:, None]).astype(np.float32)
-    recall = np.maximum.accumulate(np.where(threshold, recall, 0), axis=1)
-    before = np.concatenate((np.zeros_like(recall[:, :1]), recall[:, :-1]), axis=1)
-    counted = threshold & (recall != before)
-    means = np.where(counted, precision, 0.0)[:, ::-1].sum(axis=1) / np.maximum(counted.sum(axis=1), 1)
-    return np.where(total == clips, 1.0, np.where(total > 0, means, 0.0))

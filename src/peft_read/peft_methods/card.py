@@ -26,6 +26,8 @@ __all__ = ["renew_model_cards", "update_model_card"]
 
 BEGIN, END = "<!-- peft-read: begin -->", "<!-- peft-read: end -->"
 
+BASE_TAG = "base_model:adapter:"  # peft's; the name follows
+
 # What loads the base model of a task; and the mappings of what is tried, in this order, where that does not load the
 # class at hand (a video-language model that is trained with the task CAUSAL_LM).
 AUTO_CLASSES = {
@@ -74,16 +76,16 @@ def update_model_card(folder: str | os.PathLike, config: AdapterConfig, auto_map
         return
     section = _section(trained, config, auto_mapping)
     if (folder / "README.md").exists():
-        _write_section(folder / "README.md", section, config.card_tags)
+        _write_section(folder / "README.md", section, config)
     else:
         card = ModelCard.from_template(ModelCardData(library_name="peft"))
-        _save(card, section, folder / "README.md", config.card_tags)
+        _save(card, section, folder / "README.md", config)
     name = getattr(config, "adapter_name", "default")
     if name != "default" and folder.name == name and (folder.parent / "README.md").exists():
-        _write_section(folder.parent / "README.md", section, config.card_tags)
+        _write_section(folder.parent / "README.md", section, config)
 
 
-def _write_section(path: Path, section: str, tags: tuple[str, ...]) -> None:
+def _write_section(path: Path, section: str, config: AdapterConfig) -> None:
     """Puts this package's part into a card; a file that is not a card of peft is not changed."""
     try:
         card = ModelCard(path.read_text(encoding="utf-8"))
@@ -91,12 +93,17 @@ def _write_section(path: Path, section: str, tags: tuple[str, ...]) -> None:
         warnings.warn(f"{path} is not a model card ({error}): the adapter's part is not written into it", stacklevel=2)
         return
     if getattr(card.data, "library_name", None) == "peft":
-        _save(card, section, path, tags)
+        _save(card, section, path, config)
 
 
-def _save(card: ModelCard, section: str, path: Path, tags: tuple[str, ...]) -> None:
+def _save(card: ModelCard, section: str, path: Path, config: AdapterConfig) -> None:
     data: Any = card.data
-    data.tags = sorted({*(data.tags or []), *tags})
+    tags = {*(data.tags or ()), *config.card_tags}
+    if not data.base_model:  # peft writes the empty name of a model that came from no folder and not from the Hub
+        data.base_model = config.base_model_name_or_path or None
+        tags.discard(BASE_TAG)
+        tags |= {BASE_TAG + data.base_model} if data.base_model else set()
+    data.tags = sorted(tags)
     before, _, rest = card.text.partition(BEGIN)
     after = rest.partition(END)[2] if rest else before
     card.text = (before if rest else "") + section + (after if rest else f"\n\n{before.lstrip()}")

@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 from torch import nn
 
-from .endings import Ending, config_around, feed_forward_endings, in_and_out
+from .endings import Ending, config_around, feed_forward_endings, in_and_out, is_inside_an_adapter
 from .stacks import is_causal
 
-__all__ = ["default_targets", "names_of"]
+__all__ = ["default_targets", "linear_layers", "names_of"]
 
 
 def default_targets(
@@ -70,18 +70,25 @@ def _writes_text(model: nn.Module, language: list[Ending]) -> bool:
 
 def _nothing_found(model: nn.Module, part: str | None, parts: set[str], blocks: str, method: str) -> str:
     family = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
-    linear = Counter(
-        re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name) for name, module in model.named_modules() if in_and_out(module)
-    )
-    names = ", ".join(f"'{name}'" for name, _ in linear.most_common(12)) or "none"
     if part in ("language", "vision", "audio") and parts:
         reason = f"has no {blocks} in a part {part!r}, only in {', '.join(map(repr, sorted(parts)))}"
     else:
         reason = f"has no {blocks} that {method} knows by their structure"
+    block = "a feed-forward block" if blocks == "feed-forward blocks" else "a block"
     return (
-        f"Please specify `target_modules` in `peft_config`: {family!r} {reason}. Its linear layers are {names}; name "
-        f"those that end {'a feed-forward block' if blocks == 'feed-forward blocks' else 'a block'}."
+        f"Please specify `target_modules` in `peft_config`: {family!r} {reason}. Its linear layers are "
+        f"{linear_layers(model)}; name those that end {block}."
     )
+
+
+def linear_layers(model: nn.Module) -> str:
+    """The names of a model's linear layers for a message, with a star for each number; the most frequent twelve."""
+    linear = Counter(
+        re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
+        for name, module in model.named_modules()
+        if in_and_out(module) and not is_inside_an_adapter(model, name)
+    )
+    return ", ".join(f"'{name}'" for name, _ in linear.most_common(12)) or "none"
 
 
 def names_of(paths: list[str], everything: list[str], *, as_list: bool) -> set[str] | str:

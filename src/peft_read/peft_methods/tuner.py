@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import NoMatchingPeftModuleError
 from torch import nn
 
 from .loaded import WeightsCheck
 from .mixed import copies_in_generate, mixed_batch
+from .unmatched import absent_names, check_layers, nothing_matched
 
 __all__ = ["AdapterModel", "in_layers"]
 
 
-def in_layers(config: Any) -> set[str]:
-    """The targets of a configuration without those that are paths of layers it does not transform."""
+def in_layers(model: nn.Module, config: Any) -> set[str]:
+    """The targets of a configuration without those that are paths of layers it does not transform.
+
+    Raises:
+        ValueError: the model does not have a layer that the configuration names.
+    """
+    check_layers(model, config)
     indices, patterns = config.layers_to_transform, config.layers_pattern or r"[^.]+"
     chosen = {indices} if isinstance(indices, int) else set(indices or ())
     names = "|".join([patterns] if isinstance(patterns, str) else patterns)
@@ -31,27 +39,58 @@ class AdapterModel(BaseTuner):
 
     Attributes:
         cannot_merge: why, for the message.
+        target_words: what `target_modules` may be beside names and expressions, for the message.
         cannot_add: why adapters cannot be combined by adding their weights.
     """
 
     cannot_merge: ClassVar[str]
     cannot_add: ClassVar[str]
+    target_words: ClassVar[tuple[str, ...]]
 
     def _weights_check(self) -> Callable[..., None]:
         """The hook that looks at weights before they are loaded."""
         return WeightsCheck(self.prefix, self.tuner_layer_cls)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Put the adapter's layers into the model."""
+        """Put the adapter's layers into the model.
+
+        Raises:
+            ValueError: nothing in the model is what the configuration names; near names are listed.
+        """
         self.__dict__["_injected"] = model  # not a submodule; peft hands the next method its configuration alone
-        if "_load_check" not in self.__dict__:  # the first adapter is injected from within BaseTuner.__init__
+        is_first = "_load_check" not in self.__dict__
+        if is_first:  # from within BaseTuner.__init__
             self._load_check = model.register_load_state_dict_pre_hook(self._weights_check())
         # No fields: they tell about the base model, and are for the card and the saved configuration.
         config: Any = self.peft_config[adapter_name]
         config.base_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
         config.base_parameters = self._base_parameters(model)
         config.adapter_name = adapter_name
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception as error:
+            if is_first:  # the caller keeps the model
+                self._load_check.remove()
+            is_empty = isinstance(error, NoMatchingPeftModuleError)
+            message = nothing_matched(model, config, self.target_words) if is_empty else None
+            if message is None:
+                raise
+            raise NoMatchingPeftModuleError(message) from error
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        peft_config = super()._prepare_adapter_config(peft_config, model_config)
+        check_layers(self._injected, peft_config)
+        absent = absent_names(self._injected, peft_config.target_modules)
+        own = set(
+            self.target_module_mapping.get(str(model_config.get("model_type")), ())
+        )  # for every variant of a family
+        if set(absent) - own and len(absent) < len(peft_config.target_modules) and not peft_config.inference_mode:
+            warnings.warn(
+                f"`target_modules` names {', '.join(map(repr, absent))}, and {type(self._injected).__name__} has no "
+                "such module: the others alone are adapted",
+                stacklevel=2,
+            )
+        return peft_config
 
     def _base_parameters(self, model: nn.Module) -> int:
         """How many parameters a model has without its adapters and the copies that are trained as a whole."""
