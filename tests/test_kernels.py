@@ -218,7 +218,7 @@ def compare_loops(jobs, found):
 
     for job, built in zip(jobs, found, strict=True):
         kernel = getattr(importlib.import_module(job["module"]), job["name"])
-        expected = [set(names) for names in carried_by_source(kernel, job["fixed"])]
+        expected = [set(names) for names in carried_by_source(kernel, job["fixed"]) if names]
         carried = [set(names) for names in built["loops"]]
         assert len(carried) >= len(expected) - 1, (job["name"], expected, carried)
         for names in expected:
