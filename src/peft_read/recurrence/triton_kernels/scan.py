@@ -49,88 +49,79 @@ def transposed(weight, k, K: tl.constexpr):
 
 
 @triton.jit
+def real_or(matrix, valid, token, K: tl.constexpr, MASKED: tl.constexpr):
+    """A matrix, or the identity where the token is padding."""
+    if MASKED:
+        same = (tl.arange(0, K)[:, None] == tl.arange(0, K)[None, :]).to(tl.float32)
+        matrix = tl.where(tl.load(valid + token) != 0, matrix, same)
+    return matrix
+
+
+@triton.jit
+def new_state(moved, inner, valid, outputs, token, k, K: tl.constexpr, MASKED: tl.constexpr):
+    """Sets h of a token, which at padding is what was moved, and returns it."""
+    place, inside = token * k + tl.arange(0, K), tl.arange(0, K) < k
+    new = tanh(tl.load(inner + place, inside, 0.0) + moved)
+    if MASKED:
+        new = tl.where(tl.load(valid + token) != 0, new, moved)
+    tl.store(outputs + place, new, inside)
+    return new
+
+
+@triton.jit
+def inner_gradient(carried, grads, valid, outputs, grad_inner, token, k, K: tl.constexpr, MASKED: tl.constexpr):
+    """Sets the gradient of what is inside tanh, and returns it; at padding it sets zero and returns that of h."""
+    place, inside = token * k + tl.arange(0, K), tl.arange(0, K) < k
+    h = tl.load(outputs + place, inside, 0.0)
+    total = carried + tl.load(grads + place, inside, 0.0)
+    inner = total * (1 - h * h)
+    if MASKED:
+        is_real = tl.load(valid + token) != 0
+        tl.store(grad_inner + place, tl.where(is_real, inner, 0.0), inside)
+        inner = tl.where(is_real, inner, total)
+    else:
+        tl.store(grad_inner + place, inner, inside)
+    return inner
+
+
+@triton.jit
 def rnn_forward(
     inner, weight_hh, state, valid, outputs, length, k,
     CONTINUED: tl.constexpr, MASKED: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """h_t = tanh(inner_t + W_hh h_{t-1}); padding repeats the state before it."""
     b = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, K)
-    inside = i < k
     weight, turned = square(weight_hh, k, K), transposed(weight_hh, k, K)
-    same = (i[:, None] == i[None, :]).to(tl.float32)
     hidden = tl.zeros([K], tl.float32)
     if CONTINUED:
-        hidden = tl.load(state + b * k + i, inside, 0.0)
+        hidden = tl.load(state + b * k + tl.arange(0, K), tl.arange(0, K) < k, 0.0)
     if length % 2 == 1:
-        token = b * length
-        new = tanh(tl.load(inner + token * k + i, inside, 0.0) + tl.sum(weight * hidden[None, :], 1))
-        if MASKED:
-            new = tl.where(tl.load(valid + token) != 0, new, hidden)
-        tl.store(outputs + token * k + i, new, inside)
-        hidden = new
+        moved = tl.sum(real_or(weight, valid, b * length, K, MASKED) * hidden[None, :], 1)
+        hidden = new_state(moved, inner, valid, outputs, b * length, k, K, MASKED)
     for t in tl.range(length % 2, length, 2, num_stages=STAGES_FORWARD):
         token = b * length + t
-        first_matrix, second_matrix = weight, turned
-        if MASKED:
-            first_real, second_real = tl.load(valid + token) != 0, tl.load(valid + token + 1) != 0
-            first_matrix = tl.where(first_real, weight, same)
-            second_matrix = tl.where(second_real, turned, same)
-        moved = tl.sum(first_matrix * hidden[None, :], 1)
-        first = tanh(tl.load(inner + token * k + i, inside, 0.0) + moved)
-        if MASKED:
-            first = tl.where(first_real, first, moved)
-        tl.store(outputs + token * k + i, first, inside)
-        moved = tl.sum(second_matrix * first[:, None], 0)
-        hidden = tanh(tl.load(inner + (token + 1) * k + i, inside, 0.0) + moved)
-        if MASKED:
-            hidden = tl.where(second_real, hidden, moved)
-        tl.store(outputs + (token + 1) * k + i, hidden, inside)
+        moved = tl.sum(real_or(weight, valid, token, K, MASKED) * hidden[None, :], 1)
+        first = new_state(moved, inner, valid, outputs, token, k, K, MASKED)
+        moved = tl.sum(real_or(turned, valid, token + 1, K, MASKED) * first[:, None], 0)
+        hidden = new_state(moved, inner, valid, outputs, token + 1, k, K, MASKED)
 
 
 @triton.jit
 def rnn_backward(
-    grad_outputs, weight_hh, valid, outputs, grad_inner, grad_state, length, k, MASKED: tl.constexpr, K: tl.constexpr
+    grads, weight_hh, valid, outputs, grad_inner, grad_state, length, k, MASKED: tl.constexpr, K: tl.constexpr
 ):
     """The gradients of `inner`, zero at padding, and of the state before the first token."""
     b = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, K)
-    inside = i < k
     weight, turned = square(weight_hh, k, K), transposed(weight_hh, k, K)
-    same = (i[:, None] == i[None, :]).to(tl.float32)
     carried = tl.zeros([K], tl.float32)
     if length % 2 == 1:
         token = b * length + length - 1
-        h = tl.load(outputs + token * k + i, inside, 0.0)
-        last = tl.load(grad_outputs + token * k + i, inside, 0.0)
-        d = last * (1 - h * h)
-        carried = tl.sum(weight * d[:, None], 0)
-        if MASKED:
-            is_real = tl.load(valid + token) != 0
-            d = tl.where(is_real, d, 0.0)
-            carried = tl.where(is_real, carried, last)
-        tl.store(grad_inner + token * k + i, d, inside)
+        last = inner_gradient(carried, grads, valid, outputs, grad_inner, token, k, K, MASKED)
+        carried = tl.sum(real_or(weight, valid, token, K, MASKED) * last[:, None], 0)
     for back in tl.range(length % 2, length, 2, num_stages=STAGES_BACKWARD):
         token = b * length + length - 1 - back
-        h = tl.load(outputs + token * k + i, inside, 0.0)
-        carried += tl.load(grad_outputs + token * k + i, inside, 0.0)
-        d = carried * (1 - h * h)
-        if MASKED:
-            is_real = tl.load(valid + token) != 0
-            tl.store(grad_inner + token * k + i, tl.where(is_real, d, 0.0), inside)
-            before = tl.sum(tl.where(is_real, weight, same) * tl.where(is_real, d, carried)[:, None], 0)
-        else:
-            tl.store(grad_inner + token * k + i, d, inside)
-            before = tl.sum(weight * d[:, None], 0)
-        token = token - 1
-        h = tl.load(outputs + token * k + i, inside, 0.0)
-        before += tl.load(grad_outputs + token * k + i, inside, 0.0)
-        d = before * (1 - h * h)
-        if MASKED:
-            is_real = tl.load(valid + token) != 0
-            tl.store(grad_inner + token * k + i, tl.where(is_real, d, 0.0), inside)
-            carried = tl.sum(tl.where(is_real, turned, same) * tl.where(is_real, d, before)[None, :], 1)
-        else:
-            tl.store(grad_inner + token * k + i, d, inside)
-            carried = tl.sum(turned * d[None, :], 1)
-    tl.store(grad_state + b * k + i, carried, inside)
+        last = inner_gradient(carried, grads, valid, outputs, grad_inner, token, k, K, MASKED)
+        between = tl.sum(real_or(weight, valid, token, K, MASKED) * last[:, None], 0)
+        last = inner_gradient(between, grads, valid, outputs, grad_inner, token - 1, k, K, MASKED)
+        carried = tl.sum(real_or(turned, valid, token - 1, K, MASKED) * last[None, :], 1)
+    tl.store(grad_state + b * k + tl.arange(0, K), carried, tl.arange(0, K) < k)
