@@ -45,7 +45,7 @@ def near_names(wanted: Iterable[str], known: Iterable[str], *, count: int = 3) -
 
     Example:
         >>> near_names(["fcc2"], ["fc1", "fc2", "q_proj"])
-        ['fc2', 'fc1']
+        ['fc2']
     """
     candidates = list(dict.fromkeys(known))
     return list(dict.fromkeys(near for name in wanted for near in get_close_matches(name, candidates, n=count)))

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..plain import plain_number
 from ..transport import cosine_cost, partial_optimal_transport, real_entries
-from ..transport.partial import METHODS
+from ..transport.arguments import METHODS
 
 __all__ = ["DISTANCES", "AlignmentDistance", "PVLALoss", "alignment_distance", "mask_of"]
 
