@@ -57,12 +57,16 @@ def gradients_of_gates(
         needs: which of the arguments need a gradient.
     """
     flat, flat_outer = inner.flatten(0, 1), outer.flatten(0, 1)
+    bias_ih = flat.sum(0) if needs.bias_ih else None
+    bias_hh = None
+    if needs.bias_hh:  # of the RNN both biases have one gradient
+        bias_hh = bias_ih.clone() if inner is outer and bias_ih is not None else flat_outer.sum(0)
     return ScanArguments(
         inner @ arguments.weight_ih if needs.x else None,  # type: ignore[arg-type]
         grad_state,
         None,
         flat.T @ arguments.x.flatten(0, 1) if needs.weight_ih else None,  # type: ignore[arg-type]
         flat_outer.T @ states_before(outputs, arguments.state).flatten(0, 1) if needs.weight_hh else None,  # type: ignore[arg-type]
-        flat.sum(0) if needs.bias_ih else None,
-        flat_outer.sum(0) if needs.bias_hh else None,
+        bias_ih,  # type: ignore[arg-type]
+        bias_hh,  # type: ignore[arg-type]
     )
