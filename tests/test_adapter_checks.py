@@ -14,6 +14,8 @@ from tiny_models import build
 from torch import nn
 
 from peft_read import CompacterConfig, READConfig
+from peft_read.names import own_names
+from peft_read.peft_methods.unmatched import absent_names, nothing_matched
 
 
 class Net(nn.Module):
@@ -143,6 +145,23 @@ def test_layers_in_no_other_module_need_their_name():
 def test_a_misspelt_name_among_others_is_said():
     with pytest.warns(UserWarning, match="names 'fcc1', and BartForConditionalGeneration has no such module"):
         get_peft_model(build("bart"), READConfig(target_modules=["fc2", "fcc1"]))
+
+
+def test_modules_of_a_base_model_that_are_called_adapters_are_its_own():
+    names = own_names(adapted())
+    assert names and not any("readapter" in name or "base_layer" in name for name in names)
+    model = nn.ModuleDict(
+        {"output": nn.ModuleDict({"adapter_modules": nn.Linear(8, 8)}), "adapter_layer": nn.Linear(8, 8)}
+    )
+    assert own_names(model) == ["output", "output.adapter_modules", "adapter_layer"]
+    assert absent_names(model, ["adapter_modules"]) == []
+
+
+def test_layers_without_a_target_are_named_with_the_method():
+    config = types.SimpleNamespace(target_modules=set(), layers_to_transform=[1], peft_type=READConfig().peft_type)
+    assert nothing_matched(Net(), config, ()) == (
+        "`layers_to_transform` names the layer 1, where Net has no module that READ adapts"
+    )
 
 
 def test_a_value_that_cannot_be_saved_leaves_the_saved_configuration_unchanged(tmp_path):

@@ -37,10 +37,10 @@ def test_without_a_gpu_it_says_so(gpu_check, capsys):
 
 def test_a_wrong_kernel_is_missed(gpu_check, monkeypatch):
     monkeypatch.setattr(gpu_check, "DEVICE", "cpu")
-    assert gpu_check.scan_error("rnn", 4, 37, True) < 1e-4
+    assert gpu_check.scan_error("rnn", 4, 37, True, True) < 1e-4
     right = gpu_check.naive_recurrence
     monkeypatch.setattr(gpu_check, "naive_recurrence", lambda *args: (right(*args)[0] * 1.01, None))
-    assert gpu_check.scan_error("rnn", 4, 37, True) > 1e-3
+    assert gpu_check.scan_error("rnn", 4, 37, True, True) > 1e-3
     assert not gpu_check.Check("a limit", float("nan"), 1.0).passed
 
 

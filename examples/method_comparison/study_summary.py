@@ -220,7 +220,7 @@ def _tuning(setting: Mapping[str, Any]) -> list[str]:
     return [
         f"### Tuning: {setting['title']}",
         f"{len(items['ids'])} validation queries of sources that no training query has; intervals over these queries "
-        "alone, one seed: what is inside zero may be chance.",
+        "alone, one seed: a difference whose interval contains zero may be chance.",
         markdown(head, lines),
     ]
 

@@ -11,7 +11,7 @@ from torch import nn
 __all__ = ["near_names", "own_names", "without_numbers"]
 
 # Modules that a method adds beside the layers that it wraps.
-ADDED = re.compile(r"(^|\.)\w*adapter_|(^|\.)shared_over_layers(\.|$)")
+ADDED = re.compile(r"(^|\.)((readapter|bottleneckadapter|compacter|hyperformer)_|shared_over_layers(\.|$))")
 
 
 def own_names(model: nn.Module) -> list[str]:

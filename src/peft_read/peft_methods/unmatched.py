@@ -87,7 +87,7 @@ def nothing_matched(model: nn.Module, config: Any, words: Sequence[str]) -> str 
             return f"{text}A list stands for the modules whose names end so: target_modules=[{targets!r}]"
     elif not targets:
         chosen = _layers(_indices(config))
-        return f"`layers_to_transform` names {chosen}, where {kind} has no module that {config.peft_type} adapts"
+        return f"`layers_to_transform` names {chosen}, where {kind} has no module that {config.peft_type.value} adapts"
     elif _matching(model, targets):
         return _outside_of_layers(model, config)
     else:

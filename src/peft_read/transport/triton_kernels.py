@@ -22,7 +22,7 @@ __all__ = ["launch_settings", "solve_fused"]
 
 SWEEPS, MORE_SWEEPS = 300, 2_000
 # Sweeps without progress until the mixing starts anew, and how often that happens until it mixes one change instead of
-# two. Two take fewer sweeps; one alone solved all of some thousand problems where two went in circles on 1 in 100.
+# two. Two take fewer sweeps, one alone does not go in circles (tests/test_transport_triton.py has a problem).
 PATIENCE, FAILURES = tl.constexpr(6), tl.constexpr(3)
 FILL_ITERATIONS = 100
 TILE_NUMBERS = {False: 4096, True: 2048}  # of the matrix in registers at a time, in float32 and float64

@@ -32,7 +32,10 @@ WIDE = (torch.float32, torch.bfloat16, torch.float16)
 # Tokens x width x columns that a program multiplies at a time. It is one warp: threads of several would exchange their
 # parts of a tile in every step.
 TILE_NUMBERS, COLUMN_NUMBERS = 2048, 2048
-PROGRAMS, PART_TOKENS = 2048, 64  # of the launch over columns: programs, and tokens of one at least
+PROGRAMS, PART_TOKENS = (
+    2048,
+    64,
+)  # of the launch over columns: programs, and tokens of each if it has no more than these
 
 
 def filled(k: int) -> int:
