@@ -48,7 +48,7 @@ def test_every_kind_of_bad_input_is_one_line(world, tmp_path, monkeypatch):  # n
     ends("--pvla_blocks", "first", says="--pvla_blocks 'first'")
     ends("--nms_threshold", 3, says="--nms_threshold 3.0 must be at most 1")
     ends("--target_modules", "(", says="is not a regular expression")
-    ends("--target_modules", "nothing", says="No modules were targeted")
+    ends("--target_modules", "nothing", says="`target_modules`='nothing' is a string, so a regular expression")
     ends("--cell", "transformer", says="transformer")
     ends("--model_options", "{", says="--model_options '{' is not valid JSON")
     ends("--model_options", '{"d_modle": 3}', says="must be a JSON object with fields of")
