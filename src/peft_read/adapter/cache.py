@@ -219,7 +219,7 @@ def cache_length(cache: Cache) -> int | torch.Tensor:
 
 
 def _are_fixed(states: dict[Hashable, States]) -> bool:
-    # Not bool(states), which torch.compile could not trace before torch 2.12.
+    # Not bool(states), which torch.compile of torch 2.11 cannot trace.
     return len(states) > 0 and all(isinstance(entry, FixedStates) for entry in states.values())
 
 

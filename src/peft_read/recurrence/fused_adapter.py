@@ -88,7 +88,7 @@ def _has_hooks(module: nn.Module) -> bool:
         if own[name]:
             return True
     everywhere = nn.modules.module
-    # The lengths, since torch.compile could not trace bool() of a dictionary before torch 2.12.
+    # The lengths, since torch.compile of torch 2.11 cannot trace bool() of a dictionary.
     return any(len(getattr(everywhere, f"_global{name}")) > 0 for name in HOOKS)
 
 
