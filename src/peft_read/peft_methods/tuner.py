@@ -81,12 +81,12 @@ class AdapterModel(BaseTuner):
         peft_config = super()._prepare_adapter_config(peft_config, model_config)
         check_layers(self._injected, peft_config)
         absent = absent_names(self._injected, peft_config.target_modules)
-        own = set(
-            self.target_module_mapping.get(str(model_config.get("model_type")), ())
-        )  # for every variant of a family
-        if set(absent) - own and len(absent) < len(peft_config.target_modules) and not peft_config.inference_mode:
+        # The names that a family's mapping gives are those of all its variants, which no model has all of.
+        own = self.target_module_mapping.get(str(model_config.get("model_type")), ())
+        unknown = [name for name in absent if name not in own]
+        if unknown and len(absent) < len(peft_config.target_modules) and not peft_config.inference_mode:
             warnings.warn(
-                f"`target_modules` names {', '.join(map(repr, absent))}, and {type(self._injected).__name__} has no "
+                f"`target_modules` names {', '.join(map(repr, unknown))}, and {type(self._injected).__name__} has no "
                 "such module: the others alone are adapted",
                 stacklevel=2,
             )
