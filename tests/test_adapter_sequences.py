@@ -11,6 +11,8 @@ from torch import nn
 from peft_read import READConfig
 from peft_read.adapter import sequence_scope
 from peft_read.adapter.masks import as_mask, segments_of_lengths
+from peft_read.adapter.segments import Segments
+from peft_read.recurrence import build_cell
 
 TOLERANCE = 1e-5
 PADDING = {
@@ -453,3 +455,28 @@ def test_outputs_that_fit_no_sequence_are_refused():
         model(x, attention_mask=torch.tensor([[1] * 6, [1] * 4 + [0] * 2]))
     model = build("llama")
     assert run(get_peft_model(model, READConfig()), "llama", torch.ones(1, 3, dtype=torch.long), None).shape[1] == 3
+
+
+@pytest.mark.parametrize("name", ["rnn", "gru", "lstm"])
+def test_segments_are_run_as_sequences_of_their_own(name):
+    cell = build_cell(name, 4).double()
+    segment_ids = torch.tensor([[5, 5, 5, 2, 2, 9, 9], [0, 1, 0, 1, 0, 1, 1]])
+    mask = torch.tensor([[1, 0, 1, 1, 1, 1, 0], [1] * 7], dtype=torch.bool)
+    x = torch.randn(2, 7, 4, dtype=torch.float64, requires_grad=True)
+    segments = Segments(segment_ids, mask)
+    joined = segments.join(cell(segments.split(x), None, segments.mask)[0])
+    for row in range(2):
+        for segment in segment_ids[row].unique():
+            tokens = (segment_ids[row] == segment) & mask[row]
+            alone, _ = cell(x[row, tokens][None])
+            torch.testing.assert_close(joined[row, tokens], alone[0], rtol=0, atol=1e-14)
+    assert not joined[~mask].any()
+    joined.sum().backward()
+    assert x.grad[mask].abs().sum(-1).gt(0).all() and not x.grad[~mask].any()
+
+
+def test_segments_of_nothing_but_padding():
+    segments = Segments(torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3, dtype=torch.bool))
+    x = torch.randn(2, 3, 4)
+    cell = build_cell("rnn", 4)
+    assert not segments.join(cell(segments.split(x), None, segments.mask)[0]).any()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft_read.recurrence import CELLS, Segments, build_cell
+from peft_read.recurrence import CELLS, build_cell
 from peft_read.recurrence.naive import naive_recurrence
 
 RECURRENT = ("rnn", "gru", "lstm")
@@ -163,28 +163,3 @@ def test_bad_cells_are_refused():
     with pytest.raises(ValueError, match="at least 1, got 0"):
         build_cell("rnn", 0)
     assert set(CELLS) == {*RECURRENT, "none"}
-
-
-@pytest.mark.parametrize("name", RECURRENT)
-def test_segments_are_run_as_sequences_of_their_own(name):
-    cell = make_cell(name)
-    segment_ids = torch.tensor([[5, 5, 5, 2, 2, 9, 9], [0, 1, 0, 1, 0, 1, 1]])
-    mask = torch.tensor([[1, 0, 1, 1, 1, 1, 0], [1] * 7], dtype=torch.bool)
-    x = torch.randn(2, 7, 4, dtype=torch.float64, requires_grad=True)
-    segments = Segments(segment_ids, mask)
-    joined = segments.join(cell(segments.split(x), None, segments.mask)[0])
-    for row in range(2):
-        for segment in segment_ids[row].unique():
-            tokens = (segment_ids[row] == segment) & mask[row]
-            alone, _ = cell(x[row, tokens][None])
-            torch.testing.assert_close(joined[row, tokens], alone[0], rtol=0, atol=1e-14)
-    assert not joined[~mask].any()
-    joined.sum().backward()
-    assert x.grad[mask].abs().sum(-1).gt(0).all() and not x.grad[~mask].any()
-
-
-def test_segments_of_nothing_but_padding():
-    segments = Segments(torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3, dtype=torch.bool))
-    x = torch.randn(2, 3, 4)
-    cell = build_cell("rnn", 4)
-    assert not segments.join(cell(segments.split(x), None, segments.mask)[0]).any()

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from ..recurrence import Segments
 from .cache import WAY_OUT, States, is_begun, saved_states
+from .segments import Segments
 
 __all__ = ["Scope", "Tower", "current_scope", "enter_scope", "leave_scope", "run_in_scope", "sequence_scope"]
 

@@ -19,11 +19,11 @@ __all__ = [
     "AdapterArguments",
     "ScanArguments",
     "Scanned",
-    "fit_together",
     "numbers",
     "some_padding",
     "state_width",
     "unfit",
+    "unfit_scan",
 ]
 
 PLAIN = (Tensor, nn.Parameter)
@@ -80,18 +80,22 @@ class Scanned(NamedTuple):
     outputs: Tensor  # h_t, (B, T, k)
 
 
-def fit_together(arguments: ScanArguments, gates: int) -> bool:
-    """Whether the shapes are those of one recurrence: a loop or a kernel reads beyond a tensor that is smaller."""
-    x, state, _, weight_ih, weight_hh, bias_ih, bias_hh = arguments
+def unfit_scan(arguments: ScanArguments, gates: int, largest: int) -> str:
+    """Why a scan cannot be handed to a loop or a kernel, which would read beyond a tensor that is too small."""
+    x, state, mask, weight_ih, weight_hh, bias_ih, bias_hh = arguments
     rows, width = weight_hh.shape
-    return (
+    if width > largest:
+        return f"it is wider than {largest}"
+    if not (
         rows == gates * width
         and weight_ih.shape == (rows, x.shape[-1])
         and (bias_ih is None) == (bias_hh is None)
         and (bias_ih is None or bias_ih.shape == (rows,))
         and (bias_hh is None or bias_hh.shape == (rows,))
         and (state is None or state.shape == (x.shape[0], width))
-    )
+    ):
+        return "its tensors do not fit together"
+    return unfit((x, state, weight_ih, weight_hh, bias_ih, bias_hh), mask, x)
 
 
 class AdapterArguments(NamedTuple):

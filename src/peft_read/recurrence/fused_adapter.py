@@ -117,18 +117,10 @@ def _shapes(arguments: AdapterArguments) -> Adapted:
 def _example(width: int, dtype: torch.dtype, device: torch.device) -> AdapterArguments:
     square, vector = numbers(device, width, width), numbers(device, width)
     return AdapterArguments(
-        x=numbers(device, 3, 5, 32).to(dtype),
-        state=numbers(device, 3, width),
-        mask=some_padding(device),
-        down=numbers(device, width, 32),
-        down_bias=vector,
-        weight_ih=square,
-        weight_hh=square.T.contiguous(),
-        bias_ih=vector.clone(),
-        bias_hh=vector.clone(),
-        up=numbers(device, 32, width),
-        up_bias=numbers(device, 32),
-    )
+        numbers(device, 3, 5, 32).to(dtype), numbers(device, 3, width), some_padding(device),
+        numbers(device, width, 32), vector, square, square.T.contiguous(), vector.clone(), vector.clone(),
+        numbers(device, 32, width), numbers(device, 32),
+    )  # fmt: skip
 
 
 OPERATION = Operation(

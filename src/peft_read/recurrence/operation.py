@@ -25,7 +25,6 @@ R = TypeVar("R", bound=NamedTuple)
 TOLERANCE = 1e-2  # relative, of a trial; cuBLAS may round to TF32 on either side, a wrong kernel is off by far more
 INFRASTRUCTURE = tuple(_C._TorchDispatchModeKey.__members__.values())  # modes that fake or trace: no memory, no values
 
-
 OPERATIONS: dict[str, Operation[Any, Any]] = {}
 
 

@@ -1,7 +1,6 @@
 """Partial optimal transport, batched and masked: costs, solvers, and the plan they return."""
 
 from .costs import cosine_cost, squared_euclidean_cost
-from .fast import warm_up
 from .masks import real_entries
 from .partial import partial_optimal_transport
 from .plan import TransportPlan
@@ -12,5 +11,4 @@ __all__ = [
     "partial_optimal_transport",
     "real_entries",
     "squared_euclidean_cost",
-    "warm_up",
 ]

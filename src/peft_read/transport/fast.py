@@ -12,7 +12,7 @@ from .. import backends
 from .newton import solve_newton
 from .problem import Kernel, Problem, Scaling
 
-__all__ = ["LARGEST_FUSED_SIDE", "runs_kernel", "solve_on_host", "warm_up"]
+__all__ = ["LARGEST_FUSED_SIDE", "runs_kernel", "solve_on_host"]
 
 LARGEST_FUSED_SIDE = 1024  # the vectors of a problem stay in registers
 Solver = Callable[..., Scaling]
@@ -54,12 +54,6 @@ def solve_on_host(problem: Problem, kernel: Kernel) -> Solver:
 
         return solve_compiled
     return solve_newton
-
-
-def warm_up() -> None:
-    """Compile the loops for the CPU before anything needs them; optional, and nothing without numba."""
-    if backends.backend("cpu") == "numba":
-        backends.passes(("the numba transport",), _try_loops)
 
 
 def _example(device: torch.device) -> Problem:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ... import backends
-from ..arguments import GATES, Adapted, AdapterArguments, ScanArguments, Scanned, fit_together, unfit
+from ..arguments import GATES, Adapted, AdapterArguments, ScanArguments, Scanned, unfit, unfit_scan
 from ..gates import gradients_of_gates, slopes_of_gru
 from ..operation import Implementation
 
@@ -109,14 +109,9 @@ def _scan_backward(
 
 def _scan_of(kind: str) -> Implementation[ScanArguments, Scanned]:
     def refusal(arguments: ScanArguments) -> str:
-        x, state, mask, weight_ih, weight_hh, bias_ih, bias_hh = arguments
-        if weight_hh.shape[1] > LARGEST_SCAN_WIDTH:
-            return f"it is wider than {LARGEST_SCAN_WIDTH}"
-        if not fit_together(arguments, GATES[kind]):
-            return "its tensors do not fit together"
-        if not x.is_cpu:
+        if not arguments.x.is_cpu:
             return "its tensors are not on the CPU"
-        return unfit((x, state, weight_ih, weight_hh, bias_ih, bias_hh), mask, x)
+        return unfit_scan(arguments, GATES[kind], LARGEST_SCAN_WIDTH)
 
     return Implementation(
         refusal,

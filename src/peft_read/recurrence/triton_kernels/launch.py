@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..arguments import GATES, PLAIN, Adapted, AdapterArguments, ScanArguments, Scanned, fit_together, unfit
+from ..arguments import GATES, PLAIN, Adapted, AdapterArguments, ScanArguments, Scanned, unfit, unfit_scan
 from ..gates import gradients_of_gates
 from ..operation import Implementation
 
@@ -32,10 +32,7 @@ WIDE = (torch.float32, torch.bfloat16, torch.float16)
 # Tokens x width x columns that a program multiplies at a time. It is one warp: threads of several would exchange their
 # parts of a tile in every step.
 TILE_NUMBERS, COLUMN_NUMBERS = 2048, 2048
-PROGRAMS, PART_TOKENS = (
-    2048,
-    64,
-)  # of the launch over columns: programs, and tokens of each if it has no more than these
+PROGRAMS, PART_TOKENS = 2048, 64  # over columns: parts of so many tokens, or fewer and larger ones
 
 
 def filled(k: int) -> int:
@@ -100,14 +97,9 @@ def _pointer(tensor: Tensor | None, anything: Tensor) -> Tensor:
 
 
 def _scan_refusal(arguments: ScanArguments) -> str:
-    x, state, mask, *weights = arguments
-    if arguments.weight_hh.shape[1] > LARGEST_SCAN_WIDTH:
-        return f"it is wider than {LARGEST_SCAN_WIDTH}"
-    if not fit_together(arguments, GATES["rnn"]):
-        return "its tensors do not fit together"
-    if x.shape[0] > LARGEST_GRID:
+    if arguments.x.shape[0] > LARGEST_GRID:
         return "it has too many sequences"
-    return _place(x) or unfit((x, state, *weights), mask, x)
+    return _place(arguments.x) or unfit_scan(arguments, GATES["rnn"], LARGEST_SCAN_WIDTH)
 
 
 def _scan(arguments: ScanArguments) -> Scanned:
