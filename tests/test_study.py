@@ -205,12 +205,14 @@ def test_summaries_of_moments_are_divided_by_source(tmp_path):
     row = {"query": "a", "duration": 20, "relevant_windows": [[4, 8]], "relevant_clip_ids": [2]}
     rows = [{**row, "qid": i, "vid": f"s{i // 3}_{i % 3}.0_9.0", "saliency_scores": [[1, 2, 3]]} for i in range(60)]
     (tmp_path / "val.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    others = [{**rows[0], "qid": i, "vid": f"t{i // 102}_0.0_9.0"} for i in range(100, 104)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in others))
     for split, ids in (("sum_train", range(0, 60, 2)), ("sum_val", range(1, 60, 2)), ("sum_test", range(100, 104))):
         (tmp_path / "moments" / split).mkdir(parents=True)
         for name, text in (("tran.tok.txt", "what is seen"), ("desc.tok.txt", "a query")):
             lines = "".join(f"qvh{i} {text} {i}\n" for i in ids)
             (tmp_path / "moments" / split / name).write_text(lines)
-    arguments = (tmp_path / "moments", tmp_path / "val.jsonl")
+    arguments = (tmp_path / "moments", tmp_path / "val.jsonl", tmp_path / "test.jsonl")
     sizes = write_moments_by_source(*arguments, tmp_path / "new", num_train=31, num_validation=20)
     assert sizes == {"sum_train": 31, "sum_val": 20, "sum_test": 4}
     train, validation, test = (load_how2(tmp_path / "new", split) for split in sizes)
@@ -218,8 +220,12 @@ def test_summaries_of_moments_are_divided_by_source(tmp_path):
     assert not sources[0] & sources[1]
     assert all(row["summary"] == f"a query {row['video_id'].removeprefix('qvh')}" for row in train)
     assert test["video_id"][:] == [f"qvh{i}" for i in range(100, 104)]
+    known = json.loads((tmp_path / "new" / "sources.json").read_text())
+    assert (
+        len(known) == 64 and known["qvh4"] == "s1" and [known[i] for i in test["video_id"]] == ["t0"] * 2 + ["t1"] * 2
+    )
     (tmp_path / "val.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:-2]))
-    with pytest.raises(ValueError, match=r"2 items of .* are not queries of"):
+    with pytest.raises(ValueError, match=r"2 items of .* are not queries of .*val"):
         write_moments_by_source(*arguments, tmp_path / "other", num_train=31, num_validation=20)
 
 
@@ -433,6 +439,37 @@ def test_what_the_runs_have_written_is_collected(places):
     path.write_text("[]")
     with pytest.raises(ValueError, match="holds no results"):
         study_results.read_results(path)
+
+
+def test_a_tuning_run_of_a_summarising_setting_keeps_the_items_it_was_measured_on(places):
+    changes = {"script": "summarise", "validation": "rougeL", "figures": {"ROUGE-L": "rougeL"}, "seeds": 1}
+    plan = study_runs.Plan("made_up", small_setting(**changes), places)
+    runs = plan.first_round()
+    for run, ids in ((runs[0], ["v1", "v2"]), (plan.main_runs()[0], ["t1", "t2", "t3"])):
+        run.folder.mkdir(parents=True)
+        scores = {"rouge_after": {"rouge_score": {"rougeL": 20.0}}, "trainable": 1, "parameters": 2, "seconds": 3}
+        (run.folder / "results.json").write_text(json.dumps(scores))
+        each = {"ids": ids, "sources": [item[0] for item in ids], "figures": {"rougeL": [20.0] * len(ids)}}
+        (run.folder / "each_test.json").write_text(json.dumps(each))
+    results = study_results.collect({"made_up": plan})
+    assert results["settings"]["made_up"]["items"]["test"] == {"ids": ["t1", "t2", "t3"], "sources": [0, 0, 0]}
+    elsewhere = study_runs.Plan("made_up", small_setting(**changes), replace(places, output=places.output / "b"))
+    assert study_results.restore(results, elsewhere.places.output) == 2
+    assert study_results.collect({"made_up": elsewhere}) == results
+
+
+def test_a_call_that_is_restricted_leaves_the_other_results_in_the_file(places, monkeypatch):
+    monkeypatch.setattr(study, "SETTINGS", {"a": small_setting(), "b": small_setting(title="Other")})
+    for name in ("a", "b"):
+        for run in study_runs.Plan(name, study.SETTINGS[name], places).first_round():
+            finish(run, 10.0)
+    monkeypatch.setattr(study.Study, "_run", lambda self, queue: [])
+    options = ["--data_dir", str(places.data), "--output_dir", str(places.output), "--seeds", "1", "--rows", "Full"]
+    options = study.build_parser().parse_args(options)
+    options.settings = ["a"]  # the parser knows the study's own
+    assert study.Study(study.build_parser(), options).run() == 0
+    found = study_results.read_results(places.output / study.RESULTS)["settings"]
+    assert set(found) == {"a", "b"} and all(len(one["tuning"]) == 6 for one in found.values())
 
 
 def test_the_dry_run_counts_and_estimates_and_bad_options_are_named(places, capsys):

@@ -112,14 +112,9 @@ class Study:
             options.data_dir.resolve(), options.output_dir.resolve(), options.text_encoder, tuple(options.rest)
         )
         self.places = places
-        sizes = {"configurations": options.configurations, "seeds": options.seeds, "rows": options.rows}
-        plans = {name: Plan(name, s, places, **sizes) for name, s in SETTINGS.items() if s.choices_of is None}
-        for name, setting in SETTINGS.items():
-            if setting.choices_of is not None:
-                source = Plan(
-                    setting.choices_of, SETTINGS[setting.choices_of], places, configurations=sizes["configurations"]
-                )
-                plans[name] = Plan(name, setting, places, **sizes, chooses=source)
+        # The file of results holds what the folder does, whatever this call is restricted to.
+        self.everything = self._plans(seeds=None, rows=None)
+        plans = self._plans(seeds=options.seeds, rows=options.rows)
         self.plans = {name: plans[name] for name in SETTINGS if name in options.settings}
         for name, plan in self.plans.items():
             if plan.setting.choices_of and plan.setting.choices_of not in self.plans and not plan.choices():
@@ -129,6 +124,17 @@ class Study:
                 )
         for arguments in {f"{p.setting.arguments} {p.setting.tune} {p.setting.main}" for p in self.plans.values()}:
             places.fill(arguments)
+
+    def _plans(self, *, seeds: int | None, rows: Sequence[str] | None) -> dict[str, Plan]:
+        configurations, plans = self.options.configurations, {}
+        for name, setting in SETTINGS.items():
+            source = setting.choices_of
+            chooses = source and Plan(source, SETTINGS[source], self.places, configurations=configurations)
+            plans[name] = Plan(
+                name, setting, self.places, configurations=configurations, seeds=seeds, rows=rows,
+                chooses=chooses or None,
+            )  # fmt: skip
+        return plans
 
     def describe(self) -> str:
         """What there is to do, in the order in which it is done."""
@@ -170,7 +176,7 @@ class Study:
                 failed = self._run(workers)
                 over = workers.time_is_over
         finally:
-            write_results(output / RESULTS, collect(self.plans))
+            write_results(output / RESULTS, collect(self.everything))
             lock.release()
         print(self.describe())
         print(
@@ -195,7 +201,7 @@ class Study:
             for runs in (plan.first_round, plan.second_round, plan.main_runs):
                 _say(f"{name}, {runs.__name__.replace('_', ' ')}")
                 failed += workers.run(run.job() for run in self._left(runs()))
-            write_results(self.places.output / RESULTS, collect(self.plans))
+            write_results(self.places.output / RESULTS, collect(self.everything))
         return failed
 
     def _prepare(self, plan: Plan) -> None:
@@ -203,11 +209,13 @@ class Study:
         if "{moments_by_source}" not in plan.setting.arguments:
             return
         folder = self.places.output / "moments_by_source"
-        if not (folder / "sum_val" / "tran.tok.txt").exists():  # the file that is written last
+        if not all((folder / name).exists() for name in ("sources.json", "sum_val/tran.tok.txt")):  # first and last
             from moments_by_source import write_moments_by_source
 
-            [annotations] = self.places.fill("{qvhighlights/highlight_val_release.jsonl}")
-            write_moments_by_source(self.places.data / "moments", Path(annotations), folder)
+            annotations = self.places.fill(
+                "{qvhighlights/highlight_val_release.jsonl} {qvhighlights/highlight_test_with_gt.jsonl}"
+            )
+            write_moments_by_source(self.places.data / "moments", *map(Path, annotations), folder)
 
     def _backbones(self) -> list[BackboneRun]:
         names = dict.fromkeys(plan.setting.backbone for plan in self.plans.values())

@@ -94,7 +94,7 @@ def restore(results: Mapping[str, Any], output: Path) -> int:
             test = run.get("test", {})
             chosen_by = {setting["validation"]: run["validation"]} if "validation" in run else {}
             part = "test" if summarises or test else "validation"
-            items = setting["items"][part]
+            items = setting["items"]["test" if test else "validation"]
             source_of = dict(zip(items["ids"], items["sources"], strict=True))
             ids = run.get("ids", items["ids"])
             columns = {figure: [value / PER_PERCENT for value in values] for figure, values in run["each"].items()}
@@ -184,7 +184,7 @@ def _each(run: Run, part: str) -> dict[str, Any]:
     for path in sorted(run.folder.rglob(f"each_{part}.json")):
         each = json.loads(path.read_text(encoding="utf-8"))
         joined["ids"] += each["ids"]
-        joined["sources"] += each.get("sources", each["ids"])
+        joined["sources"] += each["sources"]
         for name, values in each["figures"].items():
             joined["figures"].setdefault(name, []).extend(values)
     return joined

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from run_folder import written_whole
+from run_folder import write_json, written_whole
 
 from peft_read.data import load_how2, load_qvhighlights, low_resource_split
+from peft_read.data.qvhighlights import source_of
 
 SPLITS = ("sum_train", "sum_val", "sum_test")
 PREFIX = "qvh"  # of an item's id, before the query's
@@ -19,6 +20,7 @@ PREFIX = "qvh"  # of an item's id, before the query's
 def write_moments_by_source(
     moments: Path,
     annotations: Path,
+    test_annotations: Path,
     folder: Path,
     *,
     num_train: int = 1_100,
@@ -27,9 +29,12 @@ def write_moments_by_source(
 ) -> dict[str, int]:
     """Writes the three splits in the How2 layout; the test items stay as they are.
 
+    `sources.json` says of every item which source it is a part of: items of one source are not independent.
+
     Args:
         moments: folder with sum_train, sum_val and sum_test.
         annotations: of QVHighlights' validation split, whose queries the items of the first two are.
+        test_annotations: of its test split, whose queries the others are.
         folder: where the new splits go.
         num_train: items to train on.
         num_validation: items to select on, of other sources.
@@ -39,14 +44,20 @@ def write_moments_by_source(
         Items by split.
 
     Raises:
-        ValueError: an item of the first two splits is not a query of the annotations, or fewer items than asked for.
+        ValueError: an item is not a query of its annotations, or there are fewer items than asked for.
     """
     train, validation, test = (load_how2(moments, split) for split in SPLITS)
     items = {row["video_id"]: row for part in (train, validation) for row in part}
-    queries = load_qvhighlights(annotations)
+    queries, sources = load_qvhighlights(annotations), {}
+    for given, known, path in (
+        (items, queries, annotations),
+        (test["video_id"], load_qvhighlights(test_annotations), test_annotations),
+    ):
+        of_queries = {f"{PREFIX}{row['qid']}": source_of(row["vid"]) for row in known.select_columns(["qid", "vid"])}
+        if missing := sum(item not in of_queries for item in given):
+            raise ValueError(f"{missing} items of {moments} are not queries of {path}")
+        sources |= {item: of_queries[item] for item in given}
     queries = queries.select([i for i, qid in enumerate(queries["qid"]) if f"{PREFIX}{qid}" in items])
-    if len(queries) < len(items):
-        raise ValueError(f"{len(items) - len(queries)} items of {moments} are not queries of {annotations}")
     drawn = low_resource_split(queries, num_train=num_train, num_validation=num_validation, seed=seed)
     parts = [[items[f"{PREFIX}{qid}"] for qid in part["qid"]] for part in drawn]
     sizes = {}
@@ -57,4 +68,5 @@ def write_moments_by_source(
                 text = "".join(f"{row['video_id']} {row[column]}\n" for row in rows)
                 (part / split / name).write_text(text, encoding="utf-8")
             sizes[split] = len(rows)
+        write_json(part / "sources.json", sources, indent=None)
     return sizes

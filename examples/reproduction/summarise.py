@@ -218,14 +218,14 @@ def load_data(script: ScriptArguments, seed: int) -> tuple[dict[str, Any], Featu
     if path is None:
         raise FileNotFoundError(f"no video features at {' or '.join(map(str, candidates))}; set --features")
     store = FeatureStore(path)
-    sizes = {
-        script.train_split: script.num_train_samples,
-        script.validation_split: script.num_validation_samples,
-        script.test_split: script.num_test_samples,
-    }
+    roles = (
+        ("train", script.train_split, script.num_train_samples),
+        ("validation", script.validation_split, script.num_validation_samples),
+        ("test", script.test_split, script.num_test_samples),
+    )
     splits = {
-        role: load_how2(folder, split, num_samples=sizes[split], seed=seed, subset=script.subset)
-        for role, split in zip(("train", "validation", "test"), sizes, strict=True)
+        role: load_how2(folder, split, num_samples=size, seed=seed, subset=script.subset)
+        for role, split, size in roles
     }
     width = None
     for data in splits.values():
@@ -366,10 +366,14 @@ class Run:
     def write_each(self, folder: Path, texts: list[str], references: list[str]) -> None:
         """ROUGE of every item alone, by the conventions of rouge-score."""
         pairs = zip(texts, references, strict=True)
-        each = [rouge_scores([text], [reference], variant=VARIANTS[0]) for text, reference in pairs]
-        columns = {name: [round(scores[name], 2) for scores in each] for name in each[0]}
+        scores = [rouge_scores([text], [reference], variant=VARIANTS[0]) for text, reference in pairs]
+        columns = {name: [round(item[name], 2) for item in scores] for name in scores[0]}
         ids = list(self.splits["test"]["video_id"])
-        write_json(folder / "each_test.json", {"ids": ids, "figures": columns}, indent=None)
+        assert self.script.data_dir is not None
+        known = Path(self.script.data_dir) / "sources.json"  # of items that are parts of one video
+        source_of = json.loads(known.read_text(encoding="utf-8")) if known.exists() else {item: item for item in ids}
+        each = {"ids": ids, "sources": [source_of[item] for item in ids], "figures": columns}
+        write_json(folder / "each_test.json", each, indent=None)
 
     def validation_rouge(self, evaluation: Any) -> dict[str, float]:
         """ROUGE of the validation split, by which the best checkpoint can be chosen."""
