@@ -93,8 +93,18 @@ def test_the_weights_of_every_task_are_trained_and_differ(scripts, backbone, tmp
     assert not torch.equal(up["verify"], up["ask"])
 
 
-def test_an_interrupted_run_goes_on(scripts, backbone, tmp_path, monkeypatch):
-    whole = run(scripts, backbone, tmp_path / "whole", "--num_train_epochs", "2")
+@pytest.mark.parametrize(
+    "method",
+    [
+        "--method adapter",
+        "--method lora --share multiple",
+        pytest.param("--method read", marks=pytest.mark.slow),
+    ],
+)
+def test_an_interrupted_run_goes_on(method, scripts, backbone, tmp_path, monkeypatch):
+    """Also where weights beside the adapter are trained, which Trainer's checkpoints do not hold."""
+    arguments = [*method.split(), "--num_train_epochs", "2"]
+    whole = run(scripts, backbone, tmp_path / "whole", *arguments)
     trainer = scripts["multitask"].MultitaskTrainer
 
     class Cut(trainer):
@@ -104,9 +114,9 @@ def test_an_interrupted_run_goes_on(scripts, backbone, tmp_path, monkeypatch):
 
     monkeypatch.setattr(scripts["multitask"], "MultitaskTrainer", Cut)
     with pytest.raises(KeyboardInterrupt):
-        run(scripts, backbone, tmp_path / "cut", "--num_train_epochs", "2")
+        run(scripts, backbone, tmp_path / "cut", *arguments)
     monkeypatch.undo()
-    resumed = run(scripts, backbone, tmp_path / "cut", "--num_train_epochs", "2")
+    resumed = run(scripts, backbone, tmp_path / "cut", *arguments)
     assert resumed["log"] == whole["log"]
     assert resumed["after"] == whole["after"]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -16,10 +17,13 @@ from multitask_models import (
     adapted,
     check_model_arguments,
     load_backbone,
+    load_beside,
     load_trained,
+    save_beside,
     save_trained,
 )
 from multitask_report import write_report
+from peft import PeftModel
 from progress import show_progress
 from reported_run import claim_folder, execute_and_report
 from run_folder import KeepCheckpoints, RunFolder, log_without_times, written_whole
@@ -70,7 +74,34 @@ class TrainingArguments(AdaptationArguments):
 
 
 class MultitaskTrainer(PVLALossMixin, MultitaskMixin, Seq2SeqTrainer):
-    """Trainer of several tasks with the alignment loss."""
+    """Trainer of several tasks with the alignment loss.
+
+    The checkpoints of transformers' Trainer hold the adapters of a PEFT model and nothing else, and reading one
+    freezes all adapters but the first. Here they hold what is trained beside them too, and what was trained still is.
+    """
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        model = self.accelerator.unwrap_model(self.model)
+        if isinstance(model, PeftModel):
+            save_beside(model, Path(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with self._adapters_read_from(Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        with self._adapters_read_from(Path(self.state.best_model_checkpoint)):
+            super()._load_best_model()
+
+    @contextmanager
+    def _adapters_read_from(self, folder: Path) -> Iterator[None]:
+        model = self.accelerator.unwrap_model(self.model)
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        yield
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
+        load_beside(model, folder)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -137,9 +137,23 @@ def save_trained(model: nn.Module, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
         model.save_pretrained(str(folder))
+    save_beside(model, folder)
+
+
+def save_beside(model: nn.Module, folder: Path) -> None:
+    """What was trained outside the adapter, if anything."""
     beside = _beside(model)
     if beside:
         save_file({name: p.detach().cpu().contiguous() for name, p in beside.items()}, folder / BESIDE)
+
+
+def load_beside(model: nn.Module, folder: Path) -> None:
+    """Sets it to what `save_beside` has written into a folder."""
+    if (folder / BESIDE).exists():
+        own = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, weight in load_file(folder / BESIDE).items():
+                own[name].copy_(weight)
 
 
 def load_trained(model: nn.Module, script: ModelArguments, tasks: Sequence[str], folder: Path) -> nn.Module:
@@ -153,11 +167,7 @@ def load_trained(model: nn.Module, script: ModelArguments, tasks: Sequence[str],
         model = PeftModel.from_pretrained(model, str(folder / first), adapter_name=first, is_trainable=True)
         for name in others:
             model.load_adapter(str(folder / name), adapter_name=name, is_trainable=True)
-    if (folder / BESIDE).exists():
-        own = dict(model.named_parameters())
-        with torch.no_grad():
-            for name, weight in load_file(folder / BESIDE).items():
-                own[name].copy_(weight)
+    load_beside(model, folder)
     return model
 
 
