@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
+from torch.utils.data import IterableDataset
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -101,32 +102,41 @@ def collate(rows):
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
 
-def one_step(family, folder, *, batch_size, accumulation, data=None, trainer_class=AlignedTrainer, **arguments):
+def one_step(
+    family,
+    folder,
+    *,
+    batch_size,
+    accumulation,
+    data=None,
+    model=None,
+    data_collator=collate,
+    config=None,
+    trainer_class=AlignedTrainer,
+    **arguments,
+):
     """Gradients of one SGD step, as the difference of the parameters."""
-    model = tiny_model(family)
+    model = tiny_model(family) if model is None else model
     before = torch.cat([p.detach().flatten().clone() for p in model.parameters()]).double()
     args = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulation,
-        max_steps=1,
-        learning_rate=1.0,
         optim="sgd",
         lr_scheduler_type="constant",
         max_grad_norm=0.0,
         save_strategy="no",
-        logging_steps=1,
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,
-        **arguments,
+        **{"max_steps": 1, "learning_rate": 1.0, "logging_steps": 1, **arguments},
     )
     trainer = trainer_class(
         model=model,
         args=args,
         train_dataset=data or items(family),
-        data_collator=collate,
-        pvla_config=pvla_config(family),
+        data_collator=data_collator,
+        pvla_config=config or pvla_config(family),
     )
     trainer.train()
     after = torch.cat([p.detach().flatten() for p in trainer.model.parameters()]).double()
@@ -209,6 +219,161 @@ def test_a_micro_batch_without_labels_contributes_only_its_alignment(tmp_path):
     expected, task, _ = reference_gradient("bart", rows)
     assert relative_error(actual, expected) < 1e-5
     assert log[0]["task_loss"] == pytest.approx(task, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_a_loss_that_was_rounded_to_bfloat16_is_divided_too(family, tmp_path):
+    """The whole model in bfloat16, as its checkpoint may be: its loss has 8 bits and is nothing to the last digit."""
+    _, task, _ = reference_gradient(family, items(family))
+    for rows in (items(family), items(family)[::-1]):
+        _, log = one_step(
+            family, tmp_path, batch_size=2, accumulation=8, data=rows, model=tiny_model(family).bfloat16(),
+            train_sampling_strategy="sequential",
+        )  # fmt: skip
+        assert log[0]["task_loss"] == pytest.approx(task, rel=2e-2)
+
+
+def test_a_micro_batch_with_nearly_all_tokens_settles_nothing(tmp_path):
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for tokens in (1200, 1):
+        labels = torch.full((1200,), -100)
+        labels[:tokens] = torch.randint(4, 40, (tokens,), generator=generator)
+        ids = torch.randint(4, 40, (12,), generator=generator)
+        rows.append({"input_ids": ids, "attention_mask": torch.ones(12, dtype=torch.long), "labels": labels})
+    _, task, _ = reference_gradient("t5", rows)
+    _, log = one_step("t5", tmp_path, batch_size=1, accumulation=2, data=rows, train_sampling_strategy="sequential")
+    assert log[0]["task_loss"] == pytest.approx(task, rel=1e-4)
+
+
+class PenalisedBart(BartForConditionalGeneration):
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.loss = output.loss + 1.0
+        return output
+
+
+def test_a_loss_that_nobody_can_divide_is_refused_with_the_way_out(tmp_path):
+    def model():
+        model = tiny_model("bart")
+        model.__class__ = PenalisedBart
+        return model
+
+    with pytest.raises(ValueError, match=r"neither the mean cross-entropy .* set accepts_loss_kwargs = False"):
+        one_step("bart", tmp_path, batch_size=4, accumulation=4, model=model(), remove_unused_columns=False)
+    penalised = model()
+    penalised.accepts_loss_kwargs = False
+    _, log = one_step("bart", tmp_path, batch_size=4, accumulation=4, model=penalised, remove_unused_columns=False)
+    _, task, _ = reference_gradient("bart", items("bart"))
+    assert log[0]["task_loss"] == pytest.approx(task + 1, rel=2e-2)  # a mean of unequal means
+
+
+class VideoLlama(LlamaForCausalLM):
+    """Takes patches of all its images in one row, as Qwen-VL does, and its words under two sets of names."""
+
+    def forward(self, patches=None, ids=None, mask=None, targets=None, **kwargs):
+        named = {"input_ids": ids, "attention_mask": mask, "labels": targets}
+        return super().forward(**{**kwargs, **{name: value for name, value in named.items() if value is not None}})
+
+
+def video_llama():
+    model = tiny_model("llama")
+    model.__class__ = VideoLlama
+    return model
+
+
+def test_a_batch_is_counted_by_its_examples_and_not_by_its_first_tensor(tmp_path):
+    _, _, pvla = reference_gradient("llama", items("llama"))
+    _, log = one_step(
+        "llama", tmp_path, batch_size=4, accumulation=4, model=video_llama(), remove_unused_columns=False,
+        data_collator=lambda rows: {"patches": torch.zeros(100 + len(rows), 3), **collate(rows)},
+    )  # fmt: skip
+    assert log[0]["pvla_loss"] == pytest.approx(pvla, rel=1e-4)
+
+
+def test_a_batch_that_cannot_be_counted_is_an_error(tmp_path):
+    def unnamed(rows):
+        batch = collate(rows)
+        words = {"ids": batch["input_ids"], "mask": batch["attention_mask"], "targets": batch["labels"]}
+        return {"patches": torch.zeros(100, 3), **words}
+
+    layers = BLOCKS["llama"]
+    config = PVLAConfig(video=Stream(layers, tokens=slice(0, 4)), language=Stream(layers, tokens=slice(4, None)))
+    with pytest.raises(
+        ValueError, match=r"4 examples in a batch whose 'patches' has 100 rows.*under one of input_ids"
+    ):
+        one_step(
+            "llama", tmp_path, batch_size=4, accumulation=4, model=video_llama(), remove_unused_columns=False,
+            data_collator=unnamed, config=config,
+        )  # fmt: skip
+
+
+class Endless(IterableDataset):
+    """A dataset that does not know its length."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+def test_the_end_of_a_dataset_without_length_is_no_step(tmp_path):
+    _, _, pvla = reference_gradient("gpt2", items("gpt2"))
+    _, log = one_step(
+        "gpt2", tmp_path, batch_size=4, accumulation=1, data=Endless(items("gpt2")), max_steps=8, logging_steps=8,
+        learning_rate=0.0,
+    )  # fmt: skip
+    assert log[0]["pvla_loss"] == pytest.approx(pvla, rel=1e-4)  # two passes over the same 16 rows
+    assert log[0]["loss"] == pytest.approx(log[0]["task_loss"] + WEIGHT * pvla, rel=1e-4)
+
+
+def test_predictions_without_labels_come_out_unmeasured(tmp_path):
+    model = tiny_model("t5")
+    rows = [{name: value for name, value in row.items() if name != "labels"} for row in items("t5", count=3)]
+    trainer = seq2seq_trainer(tmp_path, pvla_config("t5"), model, predict_with_generate=True)
+    result = trainer.predict(rows, max_length=4)
+    assert len(result.predictions) == 3
+    assert "test_pvla_loss" not in result.metrics
+
+
+class TaskTrainer(Trainer):
+    not_of_the_model = ("task",)
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        return super().prediction_step(model, {k: v for k, v in inputs.items() if k != "task"}, *args, **kwargs)
+
+
+class AlignedTaskTrainer(PVLALossMixin, TaskTrainer):
+    pass
+
+
+class StrictLlama(LlamaForCausalLM):
+    def forward(self, input_ids=None, attention_mask=None):
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask)
+
+
+class OpenLlama(LlamaForCausalLM):
+    def forward(self, **kwargs):
+        assert "task" not in kwargs
+        return super().forward(**kwargs)
+
+
+@pytest.mark.parametrize("kind", [StrictLlama, OpenLlama])
+def test_the_measuring_pass_gets_what_the_model_takes(kind, tmp_path):
+    model = tiny_model("llama")
+    model.__class__ = kind
+    rows = items("llama")[:4]
+    args = TrainingArguments(
+        str(tmp_path), per_device_eval_batch_size=4, remove_unused_columns=False, report_to="none", use_cpu=True,
+        disable_tqdm=True,
+    )  # fmt: skip
+    trainer = AlignedTaskTrainer(
+        model, args, pvla_config=pvla_config("llama"),
+        data_collator=lambda rows: {**{k: v for k, v in collate(rows).items() if k != "labels"}, "task": "captions"},
+    )  # fmt: skip
+    _, _, pvla = reference_gradient("llama", rows)
+    assert trainer.predict(rows).metrics["test_pvla_loss"] == pytest.approx(pvla, rel=1e-4)
 
 
 def seq2seq_trainer(folder, config, model=None, **arguments):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 from peft_read.data import (
     TVSUM_DOMAINS,
@@ -369,6 +369,17 @@ def test_the_mean_token_is_the_sentence_also_after_the_projection(encoder_folder
     np.savez(encoder_folder / "bad.npz", mean=np.zeros(8))
     with pytest.raises(ValueError, match=r"not a projection: it has no \['components'\]"):
         SentenceEncoder(encoder_folder, projection=encoder_folder / "bad.npz")
+
+
+def test_padding_before_the_text_is_left_out_too(encoder_folder):
+    torch.manual_seed(0)
+    encoder = SentenceEncoder(encoder_folder)
+    encoder.tokenizer.padding_side, encoder.tokenizer.model_input_names = "left", ["input_ids", "attention_mask"]
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    encoder.model = LlamaModel(LlamaConfig(vocab_size=8, **sizes)).eval()
+    together = encoder.tokens(["a dog runs", "cat"])
+    assert np.allclose(together["cat"], encoder.tokens(["cat"])["cat"], atol=1e-5)
+    assert len(together["a dog runs"]) == 3
 
 
 def test_runs_of_similar_clips_are_moments():

@@ -3,13 +3,24 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from datasets import Dataset
 from test_grounding_examples import TINY, ground_moments, grounding_data, pretrain_grounding, qvhighlights, write_jsonl
 
-from peft_read.data import FeatureStore, SentenceEncoder, write_feature_archive
+from peft_read.data import (
+    ClipFeatures,
+    FeatureStore,
+    SentenceEncoder,
+    TextFeatures,
+    ranked_pairs,
+    write_feature_archive,
+)
 
+import grounding_measures  # isort: skip
 from test_grounding_examples import world  # noqa: F401 isort: skip
 
 
@@ -187,3 +198,29 @@ def test_moments_without_ratings_are_trained_and_measured(world, tmp_path):  # n
     result = ground_moments.main(qvhighlights(world, *arguments))
     assert 0 <= result["test"]["MR-full-mAP"] <= 100
     assert not any(name.startswith("HL") for name in result["test"])
+
+
+def test_pairs_depend_on_the_batch_alone_in_worker_processes_too(monkeypatch):
+    vectors = {name: np.random.default_rng(i).normal(size=(9, 4)).astype(np.float32) for i, name in enumerate("ab")}
+    clips, text = ClipFeatures([vectors], similarity=None), TextFeatures(vectors, key="vid")
+    rows = [{"vid": name, "query": name, "clip_scores": np.linspace(0, 1, 9).tolist()} for name in "ab"]
+
+    def pairs():
+        collator = grounding_data.SeededByBatch(clips, text, pairs=ranked_pairs, seed=3)
+        return [collator(rows)[f"saliency_{side}_labels"].tolist() for side in ("pos", "neg")]
+
+    expected = pairs()
+    for seed in (1, 2):
+        worker = SimpleNamespace(seed=seed)
+        monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda worker=worker: worker)
+        assert pairs() == expected
+
+
+@pytest.mark.parametrize("dataset", ["tvsum", "youtube_highlights"])
+def test_clips_after_the_last_label_are_not_measured(dataset):
+    key = "label" if dataset == "tvsum" else "match"
+    labels = [[[5], [1], [2]]] if dataset == "tvsum" else [[1, -1, 0]]
+    rows = Dataset.from_dict({"vid": ["a"], key: labels})
+    longer, equal = ([{"pred_saliency_scores": [0.9, 0.1, 0.3, 0.8][:n]}] for n in (4, 3))
+    found = grounding_measures.figures(dataset, longer, rows, 2.0)
+    assert found == grounding_measures.figures(dataset, equal, rows, 2.0)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from problems import FAMILIES, costs, ragged_masks
 
 from peft_read.transport import cosine_cost, partial, partial_optimal_transport
+from peft_read.transport.arguments import check_device
 from peft_read.transport.dykstra import solve_dykstra
 from peft_read.transport.newton import solve_newton
 from peft_read.transport.paper import printed_algorithm
@@ -260,6 +261,22 @@ def test_padding_is_invisible(method, dtype):
         alone = solve(cost[number, :n, :m], 0.7, method=method, tol=1e-9)
         torch.testing.assert_close(plan.plan[number, :n, :m], alone.plan, atol=1e-9, rtol=0)
         torch.testing.assert_close(plan.cost[number], alone.cost)
+
+
+@pytest.mark.parametrize("mask", [torch.ones(2, 1), torch.ones(()), torch.ones(1, 1)], ids=["rows", "scalar", "one"])
+def test_a_mask_that_is_broadcast_over_its_side_gives_the_same_capacities(mask):
+    cost = costs("lowd", 2, 5, 4)
+    expected = solve(cost, 0.5)
+    for side in ("row", "col"):
+        actual = solve(cost, 0.5, **{f"{side}_mask": mask})
+        torch.testing.assert_close(actual.plan, expected.plan)
+    weights = mask.double() / 5  # as many rows, each of a fifth
+    torch.testing.assert_close(solve(cost, 0.5, row_weights=weights).plan, expected.plan)
+
+
+def test_a_device_without_float64_is_named():
+    with pytest.raises(ValueError, match=r"float64, which MPS does not have: .*\.cpu\(\)"):
+        check_device(torch.device("mps"))
 
 
 def test_holes_in_the_mask_are_padding_too():

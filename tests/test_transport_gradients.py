@@ -65,6 +65,25 @@ def test_the_implicit_gradient_equals_the_unrolled_one(form):
     torch.testing.assert_close(implicit, unrolled, rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("gradient", ["envelope", "implicit"])
+def test_second_derivatives_are_an_error_where_they_would_be_wrong(gradient):
+    states = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    cost = cosine_cost(states, torch.randn(4, 3, dtype=torch.float64))  # curved, so that a second derivative comes out
+    value = partial_optimal_transport(cost, 0.5, method="newton", gradient=gradient).cost
+    (first,) = torch.autograd.grad(value, states, create_graph=True)
+    with pytest.raises(RuntimeError, match=r'second derivative .* use gradient="unrolled"'):
+        torch.autograd.grad(first.square().sum(), states)
+
+
+def test_the_envelope_works_under_functional_gradients():
+    states, words = torch.randn(5, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+
+    def value(states):
+        return partial_optimal_transport(cosine_cost(states, words), 0.5, method="newton").cost
+
+    torch.testing.assert_close(torch.func.grad(value)(states), gradient_of(states, value))
+
+
 def test_the_printed_algorithm_can_be_unrolled():
     cost = costs("aligned", 1, 6, 4).requires_grad_()
 

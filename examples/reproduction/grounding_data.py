@@ -110,6 +110,9 @@ class SeededByBatch(MomentDetrCollator):
         super().__init__(*args, **kwargs)
         self.seed = seed
 
+    def _seed_worker(self) -> None:
+        """The batch alone is the seed, in a worker process of a DataLoader too."""
+
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
         """The batch, see `MomentDetrCollator`."""
         names = "\n".join(f"{row['vid']} {row['query']}" for row in rows)

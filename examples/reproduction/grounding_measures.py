@@ -71,7 +71,8 @@ def _measure(dataset: str, clip_seconds: float) -> Callable[[Sequence[dict], Seq
         return lambda records, truth: evaluate_qvhighlights(records, truth, clip_seconds=clip_seconds)["brief"]
 
     def highlights(records: Sequence[dict], labels: Sequence[Any]) -> dict[str, float]:
-        scores = [record["pred_saliency_scores"] for record in records]
+        # The features of a video may be a clip or two longer than its labels; nobody has rated those clips.
+        scores = [r["pred_saliency_scores"][: len(label)] for r, label in zip(records, labels, strict=True)]
         if dataset == "tvsum":
             return {"top5-mAP": 100 * tvsum_map(scores, labels)}
         return {"mAP": 100 * youtube_highlights_map(scores, labels)}

@@ -14,6 +14,7 @@ from peft_read.models import (
     UMTForTemporalGrounding,
     VGBartConfig,
     VGBartForConditionalGeneration,
+    grounding_records,
 )
 from peft_read.models.moment_detr import highlight_scores, ranked_windows
 from peft_read.models.moment_detr import loss_moment_detr as losses
@@ -272,3 +273,26 @@ def test_texts_over_the_position_table_are_named():
         tokens = [torch.ones(1, length, dtype=torch.long) for length in (source, target)]
         with pytest.raises(ValueError, match=f"a {name} of 40 tokens, but the position table has 32 rows"):
             model(tokens[0], video_features=video, decoder_input_ids=tokens[1])
+
+
+def test_the_windows_of_a_video_end_with_it_whatever_else_is_in_the_batch():
+    config = MomentDetrConfig(**SIZES)
+    spans = torch.tensor([[[0.95, 0.9], [0.2, 0.1]]]).expand(2, 2, 2)  # the first ends at 1.4 of its video
+    outputs = [torch.zeros(2, 2, 2), spans, torch.zeros(2, 50), torch.ones(2, 50)]
+    rows = [{"query": "q", "vid": f"v{i}", "duration": seconds} for i, seconds in enumerate((100.0, 3600.0))]
+    together = grounding_records([part.numpy() for part in outputs], rows, config)
+    for i, row in enumerate(rows):
+        assert together[i] == grounding_records([part[i : i + 1].numpy() for part in outputs], [row], config)[0]
+        assert max(end for _, end, _ in together[i]["pred_relevant_windows"]) == row["duration"]
+
+
+def test_a_submission_takes_the_best_windows_of_all_layers():
+    model = umt(decoder_layers=2, pred_layers=[0, -1]).eval()
+    batch = UMTCollator(CLIPS, text=TEXT)([{**row, "query": "q", "duration": 20.0} for row in ROWS[:1]])
+    with torch.no_grad():
+        model.pred_head[1].center_pred.linear.weight.mul_(20)  # scores of the two layers that lie apart
+        output = model(**batch)
+    outputs = [output.saliency_scores.numpy(), output.boundaries.numpy(), output.video_mask.numpy()]
+    (record,) = grounding_records(outputs, [{"query": "q", "vid": "v0", "duration": 1000.0}], model.config)
+    best = output.boundaries[0, :, 2].sort(descending=True).values[:10]
+    assert [score for *_, score in record["pred_relevant_windows"]] == pytest.approx(best.tolist(), abs=1e-4)

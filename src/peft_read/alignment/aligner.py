@@ -23,7 +23,7 @@ from .loss import (
 )
 from .presets import preset_streams
 from .recorder import AlignedBlock, Recording, StreamPair
-from .streams import Stream, unwrap_model
+from .streams import Stream, rows_of, unwrap_model
 
 __all__ = ["Aligner", "PVLAConfig"]
 
@@ -288,7 +288,7 @@ class Aligner:
 
 
 def _nothing_aligned(batch: Mapping[str, Any]) -> AlignmentDistance:
-    tensor = next(value for value in batch.values() if isinstance(value, Tensor) and value.dim())
+    tensor = rows_of(batch)[1]
     empty = torch.zeros(0, len(tensor), device=tensor.device)
     return AlignmentDistance(empty, empty)
 

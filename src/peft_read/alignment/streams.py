@@ -15,10 +15,26 @@ from ..plain import plain_flag, plain_integer, plain_names
 from ..transport import real_entries
 from .loss import mask_of
 
-__all__ = ["Batch", "Stream", "unwrap_model"]
+__all__ = ["Batch", "Stream", "rows_of", "unwrap_model"]
 
 Batch = Mapping[str, Any]
 Tokens = slice | Callable[[Batch, int], Any]
+
+# Entries of a batch with one row per example, whatever else it holds (such as the patches of all images).
+ROW_PER_EXAMPLE = ("input_ids", "inputs_embeds", "labels", "attention_mask", "video_features", "visual_features")
+
+
+def rows_of(batch: Batch) -> tuple[str, Tensor]:
+    """A tensor of the batch with one row per example, and its name: one of `ROW_PER_EXAMPLE`, else the first.
+
+    Raises:
+        ValueError: the batch holds no tensor.
+    """
+    for name in (*ROW_PER_EXAMPLE, *batch):
+        value = batch.get(name)
+        if isinstance(value, Tensor) and value.dim():
+            return name, value
+    raise ValueError(f"a batch without any tensor cannot be counted; it has {sorted(map(str, batch))}")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import weakref
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from transformers import TrainerCallback
 from .aligner import Aligner, PVLAConfig
 from .checkpoints import last_whole_checkpoint, seal_checkpoint
 from .loss import AlignmentDistance
+from .streams import ROW_PER_EXAMPLE, rows_of, unwrap_model
+from .task_loss import is_local_mean
 
 __all__ = ["PVLALossMixin"]
 
@@ -117,9 +120,10 @@ class PVLALossMixin(_Base):
         """As in Trainer; also counts the examples of the optimiser step."""
         batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
         if self._aligner is not None:
-            count = torch.tensor(sum(_batch_size(batch) for batch in batches), device=self.args.device)
+            count = torch.tensor(sum(len(rows_of(batch)[1]) for batch in batches), device=self.args.device)
             self._window_examples = int(self.accelerator.gather(count).sum())
-            self._steps_since_log += 1
+            # Trainer goes on asking for steps of a dataset without length that has ended; those are none.
+            self._steps_since_log += bool(self._window_examples)
         return batches, num_items_in_batch
 
     def compute_loss(
@@ -149,6 +153,7 @@ class PVLALossMixin(_Base):
 
         loss = self._exact_task_loss(loss, outputs, labels, num_items_in_batch)
         result = aligner.distance(recording, batch, outputs, progress=self._progress)
+        self._check_count(batch, result.distance.shape[1])
         share = self._share_of_step(result.distance.shape[1], num_items_in_batch)
         pvla = result.mean() * share
         divisor = 1 if self._trainer_takes_loss_as_scaled(num_items_in_batch) else self._accumulation_steps
@@ -176,17 +181,33 @@ class PVLALossMixin(_Base):
                 self._begin_training()  # compute_loss outside the loop belongs to no optimiser step
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As in the Trainer; where it generates, one more forward pass under `no_grad` measures the alignment."""
+        """As in the Trainer; where it generates, one more forward pass under `no_grad` measures the alignment.
+
+        An encoder-decoder model without labels has no such pass, and is not measured.
+        """
         before = self._eval_sums.examples if self._aligner is not None else 0
         result = super().prediction_step(model, inputs, *args, **kwargs)
         if self._aligner is not None and self._eval_sums.examples == before:
+            given = self._inputs_of_a_pass(model, inputs)
+            if given is None:
+                return result
             batch = self._prepare_inputs(inputs)
             aligner = self._follow(model)
             with torch.no_grad(), self.compute_loss_context_manager(), aligner.record() as recording:
-                outputs = model(**batch)
+                outputs = model(**{name: batch[name] for name in given})
             distance = aligner.distance(recording, batch, outputs, progress=self._progress)
             self._eval_sums.add(examples=distance.distance.shape[1], **_totals(distance))
         return result
+
+    def _inputs_of_a_pass(self, model: nn.Module, batch: Mapping[str, Any]) -> list[str] | None:
+        """The entries of a batch that a forward pass takes; None: a decoder would have nothing to read."""
+        parameters = inspect.signature(unwrap_model(model).forward).parameters
+        decoder = ("labels", "decoder_input_ids", "decoder_inputs_embeds")
+        if "decoder_input_ids" in parameters and all(batch.get(name) is None for name in decoder):
+            return None
+        anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        own = getattr(self, "not_of_the_model", ())
+        return [name for name in batch if name in parameters or (anything and name not in own)]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As in the Trainer, with `<prefix>_pvla_loss` among the metrics."""
@@ -201,6 +222,8 @@ class PVLALossMixin(_Base):
         total, examples = self.accelerator.gather(values.unsqueeze(0)).sum(0).tolist()
         if examples and output.metrics is not None:
             output.metrics[f"{prefix}_pvla_loss"] = total / examples
+        elif not examples:
+            logger.warning("no %s_pvla_loss: without labels an encoder-decoder model has no pass to measure", prefix)
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -250,6 +273,17 @@ class PVLALossMixin(_Base):
         scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         return bool(scaled or self.compute_loss_func is not None)
 
+    def _check_count(self, batch: Mapping[str, Any], examples: int) -> None:
+        """Raises if the shares of the optimiser step, by the batches that were counted, would not sum to 1."""
+        name, rows = rows_of(batch)
+        if self._window_examples is not None and len(rows) != examples:
+            raise ValueError(
+                f"the alignment has {examples} examples in a batch whose {name!r} has {len(rows)} rows, by which it "
+                f"was counted: its share of the optimiser step is unknown. Give the batch an entry with one row per "
+                f"example under one of {', '.join(ROW_PER_EXAMPLE)}; an extractor returns one row per example, with "
+                "a mask of zeros where there is nothing to align"
+            )
+
     def _share_of_step(self, examples: int, num_items_in_batch: Tensor | int | None) -> float:
         """Factor that turns this micro-batch's mean into its part of the mean over the whole optimiser step.
 
@@ -266,7 +300,10 @@ class PVLALossMixin(_Base):
     ) -> Tensor:
         """Turns the mean over the micro-batch's own tokens into the sum over the step's tokens, where needed.
 
-        Whether the model's loss is a local mean is measured once, on the first step where the two differ.
+        Whether the model's loss is a local mean is measured until a micro-batch tells the two apart.
+
+        Raises:
+            ValueError: it is neither.
         """
         if num_items_in_batch is None or labels is None or self.label_smoother is not None or self.compute_loss_func:
             return loss
@@ -274,17 +311,20 @@ class PVLALossMixin(_Base):
         if getattr(self, "loss_is_scaled_for_ga", None) is not None:
             return loss
         logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
-        if not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False) or logits is None:
+        if not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
             return loss
         tokens = labels.ne(-100).sum()
-        if self._task_loss_is_local_mean is None and self.model_accepts_loss_kwargs:
+        is_mean = self._task_loss_is_local_mean
+        if is_mean is None and self.model_accepts_loss_kwargs:
             # Trainer has multiplied the loss by the number of processes, against DDP's averaging.
             factor = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            self._task_loss_is_local_mean = _is_local_mean(loss / factor, logits, labels, tokens, num_items_in_batch)
-        if self._task_loss_is_local_mean:
+            dtype = getattr(self.model, "dtype", None)
+            is_mean, settled = is_local_mean(loss / factor, logits, labels, num_items_in_batch, model_dtype=dtype)
+            self._task_loss_is_local_mean = is_mean if settled else None
+        if is_mean:
             loss = loss * (tokens / num_items_in_batch)
         # A micro-batch without any label has the mean of nothing, NaN; it contributes nothing.
-        return torch.where(tokens > 0, loss, logits.sum() * 0)
+        return loss if logits is None else torch.where(tokens > 0, loss, logits.sum() * 0)
 
 
 def wrap_again(trainer: Any) -> None:
@@ -345,33 +385,3 @@ def _failures(result: AlignmentDistance) -> dict[str, Tensor]:
     if result.converged is not None:
         counts["unsolved"] = (~result.converged).sum()
     return counts
-
-
-def _batch_size(batch: Mapping[str, Any]) -> int:
-    return next(len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim())
-
-
-def _is_local_mean(
-    loss: Tensor, logits: Tensor, labels: Tensor, tokens: Tensor, num_items_in_batch: Tensor | int
-) -> bool | None:
-    """Whether the model divided its cross-entropy by its own tokens; None while both readings agree."""
-    if int(tokens) == 0 or int(tokens) == int(num_items_in_batch) or logits.shape[:-1] != labels.shape:
-        return None
-    with torch.no_grad():
-        summed = nn.functional.cross_entropy(
-            logits.float().flatten(0, -2), labels.flatten().to(logits.device), reduction="sum"
-        )
-        reported = float(loss)
-        local_mean, exact = float(summed / tokens), float(summed / num_items_in_batch)
-    if abs(reported - exact) <= 1e-3 * abs(exact):
-        return False
-    if abs(reported - local_mean) <= 1e-3 * abs(local_mean):
-        return True
-    logger.warning(
-        "The model's loss (%.4g) is neither the mean cross-entropy of its batch (%.4g) nor its part of the whole step "
-        "(%.4g): it is left as it is, and with gradient accumulation it is a mean of unequal means.",
-        reported,
-        local_mean,
-        exact,
-    )
-    return False

@@ -78,6 +78,8 @@ class SentenceEncoder:
         tokenizer = getattr(self.tokenizer, "backend_tokenizer", None)
         told = tokenizer.to_str() if tokenizer is not None else repr(sorted(self.tokenizer.get_vocab().items()))
         digest.update(told.encode("utf-8", "surrogatepass"))
+        if self.tokenizer.padding_side != "right":  # version 1 took the states of padding there
+            digest.update(b"padding before the text")
         for name, weight in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
             digest.update(np.ascontiguousarray(array_of(weight)).tobytes())
@@ -127,10 +129,11 @@ class SentenceEncoder:
             list(texts), padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
         ).to(self.device)
         states = self.model(**batch).last_hidden_state.float().cpu().numpy()
-        lengths = batch["attention_mask"].sum(1).tolist()
+        masks = batch["attention_mask"].cpu().numpy().astype(bool)  # padding may stand before the text
+        lengths = masks.sum(1).tolist()
         if 0 in lengths:
             raise ValueError(f"the tokenizer finds no token in {shown(texts[lengths.index(0)])}")
-        return [rows[:length] for rows, length in zip(states, lengths, strict=True)]
+        return [rows[mask] for rows, mask in zip(states, masks, strict=True)]
 
     def _project(self, vectors: NDArray) -> NDArray:
         if self.projection is None:

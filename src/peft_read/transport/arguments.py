@@ -7,11 +7,28 @@ from torch import Tensor
 
 from .masks import broadcasts, real_entries, shape_of
 
-__all__ = ["GRADIENTS", "MARGINALS", "METHODS", "check_size", "checked_fraction", "checked_options", "checked_weights"]
+__all__ = [
+    "GRADIENTS",
+    "MARGINALS",
+    "METHODS",
+    "check_device",
+    "check_size",
+    "checked_fraction",
+    "checked_options",
+    "checked_weights",
+]
 
 METHODS = ("auto", "newton", "dykstra", "paper", "exact")
 GRADIENTS = ("envelope", "implicit", "unrolled")
 MARGINALS = ("uniform", "count")
+
+
+def check_device(device: torch.device) -> None:
+    """Raises for a device without float64."""
+    if device.type == "mps":
+        raise ValueError(
+            "transport is solved in float64, which MPS does not have: pass it tensors on the CPU (.cpu())."
+        )
 
 
 def check_size(total: Tensor, matrix: Tensor, penalty: float | None) -> None:
@@ -52,10 +69,11 @@ def checked_weights(
         valid = valid.to(device)
         wrong = None if wrong is None else wrong.to(device).broadcast_to(shape).reshape(count, -1).any(-1)
     if weights is None:
-        checked = valid.double()
+        # Before the sum: one entry of the mask may stand for several of the side.
+        checked = valid.broadcast_to(shape).double()
         if marginals == "uniform":
             checked = checked / checked.sum(-1, keepdim=True).clamp_min(1)
-        return checked.broadcast_to(shape).reshape(-1, shape[-1]), wrong
+        return checked.reshape(-1, shape[-1]), wrong
     name = f"{side}_weights"
     if marginals == "count":
         raise ValueError(f'{name} cannot be given with marginals="count", which sets every weight to 1.')

@@ -16,10 +16,59 @@ from torch import Tensor
 
 from .problem import Problem
 
-__all__ = ["ImplicitPlan"]
+__all__ = ["ImplicitPlan", "envelope_cost"]
 
 ACTIVE = 1e-9  # a log potential nearer to its bound than this is at it
 RIDGE = 1e-12  # of a matrix with diagonal 1, in float64: closes the directions that change nothing
+
+
+def envelope_cost(cost: Tensor, plan: Tensor) -> Tensor:
+    """<T, C> (P,) with the gradient T, as if the plan did not move with the cost: right once, and wrong twice."""
+    # Tells the second derivative from the first without keeping the cost: it is empty.
+    return _EnvelopeCost.apply(cost, plan, cost[:, :0].sum())
+
+
+class _EnvelopeCost(torch.autograd.Function):
+    @staticmethod
+    def forward(cost: Tensor, plan: Tensor, source: Tensor) -> Tensor:
+        return (plan * cost).sum((-2, -1))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        plan, source = ctx.saved_tensors
+        return _once(gradients[0][:, None, None] * plan, source), None, None
+
+
+class _Once(torch.autograd.Function):
+    """The identity on a gradient; cannot be differentiated again."""
+
+    @staticmethod
+    def forward(gradient: Tensor, source: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
+        raise RuntimeError(
+            'the second derivative of a transport cost in gradient="envelope" or "implicit" would be wrong, as the '
+            'first one does not say how it moves with the cost: use gradient="unrolled"'
+        )
+
+
+def _once(gradient: Tensor, source: Tensor) -> Tensor:
+    """The gradient, an error for those who differentiate it in what `source` was computed from.
+
+    torch's `once_differentiable` would not do: it looks at the incoming gradient alone, which is a constant where the
+    cost is the loss.
+    """
+    return _Once.apply(gradient, source) if torch.is_grad_enabled() and source.requires_grad else gradient
 
 
 class ImplicitPlan(torch.autograd.Function):
@@ -28,17 +77,19 @@ class ImplicitPlan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, cost: Tensor, plan: Tensor, log_left: Tensor, log_right: Tensor, problem: Problem) -> Tensor:
         """Returns the plan; `log_left` and `log_right` tell which constraints hold with equality."""
-        ctx.save_for_backward(plan, log_left, log_right)
+        ctx.save_for_backward(cost, plan, log_left, log_right)
         ctx.problem = problem
         return plan.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """-T (W - P W) / reg for the incoming gradient W."""
-        plan, log_left, log_right = ctx.saved_tensors
+        cost, plan, log_left, log_right = ctx.saved_tensors
         weight = gradients[0].double()
-        rest = weight - _projection(plan.double(), weight, log_left, log_right, ctx.problem)
-        return (-plan.double() * rest / ctx.problem.reg).to(plan.dtype), None, None, None, None
+        with torch.no_grad():
+            rest = weight - _projection(plan.double(), weight, log_left, log_right, ctx.problem)
+            gradient = (-plan.double() * rest / ctx.problem.reg).to(plan.dtype)
+        return _once(gradient, cost), None, None, None, None
 
 
 def _projection(plan: Tensor, weight: Tensor, log_left: Tensor, log_right: Tensor, problem: Problem) -> Tensor:

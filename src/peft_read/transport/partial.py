@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from . import exact, fast
-from .arguments import check_size, checked_fraction, checked_options, checked_weights
+from .arguments import check_device, check_size, checked_fraction, checked_options, checked_weights
 from .certificate import keeps_promises
 from .dykstra import solve_dykstra
-from .gradients import ImplicitPlan
+from .gradients import ImplicitPlan, envelope_cost
 from .newton import solve_newton
 from .paper import printed_algorithm
 from .plan import TransportPlan
@@ -66,14 +66,14 @@ def partial_optimal_transport(
             reg·KL(T | a b' · min(Σa, Σb) / (Σa Σb)) takes the place of the entropy.
         row_mask: (..., N), 0 = padding; any dtype. Masks and weights broadcast over the leading shape.
         col_mask: (..., M), likewise.
-        method: the algorithm. "newton" (in torch, any device), "dykstra" (the plain reference), "paper" (Algorithm 1
-            as printed: moves the whole mass 1, ignores `mass` and `tol`), "exact" (no entropy; POT), or "auto":
-            Newton's dual by the fastest implementation that is installed and fits; `use_backend` steers which.
+        method: the algorithm. "newton" (in torch, any device with float64), "dykstra" (the plain reference), "paper"
+            (Algorithm 1 as printed: moves the whole mass 1, ignores `mass` and `tol`), "exact" (no entropy; POT), or
+            "auto": Newton's dual by the fastest implementation that is installed and fits; `use_backend` steers which.
         tol: relative accuracy asked of the cost.
         max_iter: at most so many Newton steps or sweeps; the default depends on the method.
         gradient: "envelope": ∂cost/∂C = T, the exact gradient of the regularised value; "implicit": the exact
             gradient of <T, C> itself, and a differentiable plan; "unrolled": automatic differentiation through the
-            sweeps of "dykstra" or "paper".
+            sweeps of "dykstra" or "paper", and the only one with second derivatives; of the others they are an error.
         check: whether to look at values before solving, which waits for a device. By default on the CPU only; what
             is wrong on a device then shows in its result: NaN in `cost` and `plan`, False in `converged`.
 
@@ -96,6 +96,7 @@ def partial_optimal_transport(
     chosen = checked_options(method, gradient, marginals, tol, max_iter, reg, penalty)
     if not isinstance(cost, Tensor) or cost.dim() < 2 or not cost.is_floating_point():
         raise ValueError("cost must be a floating-point tensor of shape (..., N, M).")
+    check_device(cost.device)
     leading, (n_rows, n_cols) = cost.shape[:-2], cost.shape[-2:]
     with torch.autocast(cost.device.type, enabled=False):
         matrix = cost if cost.dtype == torch.float64 else cost.float()
@@ -310,7 +311,8 @@ def _result(
         mass, excess = mass * unit, excess * unit
     if poison is not None:
         plan, converged = torch.where(poison[:, None, None], math.nan, plan), converged & ~poison
-    value = (plan * problem.cost).sum((-2, -1))
+    # A plan that carries a gradient brings its own part of the derivative.
+    value = (plan * problem.cost).sum((-2, -1)) if plan.requires_grad else envelope_cost(problem.cost, plan)
     if warn and method != "paper" and not bool(converged.all()):
         _warn_once(int((~converged).sum()), len(converged))
     return TransportPlan(

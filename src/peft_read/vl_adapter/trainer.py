@@ -71,6 +71,7 @@ class MultitaskMixin(_Base):
 
     # What compute_loss returns is divided as the whole optimiser step wants it.
     loss_is_scaled_for_ga = True
+    not_of_the_model = NOT_OF_THE_MODEL
 
     def __init__(
         self,

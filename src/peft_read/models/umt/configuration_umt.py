@@ -39,8 +39,8 @@ class UMTConfig(PretrainedConfig):
         clip_seconds: length of a clip, the unit of boundaries (1/6 on Charades).
         radius_factor: radius of a centre's heat map over the window's length.
         sigma_factor: its standard deviation over the radius plus one.
-        max_moments: most windows to return.
-        pred_layers: decoder layers that predict; saliencies are averaged, boundaries joined.
+        max_moments: most windows to return of a layer that predicts.
+        pred_layers: decoder layers that predict; saliencies are averaged, boundaries joined and ranked.
         loss_layers: decoder layers that are supervised; None: those that predict.
         mask_decoder: keep padded clips out of the decoder's attention. False is the original.
         saliency_over_padding: divide the saliency loss by all clips, padded ones included. True is the original, in

@@ -35,7 +35,8 @@ class UMTOutput(ModelOutput):
         loss: the sum of the terms, where there are labels.
         loss_dict: the terms under the original's names (`d2.saliency_loss` ...), weighted.
         saliency_scores: (B, L) in [0, 1], 0 at padded clips.
-        boundaries: (B, K, 3) windows (start, end, score) in seconds by descending score, K = min(100, L).
+        boundaries: (B, K, 3) windows (start, end, score) in seconds by descending score, K = min(`max_moments`, L)
+            for each of `pred_layers`.
         video_mask: (B, L) int64, 1 = a clip, 0 = padding. A Trainer that joins batches of different lengths pads it
             with -100, as it pads the scores and the windows.
     """
@@ -97,6 +98,15 @@ class BoundaryHead(nn.Module):
         unit = self.config.clip_seconds
         seconds = bounds * unit + bounds.new_tensor([0.0, unit])
         return torch.cat((seconds, scores.float().unsqueeze(-1)), dim=-1)
+
+
+def _ranked(boundaries: list[Tensor]) -> Tensor:
+    """The windows of all layers together, each (B, K, 3) by descending score; equal scores in the order of layers."""
+    if len(boundaries) == 1:
+        return boundaries[0]
+    joined = torch.cat(boundaries, dim=1)
+    order = joined[..., 2].sort(dim=1, descending=True, stable=True).indices
+    return joined.gather(1, order.unsqueeze(-1).expand_as(joined))
 
 
 class UMTForTemporalGrounding(PreTrainedModel):
@@ -215,7 +225,7 @@ class UMTForTemporalGrounding(PreTrainedModel):
             loss=torch.stack(list(losses.values())).sum() if losses else None,
             loss_dict=losses or None,
             saliency_scores=torch.stack(saliencies).mean(0) if saliencies else None,
-            boundaries=torch.cat(boundaries, dim=1) if boundaries else None,
+            boundaries=_ranked(boundaries) if boundaries else None,
             video_mask=mask.long(),
         )
 
