@@ -53,5 +53,5 @@ def restore_fast_paths(model: nn.Module) -> None:
         for number, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, _SlowPath):
                 del module._forward_pre_hooks[number]
-                if hook.nested:
+                if hook.nested and isinstance(module, nn.TransformerEncoder):
                     module.use_nested_tensor = True

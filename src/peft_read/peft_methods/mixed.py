@@ -146,9 +146,8 @@ class _NoteInput:
 def _note_inputs(model: nn.Module, rows: MixedRows) -> list[Any]:
     """Let the blocks around the layers tell what they are given; the handles of the hooks."""
     notes: dict[nn.Module, _NoteInput] = {}
-    for path, layer in model.named_modules():
-        if not isinstance(layer, BaseTunerLayer):
-            continue
+    layers: list[tuple[str, Any]] = [pair for pair in model.named_modules() if isinstance(pair[1], BaseTunerLayer)]
+    for path, layer in layers:
         tower = tower_around(model, path)
         if tower is not None and "grid_thw" in parameters_of(tower):
             rows.packed.add(layer)
