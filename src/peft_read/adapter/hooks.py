@@ -19,7 +19,7 @@ from .cache import commit_states, has_grown, returned_cache
 from .openings import BlockOpening, Opening, StackOpening, TowerOpening, VideosOpening
 from .scope import current_scope, leave_scope
 
-__all__ = ["install_scopes", "keep_slow_path", "remove_scopes"]
+__all__ = ["install_scopes", "remove_scopes"]
 
 
 class _Closing:
@@ -78,30 +78,13 @@ def _hook(module: nn.Module, opening: Opening) -> None:
     module.register_forward_hook(_Closing(opening), with_kwargs=True, always_call=True, prepend=True)
 
 
-class _SlowPath:
-    """A forward pre-hook that does nothing, which is enough."""
-
-    def __call__(self, module: nn.Module, args: tuple) -> None:
-        return None
-
-
-def keep_slow_path(layer: nn.TransformerEncoderLayer) -> None:
-    """Keep a layer of torch's own Transformer from its fast path.
-
-    In evaluation it hands the weights of `linear1` and `linear2` to one fused kernel, past the module that READ has
-    put in their place. A layer with a forward pre-hook does not do that.
-    """
-    if not any(isinstance(hook, _SlowPath) for hook in layer._forward_pre_hooks.values()):
-        layer.register_forward_pre_hook(_SlowPath())
-
-
 def remove_scopes(model: nn.Module) -> None:
     """Take all of READ's hooks off a model.
 
     They are found by looking, not by stored handles: a copied or unpickled model has hooks but no handles to them.
     """
     for module in model.modules():
-        for hooks, kind in ((module._forward_pre_hooks, (Opening, _SlowPath)), (module._forward_hooks, _Closing)):
+        for hooks, kind in ((module._forward_pre_hooks, Opening), (module._forward_hooks, _Closing)):
             for number in [number for number, hook in hooks.items() if isinstance(hook, kind)]:
                 del hooks[number]
                 for flags in ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs"):

@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import functional as F
 
+from ..peft_methods.endings import device_of
 from ..peft_methods.mixed import mixed_rows
 from ..recurrence import Identity, adapt_in_one, build_cell
 from .config import READConfig
@@ -22,6 +23,8 @@ CANNOT_MERGE = (
     "READ cannot be merged into the base weights: GELU and the recurrence over tokens are not linear, so no weight "
     "matrix computes O + GELU(RNN(O W_down)) W_up. Keep the adapter beside the model, or drop it with `unload()`."
 )
+
+LAYOUTS = {True: "(B, T, d)", False: "(T, B, d)"}
 
 
 class READLayer(BaseTunerLayer):
@@ -84,6 +87,22 @@ class READLayer(BaseTunerLayer):
         """Whether any adapter has a recurrence, which asks for the order of the tokens."""
         return any(not isinstance(cell, Identity) for cell in self.readapter_cell.values())
 
+    def check_layout(self, batch_first: bool) -> None:
+        """Refuse a further adapter of another layout than that of the layer.
+
+        Args:
+            batch_first: of the further adapter.
+
+        Raises:
+            ValueError: if the two differ.
+        """
+        if batch_first != self.batch_first:
+            raise ValueError(
+                f"READ layer {self.path!r} takes its module's output for {LAYOUTS[self.batch_first]} since its first "
+                f"adapter, and this one has batch_first={batch_first}, {LAYOUTS[batch_first]}. The adapters of a "
+                f"model see the same output: use batch_first={self.batch_first}, or begin again with `unload()`."
+            )
+
     def update_layer(self, adapter_name: str, *, r: int, cell: str, config: READConfig) -> None:
         """Add the weights of one adapter.
 
@@ -105,6 +124,10 @@ class READLayer(BaseTunerLayer):
         self.reset_read_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        place = device_of(self.get_base_layer()) if device is None else device
+        super()._move_adapter_to_device_of_base_layer(adapter_name, place)
 
     def reset_read_parameters(self, adapter_name: str, init_weights: bool | str = True) -> None:
         """Initialise one adapter: W_down Kaiming normal, the recurrence uniform, biases zero.

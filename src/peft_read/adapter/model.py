@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,10 +13,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..peft_methods import AdapterModel
-from ..peft_methods.stacks import EXPERTS, blocks_around, is_batch_first, is_causal
+from ..peft_methods.stacks import EXPERTS, blocks_around, is_causal, sees_batch_first
 from ..peft_methods.tuner import in_layers
 from .config import READConfig
-from .hooks import install_scopes, keep_slow_path, remove_scopes
+from .hooks import install_scopes, remove_scopes
 from .layer import CANNOT_MERGE, Linear, READLayer
 from .sequences import Notice
 from .targets import PARTS, block_width, default_targets, in_and_out, linear_targets, sets_in
@@ -31,9 +32,6 @@ TARGET_MODULES: dict[str, list[str]] = {
     "vg_bart": ["fc2"],
     "vg_t5": ["wo"],
 }
-
-# Their blocks take (T, B, d).
-SEQUENCE_FIRST = {"fsmt", "xlnet"}
 
 # Moment-DETR's decoder sees queries, which are unordered, so there is no sequence for a recurrence.
 CELL_PATTERNS: dict[str, dict[str, str]] = {"moment_detr": {r"decoder\.layers\.\d+\.linear2": "none"}}
@@ -156,11 +154,12 @@ class READModel(AdapterModel):
                 f"READ cannot be bidirectional on {current_key!r}: it belongs to a decoder, where a token must not "
                 "depend on those after it. Adapt the encoder only (target_modules), or use bidirectional=False."
             )
+        blocks = blocks_around(self.model, current_key)
+        batch_first = peft_config.batch_first and sees_batch_first(self.model, current_key)
         if isinstance(target, READLayer):
+            target.check_layout(batch_first)
             target.update_layer(adapter_name, **settings)
             return
-        blocks = blocks_around(self.model, current_key)
-        around = blocks[0] if blocks else parent
         chunked = any(getattr(block, "chunk_size_feed_forward", 0) for block in blocks)
         if chunked and settings["cell"] != "none" and "attention" not in current_key:
             raise ValueError(
@@ -173,7 +172,7 @@ class READModel(AdapterModel):
             target,
             adapter_name,
             path=current_key,
-            batch_first=peft_config.batch_first and self._family not in SEQUENCE_FIRST and is_batch_first(around),
+            batch_first=batch_first,
             chunked=chunked,
             notice=self._notice,
             width=block_width(self.model, current_key) if in_and_out(target) is None else None,
@@ -188,16 +187,27 @@ class READModel(AdapterModel):
         _check_tokens(model, getattr(self.peft_config[adapter_name], "trainable_token_indices", None))
         if "_notice" not in self.__dict__:  # the first adapter is injected from within BaseTuner.__init__
             self._notice = Notice()
+        patterns = getattr(self.peft_config[adapter_name], "cell_pattern", None)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._warn_of_unmatched(model, adapter_name, patterns)
         for name, module in list(model.named_modules()):
-            if not isinstance(module, READLayer):
-                continue
-            install_scopes(model, name, batch_first=module.batch_first)
-            parent = model.get_submodule(name.rpartition(".")[0])
-            if isinstance(parent, nn.TransformerEncoderLayer):
-                keep_slow_path(parent)
-
+            if isinstance(module, READLayer):
+                install_scopes(model, name, batch_first=module.batch_first)
         watch_gradients(model)
+
+    def _warn_of_unmatched(self, model: nn.Module, adapter_name: str, patterns: dict[str, str] | None) -> None:
+        """Warn of keys of `cell_pattern` that match no adapted module, as peft does of those of `rank_pattern`."""
+        paths = [path for path, module in model.named_modules()
+                 if isinstance(module, READLayer) and adapter_name in module.readapter_down]  # fmt: skip
+        chosen = {*CELL_PATTERNS.get(self._family, {}), sets_in(model)}  # not by the user; a saved one has them too
+        unmatched = [key for key in patterns or () if key not in chosen
+                     and not any(_matching({key: True}, path, False) for path in paths)]  # fmt: skip
+        if unmatched:
+            warnings.warn(
+                f"The following cell_pattern keys did not match any targeted module and were ignored: {unmatched}.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, TrainableTokensWrapper):  # its weight is computed; the embedding inside has its own

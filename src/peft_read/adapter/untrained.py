@@ -27,6 +27,10 @@ class GradientWatch:
 
     def __init__(self) -> None:
         self.passes = 0
+        self.running: _OnePass | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"passes": self.passes, "running": None}  # the hooks of a pass are of this model's parameters
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Watch the backward pass that starts at this output."""
@@ -39,7 +43,15 @@ class GradientWatch:
             return
         results = [tensor for tensor in _tensors(output) if tensor.requires_grad]
         if results:
-            _OnePass(self, model).begin(results)
+            self.stop()  # the pass before may never go backward, and its hooks would stay
+            self.running = _OnePass(self, model)
+            self.running.begin(results)
+
+    def stop(self) -> None:
+        """Take the hooks of the last pass off."""
+        if self.running is not None:
+            self.running.stop()
+            self.running = None
 
 
 class _OnePass:
@@ -65,9 +77,13 @@ class _OnePass:
             # The one way to be called when a whole backward pass is over, those inside of it included.
             torch.autograd.Variable._execution_engine.queue_callback(self._end)
 
-    def _end(self) -> None:
+    def stop(self) -> None:
+        """Take the hooks off."""
         for handle in self.handles:
             handle.remove()
+
+    def _end(self) -> None:
+        self.stop()
         self.watch.passes += 1
         if not self.reached:  # gradients that are kept elsewhere, as sharded parameters have them
             return
@@ -163,6 +179,9 @@ def watch_gradients(model: nn.Module) -> None:
 
 def forget_gradients(model: nn.Module) -> None:
     """Stop watching."""
-    for number in [n for n, hook in model._forward_hooks.items() if isinstance(hook, GradientWatch)]:
+    for number, hook in list(model._forward_hooks.items()):
+        if not isinstance(hook, GradientWatch):
+            continue
+        hook.stop()
         del model._forward_hooks[number]
         model._forward_hooks_with_kwargs.pop(number, None)

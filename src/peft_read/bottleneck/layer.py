@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from ..peft_methods.endings import in_and_out
+from ..peft_methods.endings import device_of, in_and_out
 from ..peft_methods.mixed import mixed_rows
 from .config import BottleneckConfig, CompacterConfig
 from .hypernetwork import Generated, Position
@@ -43,7 +43,7 @@ class Bottleneck(nn.Module):
 
     def __init__(self, width: int, r: int, config: BottleneckConfig, rule: Rule | None = None) -> None:
         super().__init__()
-        self.tasks = config.tasks
+        self.tasks = None if config.tasks is None else list(config.tasks)
         self.settings = (width, r, config, rule)
         self.norm_before = nn.LayerNorm(width) if config.norm_before else None
         self.norm_after = nn.LayerNorm(width) if config.norm_after else None
@@ -103,11 +103,13 @@ class Bottleneck(nn.Module):
         """Add the weights of a further task, of what the tasks do not share.
 
         Args:
-            task: its name, which the configuration has among its tasks already.
+            task: its name.
             like: the task whose weights it begins with; new ones if None.
             init_weights: how new ones are drawn.
             deviation: of the base model's own linear layers, if it has one.
         """
+        assert self.tasks is not None
+        self.tasks.append(task)
         width, r, _, _ = self.settings
         for half, inputs, outputs in (("down", width, r), ("up", r, width)):
             samplers: Any = getattr(self, f"{half}_sampler")
@@ -197,15 +199,19 @@ class BottleneckLayer(nn.Module, BottleneckState):
     Args:
         base_layer: the module whose output y is adapted.
         path: where it stands in the model, for messages.
+        batch_first: whether the module puts out (B, T, d) rather than (T, B, d).
         width: the width d of the output of a module that does not tell it, such as a mixture of experts.
     """
 
     other_param_names: tuple[str, ...] = ("r",)
 
-    def __init__(self, base_layer: nn.Module, *, path: str = "", width: int | None = None) -> None:
+    def __init__(
+        self, base_layer: nn.Module, *, path: str = "", batch_first: bool = True, width: int | None = None
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.path = path
+        self.batch_first = batch_first
         self.r: dict[str, int] = {}
         self.add_module(self.adapter_layer_names[0], nn.ModuleDict({}))
         self._disable_adapters = False
@@ -239,6 +245,10 @@ class BottleneckLayer(nn.Module, BottleneckState):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(active, inference_mode=inference_mode)
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        place = device_of(self.get_base_layer()) if device is None else device
+        super()._move_adapter_to_device_of_base_layer(adapter_name, place)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The base layer's output and what the active adapters add to it.
 
@@ -263,8 +273,9 @@ class BottleneckLayer(nn.Module, BottleneckState):
             return total
         total = result.clone()
         for adapter in active:
-            rows = mixed.rows_of(adapter, result.shape[0], result.device, folded=result.dim() == 2)
-            total = total.index_add(0, rows, self._delta(adapter, result[rows]).to(result.dtype))
+            dim, rows = mixed.places_of(adapter, result, self, path=self.path, batch_first=self.batch_first)
+            delta = self._delta(adapter, result.index_select(dim, rows))
+            total = total.index_add(dim, rows, delta.to(result.dtype))
         return total
 
     def _delta(self, adapter: str, y: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ from ..peft_methods.endings import (
     skips_its_last_layer,
 )
 from ..peft_methods.loaded import WeightsCheck
+from ..peft_methods.stacks import sees_batch_first
 from ..peft_methods.tuner import in_layers
 from .config import CompacterConfig, HyperformerConfig
 from .hooks import generate_in, keep_tasks_in, remove_hooks
@@ -148,19 +150,8 @@ class BottleneckModel(AdapterModel):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put the adapter's layers into the model, and beside them what they share."""
-        try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except Exception:
-            self._drop_shared(model, adapter_name)
-            raise
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
         keep_tasks_in(model)
-
-    def _drop_shared(self, model: nn.Module, adapter_name: str) -> None:
-        shared = getattr(model, NAME, None)
-        if shared is not None and adapter_name in shared.parts:
-            del shared.parts[adapter_name]
-            if not len(shared.parts):
-                delattr(model, NAME)
 
     def _deviation(self) -> float | None:
         """The deviation that the base model draws its own linear layers with, if it tells one."""
@@ -188,7 +179,8 @@ class BottleneckModel(AdapterModel):
             layer = target
         else:
             width = block_width(self.model, current_key) if in_and_out(target) is None else None
-            layer = self._new_layer(target, path=current_key, width=width)
+            batch_first = sees_batch_first(self.model, current_key)
+            layer = self._new_layer(target, path=current_key, batch_first=batch_first, width=width)
         r = peft_config.width(layer.out_features, current_key)
         layer.update_layer(
             adapter_name,
@@ -235,19 +227,14 @@ class BottleneckModel(AdapterModel):
                 f"task {like!r}, to begin with, is unknown to adapter {adapter_name!r}, which serves {known}"
             )
         type(config)(**{**config.to_dict(), "tasks": [*config.tasks, task]})  # raises where the name will not do
-        config.tasks.append(task)
+        # Of its own, since one configuration may have made the adapters of several models, or several of one.
+        config = self.peft_config[adapter_name] = copy.copy(config)
+        config.tasks = [*config.tasks, task]
         for module in self.model.modules():
             if isinstance(module, BottleneckState) and adapter_name in module.parts:
                 add: Any = getattr(module.parts[adapter_name], "add_task", None)
                 if add is not None:
                     add(task, like, config.init_weights, self._deviation())
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter, and what its layers share."""
-        super().delete_adapter(adapter_name)
-        shared = getattr(self.model, NAME, None)
-        if shared is not None and not len(shared.parts):
-            delattr(self.model, NAME)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
@@ -267,12 +254,12 @@ class BottleneckModel(AdapterModel):
         model = self._injected
         shared: Any = getattr(model, NAME, None)
         if shared is None:
-            weight = next((p for p in model.parameters() if p.is_floating_point()), None)
-            shared = kind(weight)
+            shared = kind()
             shared.train(model.training)
             model.add_module(NAME, shared)
         if adapter_name not in shared.parts:
-            shared.add(adapter_name, make())
+            own = (p for name, p in model.named_parameters() if f".{self.prefix}" not in f".{name}")
+            shared.add(adapter_name, make(), like=next((p for p in own if p.is_floating_point()), None))
         return shared
 
 

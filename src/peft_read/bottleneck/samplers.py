@@ -68,7 +68,7 @@ class PHMLinear(nn.Module):
     def matrix(self) -> Tensor:
         """H (d, e)."""
         factor = self.left @ self.right if "left" in self._parameters else self.weight
-        rule: Any = self.rule.weight
+        rule = self.rule.weight.to(factor)  # a shared rule has one dtype, the layers of the base may have several
         n, inputs, outputs = factor.shape
         products = rule.flatten(1).T @ factor.flatten(1)  # Σ_i A_i[p, q] B_i[a, c] at (p, q), (a, c)
         return products.view(n, n, inputs, outputs).transpose(1, 2).reshape(n * inputs, n * outputs)

@@ -92,18 +92,22 @@ class _Shared(nn.Module, BottleneckState):
     # What peft reads of the module that a layer wraps.
     weight = bias = in_features = out_features = None  # type: ignore[assignment]
 
-    def __init__(self, like: torch.Tensor | None) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.add_module(self.adapter_layer_names[0], nn.ModuleDict({}))
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter: list[str] = []
         self.task = None
-        self.__dict__["like"] = None if like is None else torch.empty(0, dtype=like.dtype, device=like.device)
 
-    def add(self, adapter_name: str, part: nn.Module) -> None:
-        """Add what one adapter's layers share, with the device and dtype of the base model."""
-        like: Any = self.like
+    def add(self, adapter_name: str, part: nn.Module, *, like: torch.Tensor | None) -> None:
+        """Add what one adapter's layers share.
+
+        Args:
+            adapter_name: the adapter's name.
+            part: what they share.
+            like: a weight of the base model, whose device and dtype it is to have.
+        """
         if like is not None and not any(p.is_meta for p in part.parameters()):
             part = part.to(like)
         self.parts[adapter_name] = part
@@ -134,8 +138,8 @@ class HyperformerShared(_Shared):
     prefix = "hyperformer_"
     adapter_layer_names = ("hyperformer_parts",)
 
-    def __init__(self, like: torch.Tensor | None) -> None:
-        super().__init__(like)
+    def __init__(self) -> None:
+        super().__init__()
         # By adapter and stack; filled when the forward pass of a stack begins and emptied when it ends.
         self.generated: dict[tuple[str, str], dict[tuple[str, int], Generated]] = {}
 

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
@@ -21,6 +22,7 @@ __all__ = [
     "block_of",
     "block_width",
     "config_around",
+    "device_of",
     "feed_forward_endings",
     "in_and_out",
     "is_inside_an_adapter",
@@ -109,6 +111,12 @@ def in_and_out(module: nn.Module) -> tuple[int, int] | None:
         if isinstance(widths[0], int) and isinstance(widths[1], int):
             return widths[0], widths[1]
     return None
+
+
+def device_of(module: nn.Module) -> torch.device | None:
+    """Where a module's first parameter is, of a mixture of experts for example; None without parameters."""
+    first = next(module.parameters(), None)
+    return None if first is None else first.device
 
 
 def feed_forward_endings(model: nn.Module) -> list[Ending]:

@@ -40,13 +40,13 @@ class WeightsCheck:
 
         Raises:
             ValueError: a key of the method that the model does not have, or, where adapters alone are loaded, any such
-                key; a weight that is not floating-point, NaN or infinite.
+                key; a weight that is not floating-point, NaN or infinite, or has another shape than the model's.
         """
         given = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
         of_method = [key for key in given if self.is_of_method(key)]
         if not of_method or not any(isinstance(layer, self.layer_cls) for layer in module.modules()):
             return
-        own = {f"{prefix}{key}" for key in module.state_dict(keep_vars=True)}
+        own = {f"{prefix}{key}": value for key, value in module.state_dict(keep_vars=True).items()}
         adapter_alone = not any(".base_layer." in key for key in given)
         unknown = sorted(key for key in (given if adapter_alone else of_method) if key not in own)
         adapters = {self.adapter_of(key) for key in of_method}
@@ -61,7 +61,7 @@ class WeightsCheck:
                 f"({self.settings}). Nothing was loaded"
             )
         for key in given if adapter_alone else of_method:
-            self._check_values(key, given[key])
+            self._check_values(key, given[key], own[key])
         if missing:
             warnings.warn(
                 f"the checkpoint lacks {len(missing)} weights of the adapter, such as {missing[0]!r}; they keep the "
@@ -82,7 +82,14 @@ class WeightsCheck:
         assert match is not None
         return key[match.end() :].partition(".")[0]
 
-    def _check_values(self, key: str, value: Any) -> None:
+    def _check_values(self, key: str, value: Any, own: Any) -> None:
+        shapes = getattr(value, "shape", None), getattr(own, "shape", None)
+        if None not in shapes and shapes[0] != shapes[1]:  # torch would load the others first, and raise then
+            raise ValueError(
+                f"the checkpoint's {key!r} does not fit (size mismatch for {key}): it has the shape "
+                f"{tuple(value.shape)}, and that of this model {tuple(own.shape)}. Load it with its own configuration "
+                "and base model. Nothing was loaded"
+            )
         if not isinstance(value, Tensor) or value.is_meta:
             return
         if not value.is_floating_point():

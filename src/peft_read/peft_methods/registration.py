@@ -12,6 +12,7 @@ from peft.utils import PeftType, register_peft_method
 
 from .card import renew_model_cards
 from .enum_extension import extend_str_enum
+from .undo import Before, undone_on_error
 
 TABLES: tuple[dict[Any, Any], dict[Any, Any]] = (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING)
 OURS: set[str] = set()  # the names of the methods that this package has registered
@@ -92,25 +93,52 @@ def keep_cards_on_upload() -> None:
 
 
 def refuse_unknown_weights() -> None:
-    """Let `PeftModel.load_adapter` refuse an adapter of this package with weights outside the base model.
+    """Let `PeftModel` load an adapter of this package completely or not at all.
 
-    The hooks of the base model see its own keys only, and peft silently drops what else a file holds; other
-    methods pass through unchanged.
+    The hooks of the base model see its own keys only, and peft silently drops what else a file holds. After a refusal
+    the model is as it was before, without the adapter if the call was to add it: peft would keep its configuration,
+    and its layers. Other methods pass through unchanged.
     """
-    load = PeftModel.load_adapter
+    load, create = PeftModel.load_adapter, PeftModel.from_pretrained.__func__  # type: ignore[attr-defined]
     if getattr(load, "refuses_unknown_weights", False):
         return
 
     @functools.wraps(load)
     def load_whole(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        result = load(self, model_id, adapter_name, *args, **kwargs)
-        if self.peft_config[adapter_name].peft_type in OURS and result.unexpected_keys:
-            unknown = sorted(result.unexpected_keys)
-            raise ValueError(
-                f"the checkpoint {model_id} has {len(unknown)} weights that this model has no place for, such as "
-                f"{unknown[0]!r}"
-            )
-        return result
+        if self.peft_type not in OURS:
+            return load(self, model_id, adapter_name, *args, **kwargs)
+        with undone_on_error(self):
+            check = self.register_load_state_dict_pre_hook(functools.partial(_refuse_unknown, source=model_id))
+            try:
+                return load(self, model_id, adapter_name, *args, **kwargs)
+            finally:
+                check.remove()
+
+    @functools.wraps(create)
+    def create_whole(cls: type[PeftModel], model: Any, *args: Any, **kwargs: Any) -> Any:
+        before = Before(model)
+        try:
+            return create(cls, model, *args, **kwargs)
+        except Exception:
+            configs = getattr(model, "peft_config", None)
+            if isinstance(configs, dict) and any(config.peft_type in OURS for config in configs.values()):
+                before.restore()
+            raise
 
     load_whole.refuses_unknown_weights = True  # type: ignore[attr-defined]
     PeftModel.load_adapter = load_whole  # type: ignore[method-assign, assignment]
+    PeftModel.from_pretrained = classmethod(create_whole)  # type: ignore[method-assign, assignment]
+
+
+def _refuse_unknown(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any, source: Any) -> None:
+    """Pre-hook of a `PeftModel` before weights are loaded: refuse those that it has no place for."""
+    own = module.state_dict(keep_vars=True)
+    unknown = sorted(key for key in state_dict if key.startswith(prefix) and key not in own)
+    if not unknown:
+        return
+    base = f"{prefix}base_model.model."
+    module.base_model.check_weights(base, {key: value for key, value in state_dict.items() if key.startswith(base)})
+    raise ValueError(
+        f"the checkpoint {source} has {len(unknown)} weights that this model has no place for, such as "
+        f"{unknown[0]!r}. Nothing was loaded"
+    )

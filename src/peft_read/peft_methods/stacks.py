@@ -15,6 +15,7 @@ __all__ = [
     "is_batch_first",
     "is_causal",
     "parameters_of",
+    "sees_batch_first",
     "tower_around",
     "videos_around",
 ]
@@ -22,6 +23,8 @@ __all__ = [
 MASKS = {"attention_mask", "src_key_padding_mask", "segment_ids"}
 # The tokens that a router sends to an expert are not a sequence. Shared experts see all tokens and do not count.
 EXPERTS = re.compile(r"(^|\.)(local_)?experts(\.|$)")
+# The families whose blocks take (T, B, d).
+SEQUENCE_FIRST = {"fsmt", "xlnet"}
 RAW_INPUTS = ("input_features", "input_values", "pixel_values", "pixel_values_videos", "pixel_values_images")
 
 
@@ -146,3 +149,16 @@ def is_batch_first(stack: nn.Module) -> bool:
     """Whether a stack of torch's own Transformer layers takes (B, T, d); every other stack does."""
     attention = next((module for module in stack.modules() if isinstance(module, nn.MultiheadAttention)), None)
     return attention is None or attention.batch_first
+
+
+def sees_batch_first(model: nn.Module, path: str) -> bool:
+    """Whether the module at a path puts out (B, T, d) rather than (T, B, d), by its model's family and its block.
+
+    Args:
+        model: the model that the path starts at.
+        path: the module's path.
+    """
+    if getattr(getattr(model, "config", None), "model_type", None) in SEQUENCE_FIRST:
+        return False
+    blocks = blocks_around(model, path)
+    return is_batch_first(blocks[0] if blocks else model.get_submodule(path.rpartition(".")[0]))

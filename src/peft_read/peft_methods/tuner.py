@@ -13,8 +13,10 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import NoMatchingPeftModuleError
 from torch import nn
 
+from .fast_path import keep_slow_paths, restore_fast_paths
 from .loaded import WeightsCheck
 from .mixed import copies_in_generate, mixed_batch
+from .undo import undone_on_error
 from .unmatched import absent_names, check_layers, nothing_matched
 
 __all__ = ["AdapterModel", "in_layers"]
@@ -51,15 +53,31 @@ class AdapterModel(BaseTuner):
         """The hook that looks at weights before they are loaded."""
         return WeightsCheck(self.prefix, self.tuner_layer_cls)
 
+    def check_weights(self, prefix: str, weights: dict[str, Any]) -> None:
+        """Look at weights as the hook does that looks at them before they are loaded.
+
+        Args:
+            prefix: of the base model's keys.
+            weights: those below it.
+        """
+        self._weights_check()(self.model, weights, prefix)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Put the adapter's layers into the model.
+        """Put the adapter's layers into the model; a configuration that is refused leaves the model as it was.
 
         Raises:
             ValueError: nothing in the model is what the configuration names; near names are listed.
         """
+        try:
+            with undone_on_error(model):
+                self._inject(model, adapter_name, *args, **kwargs)
+        except Exception:
+            self.peft_config.pop(adapter_name, None)
+            raise
+
+    def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         self.__dict__["_injected"] = model  # not a submodule; peft hands the next method its configuration alone
-        is_first = "_load_check" not in self.__dict__
-        if is_first:  # from within BaseTuner.__init__
+        if "_load_check" not in self.__dict__:  # from within BaseTuner.__init__
             self._load_check = model.register_load_state_dict_pre_hook(self._weights_check())
         # No fields: they tell about the base model, and are for the card and the saved configuration.
         config: Any = self.peft_config[adapter_name]
@@ -68,14 +86,12 @@ class AdapterModel(BaseTuner):
         config.adapter_name = adapter_name
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except Exception as error:
-            if is_first:  # the caller keeps the model
-                self._load_check.remove()
-            is_empty = isinstance(error, NoMatchingPeftModuleError)
-            message = nothing_matched(model, config, self.target_words) if is_empty else None
+        except NoMatchingPeftModuleError as error:
+            message = nothing_matched(model, config, self.target_words)
             if message is None:
                 raise
             raise NoMatchingPeftModuleError(message) from error
+        keep_slow_paths(model, self.tuner_layer_cls)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         peft_config = super()._prepare_adapter_config(peft_config, model_config)
@@ -100,6 +116,7 @@ class AdapterModel(BaseTuner):
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[func-returns-value]
         self._load_check.remove()
+        restore_fast_paths(model)
         return model
 
     @contextmanager
@@ -115,7 +132,7 @@ class AdapterModel(BaseTuner):
         unknown = sorted(set(names) - {"__base__"} - set(self.peft_config))
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        with mixed_batch(self.model, names, copies=copies_in_generate(kwargs)):
+        with mixed_batch(self.model, names, copies=copies_in_generate(self.model, args, kwargs)):
             yield
 
     def _check_merge_allowed(self) -> None:
