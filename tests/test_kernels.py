@@ -47,7 +47,7 @@ for job in jobs:
         if carried:
             names = re.findall(r"%(\w+?)(?:_\d+)? = ", carried.group(1) or carried.group(2))
             loops.append(sorted(names))
-    found.append({"loops": loops, "ahead": "async_copy_global" in built.asm["ttgir"]})
+    found.append({"loops": loops, "barriers": built.asm["ptx"].count("bar.sync")})
 print(json.dumps(found))
 """
 
@@ -186,15 +186,15 @@ def recurrence_jobs(card):
     from peft_read.recurrence.triton_kernels import adapter, scan
 
     jobs, seen = [], set()
-    for k in range(1, 65):
+    for k in (*range(1, 9), 12, 16, 17, 24, 31, 32, 33, 48, 63, 64):
         for masked, continued in itertools.product((False, True), repeat=2):
             for name in ("rnn_forward", "rnn_backward"):
                 settings = launch.scan_settings(k)
-                key = (name, masked, continued and name == "rnn_forward", *settings.values())
+                key = (name, k, masked, continued and name == "rnn_forward")
                 if key not in seen:
                     seen.add(key)
                     warps = settings.pop("num_warps")
-                    fixed = {"MASKED": masked, "CONTINUED": continued, **settings}
+                    fixed = {"k": k, "MASKED": masked, "CONTINUED": continued, **settings}
                     jobs.append({"module": scan.__name__, "name": name, "source": None, "fixed": fixed, "card": card,
                                  "types": SIZES | {"valid": "*u8"}, "warps": warps})  # fmt: skip
     half = "*fp16" if card < 80 else "*bf16"
@@ -221,12 +221,13 @@ def compare_loops(jobs, found):
 
     for job, built in zip(jobs, found, strict=True):
         kernel = getattr(importlib.import_module(job["module"]), job["name"])
-        expected = [set(names) for names in carried_by_source(kernel, job["fixed"]) if names]
+        unread = set() if job["fixed"].get("MASKED") else {"marks", "r0", "r1", "r2", "r3"}  # without a mask
+        expected = [set(names) - unread for names in carried_by_source(kernel, job["fixed"]) if names]
         if job["name"] in ("down_forward", "up_backward"):  # their loop is that of a function that they call
             expected.append({"total"})
         carried = [set(names) for names in built["loops"]]
-        if job["name"].startswith("rnn_") and job["card"] >= 80:
-            assert built["ahead"], (job["name"], job["fixed"])  # the loads of later tokens are in flight
+        if job["name"].startswith("rnn_") and job["fixed"]["k"] <= 8:
+            assert built["barriers"] == 0, (job["name"], job["fixed"])  # nothing goes through shared memory
         assert len(carried) >= len(expected) - 1, (job["name"], expected, carried)
         for names in expected:
             # Nothing that the source hands on may be missing from the loop (a constant that never changes may).

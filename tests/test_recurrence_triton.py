@@ -49,7 +49,8 @@ for size in (1, 4, 5):
     a_cell("rnn", size)(torch.zeros(1, 1, size))  # the trials
 launch._launch_scan = counted
 for kind in ("rnn",):
-    for size, length, masked, bias in ((4, 7, True, True), (5, 5, False, True), (1, 5, True, False)):
+    cases = ((4, 9, True, True), (5, 8, False, True), (1, 5, True, False), (3, 2, True, True))
+    for size, length, masked, bias in cases:
         cell = a_cell(kind, size, bias)
         x = torch.randn(3, length, size, requires_grad=True)
         state = torch.randn(3, cell.state_size, requires_grad=True)
@@ -87,7 +88,7 @@ for kind in ("rnn",):
             twice.append((gradient, *torch.autograd.grad(gradient.square().sum(), [x, *cell.parameters()])))
     for ours, theirs in zip(*twice, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-assert launches == 3 + 3 + 1 + 1, launches
+assert launches == 4 + 3 + 1 + 1, launches
 x = torch.randn(2, 3, 4)
 x[0, 1, 0], x[1, 1, 0] = torch.nan, torch.inf
 with torch.no_grad():

@@ -1,7 +1,9 @@
 """The scan of the RNN as Triton kernels: one program per sequence, the state and W_hh in its registers.
 
-The width k is filled up with zeros to a power of two. The loads of later tokens do not depend on the state, so they
-are pipelined. Sums and states are float32.
+The width k is filled up with zeros to a power of two. Sums and states are float32. A step of the loops is four tokens,
+and loads the next four into registers meanwhile: left to Triton's pipelining, loads go through shared memory and wait
+at barriers. k is a constant of the compiled kernel, so that rows of W_hh are loaded as vectors: the fewer threads
+share a row, the fewer exchange their sums.
 
 A product with W_hh turns a state that lies along one axis of the matrix into one along the other, and threads would
 have to exchange it before the next product. So tokens are taken in pairs: the first by W_hh, the second by its
@@ -15,113 +17,159 @@ import triton.language as tl
 
 __all__ = ["rnn_backward", "rnn_forward", "square"]
 
-STAGES_FORWARD, STAGES_BACKWARD = tl.constexpr(4), tl.constexpr(6)  # pairs of tokens whose loads are in flight
-
 
 @triton.jit
 def tanh(x):
-    """The hyperbolic tangent to the rounding of float32, as x P(x²) / Q(x²).
+    """The hyperbolic tangent to some roundings of float32, as x P(x²) / Q(x²).
 
-    Written with comparisons that are false for a not-a-number, which therefore stays one.
+    The quotient is by the square of 1 / √Q, one instruction, where a division is eight. Comparisons are false for a
+    not-a-number, which therefore stays one.
     """
-    x = tl.where(x > 9.0, 9.0, x)  # 1 - tanh(9) = 3e-8 is below the rounding of float32
-    x = tl.where(x < -9.0, -9.0, x)
     s = x * x
-    over = (((5.085660236345205e-08 * s + 3.161581273037254e-05) * s + 0.004009736066679887) * s
-            + 0.1378632610983273) * s + 0.9999999990746035  # fmt: skip
-    under = ((((7.393481490187737e-10 * s + 1.619563201722467e-06) * s + 0.00042096284728284576) * s
-              + 0.027741946000058647) * s + 0.47119658535608844) * s + 1.0  # fmt: skip
-    return x * over / under
+    s = tl.where(s > 81.0, 81.0, s)  # 1 - tanh(9) = 3e-8 is below the rounding of float32
+    x = tl.where(x > 9.0, 9.0, x)
+    x = tl.where(x < -9.0, -9.0, x)
+    t = s * s  # halves of the polynomials run side by side: a step of the recurrence waits for them
+    over = (s * 0.1378632610983273 + 0.9999999990746035) + t * (
+        (s * 3.161581273037254e-05 + 0.004009736066679887) + t * 5.085660236345205e-08
+    )
+    under = (s * 0.47119658535608844 + 1.0) + t * (
+        (s * 0.00042096284728284576 + 0.027741946000058647) + t * (s * 7.393481490187737e-10 + 1.619563201722467e-06)
+    )
+    root = tl.rsqrt(under)
+    return x * over * (root * root)
 
 
 @triton.jit
-def square(weight, k, K: tl.constexpr):
-    """A matrix (k, k), with zeros to (K, K)."""
-    row, column = tl.arange(0, K)[:, None], tl.arange(0, K)[None, :]
-    return tl.load(weight + row * k + column, (row < k) & (column < k), 0.0)
+def square(weight, k, K: tl.constexpr, TURNED: tl.constexpr = False):
+    """A matrix (k, k), or its transpose, with zeros to (K, K)."""
+    i, j = tl.arange(0, K)[:, None], tl.arange(0, K)[None, :]
+    return tl.load(weight + (j * k + i if TURNED else i * k + j), (i < k) & (j < k), 0.0)
 
 
 @triton.jit
-def transposed(weight, k, K: tl.constexpr):
-    """The transpose of a matrix (k, k), with zeros to (K, K)."""
-    row, column = tl.arange(0, K)[:, None], tl.arange(0, K)[None, :]
-    return tl.load(weight + column * k + row, (row < k) & (column < k), 0.0)
+def reaches(inside, left, n: tl.constexpr):
+    """A mask of row n, of which `left` are there."""
+    return (inside & (left > n)) != 0  # no change but in the interpreter, which would give whole numbers
 
 
 @triton.jit
-def real_or(matrix, valid, token, K: tl.constexpr, MASKED: tl.constexpr):
-    """A matrix, or the identity where the token is padding."""
+def four_rows(rows, inside, left, k: tl.constexpr):
+    """Rows of k numbers from an address on, zero from the row `left` on."""
+    return (
+        tl.load(rows, reaches(inside, left, 0), 0.0), tl.load(rows + k, reaches(inside, left, 1), 0.0),
+        tl.load(rows + 2 * k, reaches(inside, left, 2), 0.0), tl.load(rows + 3 * k, reaches(inside, left, 3), 0.0),
+    )  # fmt: skip
+
+
+@triton.jit
+def four_marks(marks, left, MASKED: tl.constexpr):
+    """Whether each of four tokens is real."""
     if MASKED:
-        same = (tl.arange(0, K)[:, None] == tl.arange(0, K)[None, :]).to(tl.float32)
-        matrix = tl.where(tl.load(valid + token) != 0, matrix, same)
-    return matrix
+        return (
+            tl.load(marks, left > 0, 0) != 0, tl.load(marks + 1, left > 1, 0) != 0,
+            tl.load(marks + 2, left > 2, 0) != 0, tl.load(marks + 3, left > 3, 0) != 0,
+        )  # fmt: skip
+    return left > 0, left > 1, left > 2, left > 3
 
 
 @triton.jit
-def new_state(moved, inner, valid, outputs, token, k, K: tl.constexpr, MASKED: tl.constexpr):
-    """Sets h of a token, which at padding is what was moved, and returns it."""
-    place, inside = token * k + tl.arange(0, K), tl.arange(0, K) < k
-    new = tanh(tl.load(inner + place, inside, 0.0) + moved)
+def product(matrix, vector, real, AXIS: tl.constexpr, MASKED: tl.constexpr):
+    """The sum over an axis of a matrix (K, K) times a vector that lies along it; the vector if a token is padding."""
     if MASKED:
-        new = tl.where(tl.load(valid + token) != 0, new, moved)
-    tl.store(outputs + place, new, inside)
+        i = tl.arange(0, matrix.shape[0])
+        matrix = tl.where(real, matrix, (i[:, None] == i[None, :]).to(tl.float32))
+    return tl.sum(matrix * tl.expand_dims(vector, 1 - AXIS), AXIS)
+
+
+@triton.jit
+def advance(matrix, hidden, x, real, target, inside, AXIS: tl.constexpr, MASKED: tl.constexpr):
+    """Sets h of a token, which at padding is the one before, and returns it."""
+    moved = product(matrix, hidden, real, AXIS, MASKED)
+    new = tanh(x + moved)
+    if MASKED:
+        new = tl.where(real, new, moved)
+    tl.store(target, new, inside)
     return new
 
 
 @triton.jit
-def inner_gradient(carried, grads, valid, outputs, grad_inner, token, k, K: tl.constexpr, MASKED: tl.constexpr):
-    """Sets the gradient of what is inside tanh, and returns it; at padding it sets zero and returns that of h."""
-    place, inside = token * k + tl.arange(0, K), tl.arange(0, K) < k
-    h = tl.load(outputs + place, inside, 0.0)
-    total = carried + tl.load(grads + place, inside, 0.0)
+def retreat(matrix, carried, grad, h, real, target, inside, AXIS: tl.constexpr, MASKED: tl.constexpr):
+    """Sets the gradient of what is inside tanh, zero at padding, and returns that of h of the token before."""
+    total = carried + grad
     inner = total * (1 - h * h)
     if MASKED:
-        is_real = tl.load(valid + token) != 0
-        tl.store(grad_inner + place, tl.where(is_real, inner, 0.0), inside)
-        inner = tl.where(is_real, inner, total)
+        tl.store(target, tl.where(real, inner, 0.0), inside)
+        inner = tl.where(real, inner, total)
     else:
-        tl.store(grad_inner + place, inner, inside)
-    return inner
+        tl.store(target, inner, inside)
+    return product(matrix, inner, real, AXIS, MASKED)
 
 
 @triton.jit
 def rnn_forward(
-    inner, weight_hh, state, valid, outputs, length, k,
+    inner, weight_hh, state, valid, outputs, length, k: tl.constexpr,
     CONTINUED: tl.constexpr, MASKED: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """h_t = tanh(inner_t + W_hh h_{t-1}); padding repeats the state before it."""
     b = tl.program_id(0).to(tl.int64)
-    weight, turned = square(weight_hh, k, K), transposed(weight_hh, k, K)
+    i = tl.arange(0, K)
+    inside = i < k
+    source, target, marks = inner + b * length * k + i, outputs + b * length * k + i, valid + b * length
+    weight, turned = square(weight_hh, k, K), square(weight_hh, k, K, True)
     hidden = tl.zeros([K], tl.float32)
     if CONTINUED:
-        hidden = tl.load(state + b * k + tl.arange(0, K), tl.arange(0, K) < k, 0.0)
-    if length % 2 == 1:
-        moved = tl.sum(real_or(weight, valid, b * length, K, MASKED) * hidden[None, :], 1)
-        hidden = new_state(moved, inner, valid, outputs, b * length, k, K, MASKED)
-    for t in tl.range(length % 2, length, 2, num_stages=STAGES_FORWARD):
-        token = b * length + t
-        moved = tl.sum(real_or(weight, valid, token, K, MASKED) * hidden[None, :], 1)
-        first = new_state(moved, inner, valid, outputs, token, k, K, MASKED)
-        moved = tl.sum(real_or(turned, valid, token + 1, K, MASKED) * first[:, None], 0)
-        hidden = new_state(moved, inner, valid, outputs, token + 1, k, K, MASKED)
+        hidden = tl.load(state + b * k + i, inside, 0.0)
+    x0, x1, x2, x3 = four_rows(source, inside, length, k)
+    r0, r1, r2, r3 = four_marks(marks, length, MASKED)
+    for t in tl.range(0, length, 4, num_stages=1):
+        source += 4 * k
+        marks += 4
+        next0, next1, next2, next3 = four_rows(source, inside, length - t - 4, k)
+        real0, real1, real2, real3 = four_marks(marks, length - t - 4, MASKED)
+        hidden = advance(weight, hidden, x0, r0, target, inside, 1, MASKED)
+        hidden = advance(turned, hidden, x1, r1, target + k, reaches(inside, length - t, 1), 0, MASKED)
+        hidden = advance(weight, hidden, x2, r2, target + 2 * k, reaches(inside, length - t, 2), 1, MASKED)
+        hidden = advance(turned, hidden, x3, r3, target + 3 * k, reaches(inside, length - t, 3), 0, MASKED)
+        x0, x1, x2, x3 = next0, next1, next2, next3
+        r0, r1, r2, r3 = real0, real1, real2, real3
+        target += 4 * k
 
 
 @triton.jit
 def rnn_backward(
-    grads, weight_hh, valid, outputs, grad_inner, grad_state, length, k, MASKED: tl.constexpr, K: tl.constexpr
-):
-    """The gradients of `inner`, zero at padding, and of the state before the first token."""
+    grads, weight_hh, valid, outputs, grad_inner, grad_state, length, k: tl.constexpr,
+    MASKED: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """The gradients of `inner`, zero at padding, and of the state before the first token.
+
+    Tokens that are missing to the last four come first and have no gradient, so that nothing is carried on from them.
+    """
     b = tl.program_id(0).to(tl.int64)
-    weight, turned = square(weight_hh, k, K), transposed(weight_hh, k, K)
+    i = tl.arange(0, K)
+    inside = i < k
+    last = (length - 1) // 4 * 4
+    place = (b * length + last) * k + i
+    source, states, target, marks = grads + place, outputs + place, grad_inner + place, valid + b * length + last
+    weight, turned = square(weight_hh, k, K), square(weight_hh, k, K, True)
     carried = tl.zeros([K], tl.float32)
-    if length % 2 == 1:
-        token = b * length + length - 1
-        last = inner_gradient(carried, grads, valid, outputs, grad_inner, token, k, K, MASKED)
-        carried = tl.sum(real_or(weight, valid, token, K, MASKED) * last[:, None], 0)
-    for back in tl.range(length % 2, length, 2, num_stages=STAGES_BACKWARD):
-        token = b * length + length - 1 - back
-        last = inner_gradient(carried, grads, valid, outputs, grad_inner, token, k, K, MASKED)
-        between = tl.sum(real_or(weight, valid, token, K, MASKED) * last[:, None], 0)
-        last = inner_gradient(between, grads, valid, outputs, grad_inner, token - 1, k, K, MASKED)
-        carried = tl.sum(real_or(turned, valid, token - 1, K, MASKED) * last[None, :], 1)
-    tl.store(grad_state + b * k + tl.arange(0, K), carried, tl.arange(0, K) < k)
+    g0, g1, g2, g3 = four_rows(source, inside, length - last, k)
+    h0, h1, h2, h3 = four_rows(states, inside, length - last, k)
+    r0, r1, r2, r3 = four_marks(marks, length - last, MASKED)
+    for back in tl.range(0, last + 1, 4, num_stages=1):
+        t = last - back
+        source -= 4 * k
+        states -= 4 * k
+        marks -= 4
+        grad0, grad1, grad2, grad3 = four_rows(source, inside, t, k)
+        state0, state1, state2, state3 = four_rows(states, inside, t, k)
+        real0, real1, real2, real3 = four_marks(marks, t, MASKED)
+        carried = retreat(weight, carried, g3, h3, r3, target + 3 * k, reaches(inside, length - t, 3), 0, MASKED)
+        carried = retreat(turned, carried, g2, h2, r2, target + 2 * k, reaches(inside, length - t, 2), 1, MASKED)
+        carried = retreat(weight, carried, g1, h1, r1, target + k, reaches(inside, length - t, 1), 0, MASKED)
+        carried = retreat(turned, carried, g0, h0, r0, target, inside, 1, MASKED)
+        g0, g1, g2, g3 = grad0, grad1, grad2, grad3
+        h0, h1, h2, h3 = state0, state1, state2, state3
+        r0, r1, r2, r3 = real0, real1, real2, real3
+        target -= 4 * k
+    tl.store(grad_state + b * k + i, carried, inside)
