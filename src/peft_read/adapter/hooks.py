@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..peft_methods.checkpointing import unscope_checkpoints
+from ..checkpointing import unscope_checkpoints
 from ..peft_methods.stacks import (
     blocks_around,
     find_stack,

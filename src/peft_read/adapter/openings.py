@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from ..peft_methods.checkpointing import scope_checkpoints
+from ..checkpointing import scope_checkpoints
 from ..peft_methods.stacks import RAW_INPUTS
 from .cache import cache_length, given_cache, is_begun
 from .masks import (
