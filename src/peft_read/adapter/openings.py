@@ -22,7 +22,7 @@ from .masks import (
     packed_segments,
     segments_of_lengths,
 )
-from .scope import Scope, Tower, current_scope, enter_scope, outside_graphs, run_in_scope
+from .scope import Scope, Tower, current_scope, enter_scope, forget_interrupted, outside_graphs, run_in_scope
 
 __all__ = ["BlockOpening", "Opening", "StackOpening", "TowerOpening", "VideosOpening"]
 
@@ -61,6 +61,8 @@ class Opening:
     @outside_graphs
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Open the scope that the arguments describe, if any."""
+        if not torch.compiler.is_compiling():
+            forget_interrupted(self)
         given = dict(zip(self.names, args, strict=False))
         given.update(kwargs)
         scope = self.scope_of(module, given, current_scope())

@@ -27,6 +27,7 @@ __all__ = [
     "Tower",
     "current_scope",
     "enter_scope",
+    "forget_interrupted",
     "leave_scope",
     "outside_graphs",
     "run_in_scope",
@@ -282,6 +283,8 @@ def outside_graphs(function: Callable[_Given, _Result]) -> Callable[_Given, _Res
             return eager(*args, **kwargs)
         return function(*args, **kwargs)
 
+    # torch.compile counts its attempts per code object, and gives up after eight.
+    choose.__code__ = choose.__code__.replace(co_name=function.__name__)
     return choose
 
 
@@ -317,6 +320,26 @@ def leave_scope(scope: Scope) -> None:
     else:
         _count_open(-1)
         _CURRENT.reset(scope.token)
+        scope.token = None
+
+
+def forget_interrupted(opening: object) -> None:
+    """Drop the scopes that a forward pass left open which was interrupted: its hooks do not see a KeyboardInterrupt.
+
+    Args:
+        opening: the hook that is about to open a scope; its module is not running.
+    """
+    scope = _CURRENT.get()
+    left_open = []
+    for around in scope.around() if scope is not None else ():
+        left_open.append(around)
+        if around.opened_by is opening and around.token is not None:
+            for stale in left_open:
+                if stale.token is not None:
+                    stale.token = None
+                    _count_open(-1)
+            _CURRENT.set(around.outer)
+            return
 
 
 @contextmanager
