@@ -153,7 +153,8 @@ def test_compiled_blocks_of_an_uncompiled_stack_see_its_sequences(regional):
 def test_compiled_blocks_of_an_uncompiled_stack_train(regional, checkpointed):
     model = adapted("llama").train()
     model.enable_input_require_grads()
-    ids, mask = padded_batch("llama")
+    ids, _ = padded_batch("llama", pads=(0, 0))
+    packed = {"input_ids": ids, "position_ids": torch.arange(4).repeat(2)[None], "labels": ids}
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     gradients = []
@@ -161,7 +162,7 @@ def test_compiled_blocks_of_an_uncompiled_stack_train(regional, checkpointed):
         if compiled:
             regional(model)
         model.zero_grad()
-        model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
+        model(**packed, use_cache=False).loss.backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0] and gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
