@@ -304,6 +304,25 @@ def test_no_scope_stays_open_after_a_pass_or_an_exception():
     assert current_scope() is None
 
 
+def test_an_interrupted_pass_is_forgotten_by_the_next():
+    from peft_read.adapter import scope
+    from peft_read.adapter.scope import current_scope
+
+    def interrupt(module, args):
+        raise KeyboardInterrupt
+
+    model = adapted("llama")
+    ids, mask = padded_batch("llama")
+    hook = model.get_base_model().model.layers[1].mlp.register_forward_pre_hook(interrupt)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            model(input_ids=ids, attention_mask=mask)
+    hook.remove()
+    model(input_ids=ids, attention_mask=mask)
+    assert current_scope() is None
+    assert not scope._ANY_OPEN  # compiled graphs would be left for nothing
+
+
 @pytest.mark.parametrize("name", ["mems", "state", "past_buckets_states", "block_table"])
 def test_other_states_of_decoding_are_refused(name):
     stack = adapted("llama").get_base_model().model

@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from peft.utils.other import fsdp_auto_wrap_policy
 from tiny_models import adapted, build, padded_batch, read_layers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from peft_read import READConfig
+from peft_read.adapter import sequence_scope
 from peft_read.adapter.scope import current_scope
 
 TOLERANCE = 1e-5
@@ -61,6 +63,110 @@ def test_a_compiled_decoder_with_a_cache_breaks_its_graph_and_is_right(compiler)
             compiler(stack, fullgraph=True)(input_ids=ids, use_cache=True)
         torch.testing.assert_close(stack(input_ids=ids).last_hidden_state, whole)
     assert current_scope() is None  # what the aborted compilation left behind is gone
+
+
+def test_a_scope_around_a_compiled_model_is_seen(compiler):
+    blocks = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6))
+    model = get_peft_model(blocks, READConfig(target_modules=["2"], init_weights=False)).eval()
+    x, mask = torch.randn(2, 5, 6), torch.tensor([[0, 1, 1, 1, 1], [1, 1, 0, 1, 1]])
+    whole, in_pieces = compiler(model, fullgraph=True), compiler(model)
+    with torch.no_grad():
+        plain = model(x)
+        with sequence_scope(mask=mask):
+            masked = model(x)
+        assert not torch.allclose(plain, masked)
+        torch.testing.assert_close(whole(x), plain)
+        with sequence_scope(mask=mask), pytest.raises(torch._dynamo.exc.Unsupported):
+            whole(x)  # rather than one graph without the mask
+        for _ in range(2):  # the graph of the one is not used for the other
+            torch.testing.assert_close(whole(x), plain)
+            with sequence_scope(mask=mask):
+                torch.testing.assert_close(in_pieces(x), masked)
+
+
+def test_a_compiled_stack_keeps_packed_rows_apart(compiler):
+    model = adapted("llama", changes={"num_hidden_layers": 1})
+    ids, _ = padded_batch("llama", pads=(0, 0))
+    straight, restarting = torch.arange(8)[None], torch.arange(4).repeat(2)[None]
+    compiled = compiler(model)
+    with torch.no_grad():
+        for positions in (straight, restarting, straight):
+            inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+            torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, rtol=0, atol=TOLERANCE)
+
+
+def test_a_graph_refuses_a_mask_that_keeps_sequences_apart(compiler):
+    stack = adapted("llama", changes={"num_hidden_layers": 1}).get_base_model().model
+    ids, _ = padded_batch("llama", pads=(0, 0))
+    causal = torch.ones(8, 8).tril().bool()[None, None]
+    halves = torch.arange(8) // 4
+    packed = causal & (halves[:, None] == halves)
+    compiled = compiler(stack, fullgraph=True)
+    inputs = {"input_ids": ids, "use_cache": False}
+    with torch.no_grad():
+        expected = stack(**inputs, attention_mask=causal).last_hidden_state
+        torch.testing.assert_close(compiled(**inputs, attention_mask=causal).last_hidden_state, expected)
+        with pytest.raises(RuntimeError, match=r"keeps several sequences of a row apart.*sequence_scope"):
+            compiled(**inputs, attention_mask=packed)
+        expected = stack(**inputs, attention_mask=packed).last_hidden_state
+        with sequence_scope(segment_ids=halves.expand(2, 8)):  # the way out that it names
+            told = compiler(stack)(**inputs, attention_mask=packed).last_hidden_state
+        torch.testing.assert_close(told, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.fixture
+def regional(compiler):
+    """A function that compiles the blocks of a stack, each by itself."""
+
+    def compile_blocks(model):
+        for block in model.get_base_model().model.layers:
+            block.compile(backend="eager")
+
+    return compile_blocks
+
+
+def test_compiled_blocks_of_an_uncompiled_stack_see_its_sequences(regional):
+    model = adapted("llama", cell="gru")
+    ids, mask = padded_batch("llama")
+    positions = torch.arange(4).repeat(2)[None].expand(3, -1)
+    halves = (torch.arange(8) // 4).expand(3, 8)
+
+    def outputs():
+        padded = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        with sequence_scope(segment_ids=halves):
+            told = model(input_ids=ids, use_cache=False).logits
+        settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "output_logits": True}
+        generated = model.generate(
+            input_ids=ids, attention_mask=mask, return_dict_in_generate=True, pad_token_id=0, **settings
+        )
+        return [padded, packed, told, torch.stack(generated.logits)]
+
+    with torch.no_grad():
+        expected = outputs()
+        regional(model)
+        for found, right in zip(outputs(), expected, strict=True):
+            torch.testing.assert_close(found, right, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_compiled_blocks_of_an_uncompiled_stack_train(regional, checkpointed):
+    model = adapted("llama").train()
+    model.enable_input_require_grads()
+    ids, _ = padded_batch("llama", pads=(0, 0))
+    packed = {"input_ids": ids, "position_ids": torch.arange(4).repeat(2)[None], "labels": ids}
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    gradients = []
+    for compiled in (False, True):
+        if compiled:
+            regional(model)
+        model.zero_grad()
+        model(**packed, use_cache=False).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0] and gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_a_mixed_batch_leaves_the_graph_and_is_right(compiler):

@@ -1,18 +1,22 @@
 """Which tokens follow which: padding, packing, segments, layouts, cross-attention and checkpointing."""
 
+import contextvars
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from peft import get_peft_model
 from tiny_models import DECODERS, FAMILIES, VOCABULARY, adapted, build, padded_batch, read_layers
 from torch import nn
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from peft_read import READConfig
 from peft_read.adapter import sequence_scope
-from peft_read.adapter.masks import as_mask, segments_of_lengths
+from peft_read.adapter.masks import as_mask, packed_segments, segments_of_lengths
+from peft_read.adapter.scope import Scope, current_scope
 from peft_read.adapter.segments import Segments
-from peft_read.recurrence import build_cell
+from peft_read.recurrence import LSTM, build_cell
 
 TOLERANCE = 1e-5
 PADDING = {
@@ -165,6 +169,55 @@ def test_packed_is_separate(family, cell):
     packed = run(model, family, ids, None, positions)[0].split(LENGTHS)
     for one, sequence in zip(packed, sequences, strict=True):
         torch.testing.assert_close(one, run(model, family, sequence[None], None)[0], rtol=0, atol=TOLERANCE)
+
+
+def test_packed_by_the_text_row_of_multimodal_positions():
+    """Positions (4, B, T): in the text, by which transformers separates the sequences, then time, height, width."""
+    text = {
+        "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+    }  # fmt: skip
+    vision = {"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2}
+    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision))
+    model = get_peft_model(model, READConfig(init_weights=False)).eval()
+    sequences = [torch.randint(3, 30, (length,)) for length in LENGTHS]
+    ids, positions = pack(sequences)
+    with torch.no_grad():
+        packed = model(input_ids=ids, position_ids=positions.expand(4, 1, -1), use_cache=False).logits[0]
+        for one, sequence in zip(packed.split(LENGTHS), sequences, strict=True):
+            alone = model(input_ids=sequence[None], use_cache=False).logits[0]
+            torch.testing.assert_close(one, alone, rtol=0, atol=TOLERANCE)
+
+
+def test_which_positions_tell_of_packed_rows():
+    _, positions = pack([torch.zeros(length) for length in LENGTHS])
+    ids, expected = positions[None], [[0] * 3 + [1] * 5 + [2] + [3] * 4]
+    straight = torch.arange(13).expand(4, 1, -1)
+    for told in (positions, ids, ids.expand(4, 1, -1), torch.cat((ids, straight[:3]))):
+        assert packed_segments(told, 1, 13).tolist() == expected
+        assert packed_segments(told, 2, 13).tolist() == expected * 2
+    assert packed_segments(ids.expand(5, 1, -1), 1, 13, axes=4).tolist() == expected
+    # The axes alone: those of an image repeat and jump within one sequence.
+    assert packed_segments(ids.expand(3, 1, -1), 1, 13) is None
+    assert packed_segments(ids.expand(4, 1, -1), 1, 13, axes=4) is None
+    for told in (None, straight[0], straight, torch.cat((straight[:1], ids.expand(3, 1, -1)))):
+        assert packed_segments(told, 1, 13) is None
+
+
+def test_packed_by_the_numbers_of_the_sequences():
+    """`seq_idx`, by which the state-space and convolution layers of hybrid models separate them."""
+    stack = adapted("llama").get_base_model().model
+    layer = read_layers(stack)[0]
+    seen = {}
+    layer.base_layer.register_forward_hook(lambda module, args, output: seen.update(output=output))
+    layer.register_forward_hook(lambda module, args, output: seen.update(result=output))
+    numbers = torch.tensor([[0] * 3 + [1] * 5 + [2] + [3] * 4], dtype=torch.int32)
+    with torch.no_grad():
+        stack(input_ids=torch.randint(3, VOCABULARY, (2, 13)), seq_idx=numbers, use_cache=False)
+        for row, base in zip(seen["result"], seen["output"], strict=True):
+            for one, output in zip(row.split(LENGTHS), base.split(LENGTHS), strict=True):
+                torch.testing.assert_close(one, layer_alone(layer, output), rtol=0, atol=TOLERANCE)
 
 
 def test_packed_by_cumulative_lengths():
@@ -403,6 +456,50 @@ def test_checkpointed_gradients_are_the_plain_ones(family, use_reentrant):
     for name, gradient in plain.items():
         torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-9, atol=1e-12)
     model.gradient_checkpointing_disable()
+
+
+class Elsewhere(Blocks):
+    """Blocks of which the second is on the meta device, as if the model were split over devices."""
+
+    def forward(self, inputs_embeds, attention_mask=None, segment_ids=None):
+        first, second = self.layers
+        return second(first(inputs_embeds).to("meta"))
+
+
+@pytest.mark.parametrize("cell", ["none", "lstm"])
+@pytest.mark.parametrize("ids", [None, [[0, 0, 1, 1], [0, 1, 1, 1]]])
+def test_the_mask_follows_the_layers_to_their_devices(cell, ids, monkeypatch):
+    # The recurrences themselves do not run on the meta device.
+    monkeypatch.setattr(LSTM, "forward", lambda self, x, state, mask, keep_states: (x.where(mask[..., None], 0), None))
+    model = get_peft_model(Elsewhere().double(), READConfig(target_modules=["fc2"], cell=cell, init_weights=False))
+    model.base_model.model.layers[1].to("meta")
+    x, mask = torch.randn(2, 4, 6, dtype=torch.float64), torch.tensor([[0, 1, 1, 1], [1, 1, 1, 0]])
+    told = {"attention_mask": mask, "segment_ids": None if ids is None else torch.tensor(ids)}
+    result = model(x, **told)
+    assert result.shape == x.shape and result.is_meta
+    with sequence_scope(mask=mask, segment_ids=told["segment_ids"]):
+        assert model(x).is_meta
+
+
+def test_a_scope_belongs_to_the_thread_that_opens_it():
+    mask = torch.tensor([[1, 1, 0]])
+    with ThreadPoolExecutor(1) as pool, sequence_scope(mask=mask):
+        assert pool.submit(current_scope).result() is None
+        told = pool.submit(contextvars.copy_context().run, current_scope).result()
+        assert told is current_scope() and torch.equal(told.mask, mask.bool())
+
+
+def test_what_was_moved_is_moved_once():
+    mask, ids = torch.tensor([[1, 1, 0]]).bool(), torch.tensor([[0, 1, 1]])
+    scope = Scope(batch=1, length=3, mask=mask, segment_ids=ids)
+    meta = torch.device("meta")
+    assert scope.on(mask.device, mask) is mask and scope.on(meta, None) is None
+    assert scope.on(meta, mask).is_meta and scope.on(meta, mask) is scope.on(meta, mask)
+    segments = scope.segments
+    assert segments.on(ids.device) is segments and segments.on(meta) is segments.on(meta)
+    moved = segments.on(meta)
+    assert moved.split(torch.zeros(1, 3, 2, device=meta)).shape == segments.split(torch.zeros(1, 3, 2)).shape
+    assert moved.longest == 1 and segments.mask.device == ids.device
 
 
 def test_torchs_checkpoint_wrapper():

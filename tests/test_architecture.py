@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "peft_read"
-FLOOR_0 = {"recurrence", "transport", "spans", "files", "values", "plain", "names", "tasks", "data", "metrics"}
+FLOOR_0 = {
+    "recurrence", "transport", "spans", "files", "values", "plain", "names", "checkpointing", "tasks", "data",
+    "metrics",
+}  # fmt: skip
 MAY_IMPORT = {
     "versions": set(),
     "backends": set(),
@@ -18,7 +21,8 @@ MAY_IMPORT = {
     "values": set(),
     "plain": set(),
     "names": set(),
-    "tasks": set(),
+    "checkpointing": set(),
+    "tasks": {"checkpointing"},
     "files": set(),
     "data": {"spans", "files", "values"},
     "metrics": {"spans", "files", "values"},

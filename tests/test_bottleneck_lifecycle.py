@@ -16,6 +16,7 @@ import transformers
 from packaging.version import Version
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model, inject_adapter_in_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from test_bottleneck import CONFIGS, TASKS, adapted, inputs_of, logits
 from tiny_models import build
@@ -23,6 +24,7 @@ from torch import nn
 
 from peft_read import BottleneckConfig, CompacterConfig, HyperformerConfig, set_task
 from peft_read.bottleneck.shared import BottleneckState
+from peft_read.checkpointing import ScopedCheckpoint
 from peft_read.tasks import TaskModule
 
 FAMILY = {"BOTTLENECK": BottleneckConfig, "COMPACTER": CompacterConfig, "HYPERFORMER": HyperformerConfig}
@@ -407,6 +409,53 @@ def test_checkpointed_blocks_are_recomputed_for_the_task_they_were_computed_for(
     for key, gradient in plain.items():
         torch.testing.assert_close(checkpointed[key], gradient, rtol=1e-4, atol=1e-6)
     assert not [key for key in plain if "task_gqa" in key or "task_caption" in key]
+
+
+PER_TASK = {
+    "lora": lambda: LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False),
+    "lora and a head": lambda: LoraConfig(
+        r=2, target_modules=["v_proj"], init_lora_weights=False, modules_to_save=["fc2"]
+    ),
+    "bottleneck": lambda: BottleneckConfig(**RANDOM),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("config", PER_TASK)
+def test_checkpointed_blocks_are_recomputed_with_the_adapter_of_their_task(config, reentrant):
+    torch.manual_seed(1)
+    model = get_peft_model(build("bart", dropout=0.0), PER_TASK[config](), adapter_name="vqa").train()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    set_task(model, "vqa")
+    model(**inputs_of("bart")).logits.mean().backward()  # a step before the adapter of the second task is there
+    model.add_adapter("gqa", PER_TASK[config]())
+    model.base_model.set_requires_grad(["vqa", "gqa"])
+    found = []
+    for checkpointed in (True, False):
+        if not checkpointed:
+            model.gradient_checkpointing_disable()
+        losses = []
+        for task in ("vqa", "gqa"):
+            set_task(model, task)
+            losses.append(model(**inputs_of("bart")).logits.square().mean() * (1 + (task == "gqa")))
+        found.append(gradients(model, sum(losses)))
+        assert model.active_adapter == "gqa"
+        assert all(layer.active_adapters == ["gqa"] for layer in model.modules() if isinstance(layer, BaseTunerLayer))
+    assert {name for key in found[1] for name in ("vqa", "gqa") if f".{name}." in key} == {"vqa", "gqa"}
+    assert found[0].keys() == found[1].keys()
+    for key, gradient in found[1].items():
+        torch.testing.assert_close(found[0][key], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_what_a_block_was_computed_with_is_forgotten_with_the_adapters():
+    model = adapted("bottleneck")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()(**inputs_of("bart")).logits.mean().backward()
+    base = model.unload()
+    wrapped = [m for m in base.modules() if isinstance(vars(m).get("_gradient_checkpointing_func"), ScopedCheckpoint)]
+    assert not wrapped and not base._forward_pre_hooks
 
 
 @pytest.mark.parametrize("name", ["normed", "half", "compacter", "efficient"])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import BartConfig, BartForConditionalGeneration
 
 from peft_read import BottleneckConfig, CompacterConfig, HyperformerConfig, set_task
 from peft_read.baselines import train_only
@@ -394,6 +395,39 @@ def test_the_penalty_is_the_mean_square_in_the_bottlenecks():
     torch.testing.assert_close(penalty.value(), value)  # it watches no longer
     with pytest.raises(ValueError, match="has no adapters with a bottleneck"):
         BottleneckPenalty(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_penalty_without_a_gradient_is_an_error(reentrant):
+    config = BartConfig(
+        vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, dropout=0.0,
+    )  # fmt: skip
+    model = get_peft_model(BartForConditionalGeneration(config), BottleneckConfig(r=4)).train()
+    model.enable_input_require_grads()
+    inputs = {"input_ids": torch.randint(3, 40, (2, 6)), "decoder_input_ids": torch.randint(3, 40, (2, 4))}
+
+    def gradients():
+        with BottleneckPenalty(model) as penalty:
+            model(**inputs)
+            torch.autograd.backward(penalty.value())
+        return [p.grad.clone() for n, p in model.named_parameters() if "down_sampler" in n and p.requires_grad]
+
+    plain = gradients()
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if not reentrant:
+        torch.testing.assert_close(gradients(), plain)
+        return
+    with pytest.raises(RuntimeError, match=r"bottleneck '.*' ran where gradients are .*'use_reentrant': False"):
+        gradients()
+    with BottleneckPenalty(model) as penalty, torch.no_grad():  # for its value alone
+        model(**inputs)
+        assert penalty.value() > 0
+    with BottleneckPenalty(model.eval()) as penalty:
+        with torch.no_grad():
+            model(**inputs)
+        assert penalty.value() > 0
 
 
 def test_settings_and_weights_that_do_not_fit():

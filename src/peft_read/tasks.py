@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-__all__ = ["TaskModule", "set_task", "task_modules"]
+from .checkpointing import scope_checkpoints, unscope_checkpoints
+
+__all__ = ["TaskModule", "forget_choices_in", "keep_choices_in", "set_task", "task_modules"]
+
+
+OWNER = "tasks"
 
 
 class TaskModule:
@@ -38,6 +46,9 @@ class set_task:
     trained in turn by one optimizer; `model.base_model.set_requires_grad(["vqa", "gqa"])` makes them all trainable
     before that optimizer is made.
 
+    From then on gradient checkpointing (transformers' own, torch's `CheckpointWrapper`) recomputes a block for the
+    task that it was computed for, even if another has been set before the backward pass.
+
     Args:
         model: the model, wrapped (peft, DDP, torch.compile) or not.
         task: the name of the task.
@@ -59,6 +70,10 @@ class set_task:
             self._change(adapted, attribute, [task] if isinstance(adapted, BaseTunerLayer) else task)
         for module in task_modules(model):
             self._change(module, "task", task)
+        if self._before:
+            tuners = [module for module in model.modules() if isinstance(module, BaseTuner)]
+            for adapted in [tuner.model for tuner in tuners] or [model]:
+                keep_choices_in(adapted)
 
     def _change(self, module: Any, attribute: str, value: Any) -> None:
         self._before.append((module, attribute, getattr(module, attribute)))
@@ -72,6 +87,69 @@ class set_task:
     ) -> None:
         for module, attribute, value in reversed(self._before):
             setattr(module, attribute, value)
+
+
+class _KeepChoices:
+    """Forward pre-hook of a model in training: its checkpointed blocks are recomputed with the choices of a pass."""
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        if not module.training or torch.compiler.is_compiling():
+            return
+        choices = _choices_in(module)  # each time: adapters come and go
+        if choices:
+            scope_checkpoints(module, partial(_capture, choices), OWNER)
+        else:
+            unscope_checkpoints(module, OWNER)
+
+
+def _choices_in(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """What chooses the weights of a forward pass: the attributes of modules that hold the task and the adapters."""
+    choices: list[tuple[nn.Module, str]] = []
+    for module in model.modules():
+        if isinstance(module, TaskModule):
+            choices.append((module, "task"))
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            choices += [(module, "_active_adapter"), (module, "_disable_adapters")]
+    return choices
+
+
+def _capture(choices: list[tuple[nn.Module, str]]) -> Callable[[bool], AbstractContextManager[None]]:
+    chosen = [getattr(module, name) for module, name in choices]
+    return lambda without_graph: _as_it_was(choices, chosen)
+
+
+@contextmanager
+def _as_it_was(choices: list[tuple[nn.Module, str]], chosen: list[Any]) -> Iterator[None]:
+    before = _put(choices, chosen)
+    try:
+        yield
+    finally:
+        _put(choices, before)
+
+
+def _put(choices: list[tuple[nn.Module, str]], chosen: list[Any]) -> list[Any]:
+    before = [getattr(module, name) for module, name in choices]
+    for (module, name), value, present in zip(choices, chosen, before, strict=True):
+        if value is not present:  # nearly all are as they were, and setting one costs more than asking
+            setattr(module, name, value)
+    return before
+
+
+def keep_choices_in(model: nn.Module) -> None:
+    """Let a model's checkpointed blocks be recomputed for the task, and with the adapters, of their computation.
+
+    Args:
+        model: the module that is called, without peft's wrappers.
+    """
+    if not any(isinstance(hook, _KeepChoices) for hook in model._forward_pre_hooks.values()):
+        model.register_forward_pre_hook(_KeepChoices())
+
+
+def forget_choices_in(model: nn.Module) -> None:
+    """Take back what `keep_choices_in` did, also in a copied model."""
+    for number in [n for n, hook in model._forward_pre_hooks.items() if isinstance(hook, _KeepChoices)]:
+        del model._forward_pre_hooks[number]
+    unscope_checkpoints(model, OWNER)
 
 
 def task_modules(model: nn.Module) -> Iterator[TaskModule]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..peft_methods.checkpointing import unscope_checkpoints
+from ..checkpointing import unscope_checkpoints
 from ..peft_methods.stacks import (
     blocks_around,
     find_stack,
@@ -17,7 +17,7 @@ from ..peft_methods.stacks import (
 )
 from .cache import commit_states, has_grown, returned_cache
 from .openings import BlockOpening, Opening, StackOpening, TowerOpening, VideosOpening
-from .scope import current_scope, leave_scope
+from .scope import current_scope, leave_scope, outside_graphs
 
 __all__ = ["install_scopes", "remove_scopes"]
 
@@ -32,6 +32,7 @@ class _Closing:
     def __init__(self, opening: Opening) -> None:
         self.opening = opening
 
+    @outside_graphs
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         scope = current_scope()
         if scope is None or scope.opened_by is not self.opening:  # nothing was opened, or the pre-hook raised

@@ -13,7 +13,7 @@ from ..peft_methods.endings import device_of
 from ..peft_methods.mixed import mixed_rows
 from ..recurrence import Identity, adapt_in_one, build_cell
 from .config import READConfig
-from .scope import Scope, current_scope
+from .scope import Scope, current_scope, outside_graphs
 from .sequences import Notice, Sequences, as_sequences, padding_of
 from .targets import in_and_out
 
@@ -188,6 +188,7 @@ class Linear(nn.Module, READLayer):
             return (self._adapted(result[0], x), *result[1:])
         return self._adapted(result, x)
 
+    @outside_graphs
     def _adapted(self, result: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         mixed = mixed_rows()
         active = self.active_adapters if mixed is None else mixed.adapters
@@ -295,6 +296,7 @@ class Linear(nn.Module, READLayer):
                 "bidirectional=False."
             )
         if segments is not None:
+            segments = segments.on(hidden.device)
             hidden, states = cell(segments.split(hidden), None, segments.mask, keep_states=sequences.keeps_states)
             hidden, states = segments.join(hidden), None if states is None else segments.join(states)
         else:

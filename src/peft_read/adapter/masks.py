@@ -21,6 +21,11 @@ __all__ = [
 
 # What models add to a masked score: -1e4 in some, the smallest number of the type in most.
 FORBIDDING = -1e3
+PACKED_IN_A_GRAPH = (
+    "READ's compiled graph was given a 4-D attention mask that keeps several sequences of a row apart, and a graph "
+    "cannot know how long they are. Call the model uncompiled, or inside `sequence_scope(segment_ids=...)`, for which "
+    "READ leaves the graph."
+)
 
 
 def as_mask(
@@ -166,31 +171,47 @@ def block_diagonal_segments(attention_mask: Any, batch: int | None, length: int 
 
     Returns:
         (B, T) ids that count the sequences of a row; None if each row is one sequence.
+
+    Raises:
+        RuntimeError: in a compiled graph, when it runs with a mask of several sequences in a row.
     """
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 4 or batch is None or length is None:
         return None
-    if attention_mask.shape[-2:] != (length, length) or length < 2 or torch.compiler.is_compiling():
+    if attention_mask.shape[-2:] != (length, length) or length < 2:
         return None
     allowed = _allowed(attention_mask[:, 0])  # (B, T, T)
     valid = allowed.diagonal(dim1=1, dim2=2)
     neighbours = allowed.diagonal(offset=-1, dim1=1, dim2=2) | allowed.diagonal(offset=1, dim1=1, dim2=2)
     breaks = valid[:, 1:] & valid[:, :-1] & ~neighbours
+    if torch.compiler.is_compiling():
+        # Most masks are of one sequence per row, and asking which this is would break the graph of every encoder.
+        torch._assert_async(~breaks.any(), PACKED_IN_A_GRAPH)
+        return None
     if not breaks.is_cuda and not bool(breaks.any()):
         return None
     return torch.nn.functional.pad(breaks, (1, 0)).cumsum(-1).expand(batch, length)
 
 
-def packed_segments(position_ids: Any, batch: int | None, length: int | None) -> torch.Tensor | None:
+def packed_segments(position_ids: Any, batch: int | None, length: int | None, *, axes: int = 3) -> torch.Tensor | None:
     """The sequences that are packed into each row, from positions that do not increase by one.
 
-    This is the rule by which transformers builds its block-diagonal masks.
+    This is the rule by which transformers builds its block-diagonal masks. In a compiled graph the question breaks it.
+
+    Args:
+        position_ids: (B or 1, T); or (1 + axes, B or 1, T) or (1, B or 1, T), as multimodal rotary embeddings take
+            them, whose first row has the positions in the text. Other forms, such as the axes alone, do not tell.
+        batch: B.
+        length: T.
+        axes: how many axes multimodal positions have: time, height and width.
 
     Returns:
         (B, T) ids that count the sequences of a row; None if each row is one sequence.
     """
     if not isinstance(position_ids, torch.Tensor) or batch is None or length is None or length < 2:
         return None
-    if position_ids.dim() != 2 or position_ids.shape[1] != length or torch.compiler.is_compiling():
+    if position_ids.dim() == 3 and position_ids.shape[0] in (1, 1 + axes):
+        position_ids = position_ids[0]
+    if position_ids.dim() != 2 or position_ids.shape[1] != length:
         return None
     breaks = (position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)
     if not bool(breaks.any()):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from ..peft_methods.checkpointing import scope_checkpoints
+from ..checkpointing import scope_checkpoints
 from ..peft_methods.stacks import RAW_INPUTS
 from .cache import cache_length, given_cache, is_begun
 from .masks import (
@@ -22,12 +22,13 @@ from .masks import (
     packed_segments,
     segments_of_lengths,
 )
-from .scope import Scope, Tower, current_scope, enter_scope, run_in_scope
+from .scope import Scope, Tower, current_scope, enter_scope, forget_interrupted, outside_graphs, run_in_scope
 
 __all__ = ["BlockOpening", "Opening", "StackOpening", "TowerOpening", "VideosOpening"]
 
 PADDING_MASKS = ("src_key_padding_mask", "decoder_padding_mask")  # True = padding: torch's, and FSMT's
 CUMULATIVE_LENGTHS = ("cu_seq_lens_q", "cu_seqlens")
+NUMBERS_OF_SEQUENCES = "seq_idx"  # (B, T), of the state-space and convolution layers of hybrid models
 MERGED = (
     "in which several images, videos or clips of the batch may follow each other, and it is unknown where "
     "each begins: the recurrence would run from one into the next"
@@ -57,8 +58,11 @@ class Opening:
     def __init__(self, names: list[str]) -> None:
         self.names = names
 
+    @outside_graphs
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Open the scope that the arguments describe, if any."""
+        if not torch.compiler.is_compiling():
+            forget_interrupted(self)
         given = dict(zip(self.names, args, strict=False))
         given.update(kwargs)
         scope = self.scope_of(module, given, current_scope())
@@ -142,7 +146,7 @@ class StackOpening(Opening):
         if mask is None:
             mask = self._mask(given, batch, length, past, cache, device)
         if segment_ids is None:
-            segment_ids = _segments(given, batch, length, past)
+            segment_ids = _segments(module, given, batch, length, past)
         use_cache = given.get("use_cache")
         if use_cache is None and "use_cache" in self.names and not module.training:
             use_cache = getattr(getattr(module, "config", None), "use_cache", False)
@@ -254,7 +258,7 @@ class BlockOpening(Opening):
         else:
             return None
         tower = None if outer is None else outer.tower
-        segment_ids = _segments(given, batch, length, 0)
+        segment_ids = _segments(module, given, batch, length, 0)
         if batch == 1:
             lengths = _segments_of_tower(tower, length)
             segment_ids = lengths if lengths is not None else segment_ids
@@ -340,7 +344,7 @@ def _told_by_user(outer: Scope | None, batch: int | None, length: int | None) ->
 
 
 def _segments(
-    given: dict[str, Any], batch: int | None, length: int | None, past: int | torch.Tensor
+    module: nn.Module, given: dict[str, Any], batch: int | None, length: int | None, past: int | torch.Tensor
 ) -> torch.Tensor | None:
     """The sequences that are packed into each row, by what a module is told about them."""
     if given.get("segment_ids") is not None:
@@ -351,9 +355,17 @@ def _segments(
             return segments_of_lengths(cumulative, batch, length)
     if is_begun(past):
         return None
+    numbers = given.get(NUMBERS_OF_SEQUENCES)
+    if (
+        isinstance(numbers, torch.Tensor)
+        and batch is not None
+        and tuple(numbers.shape) in ((batch, length), (1, length))
+    ):
+        return numbers.expand(batch, -1)
     attention_mask = given.get("attention_mask")
     if attention_mask is None:
-        return packed_segments(given.get("position_ids"), batch, length)
+        sections = getattr(getattr(module, "rotary_emb", None), "mrope_section", None)
+        return packed_segments(given.get("position_ids"), batch, length, axes=len(sections) if sections else 3)
     return block_diagonal_segments(attention_mask, batch, length)
 
 

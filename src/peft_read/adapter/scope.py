@@ -7,11 +7,13 @@ layers look there.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from threading import Lock
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -20,11 +22,29 @@ from transformers.cache_utils import Cache
 from .cache import WAY_OUT, States, is_begun, saved_states
 from .segments import Segments
 
-__all__ = ["Scope", "Tower", "current_scope", "enter_scope", "leave_scope", "run_in_scope", "sequence_scope"]
+__all__ = [
+    "Scope",
+    "Tower",
+    "current_scope",
+    "enter_scope",
+    "forget_interrupted",
+    "leave_scope",
+    "outside_graphs",
+    "run_in_scope",
+    "sequence_scope",
+]
 
 _CURRENT: ContextVar[Scope | None] = ContextVar("peft_read_scope", default=None)
 # torch.compile cannot trace a ContextVar. While it traces, scopes are kept on this plain list instead.
 _TRACED: list[Scope] = []
+# Whether any thread has a scope in the ContextVar: a plain value, which compiled graphs guard. One that was traced
+# while none was open is not used while one is.
+_ANY_OPEN = False
+_OPEN = 0
+_LOCK = Lock()
+
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -101,6 +121,7 @@ class Scope:
         self.opened_by: object = None  # the hook that opened it
         self.token: Token | None = None
         self._segments: Segments | None = None
+        self._moved: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def around(self) -> Iterator[Scope]:
         """The scope itself and those around it, from the inside out."""
@@ -135,14 +156,27 @@ class Scope:
         if self.segment_ids is None:
             return None
         if self._segments is None:
-            self._segments = Segments(self.segment_ids, self.mask)
+            self._segments = Segments(self.segment_ids, self.on(self.segment_ids.device, self.mask))
         return self._segments
 
     def segments_of(self, rows: torch.Tensor) -> Segments | None:
         """The segments of some of the rows."""
-        if self.segment_ids is None:
+        segment_ids, mask = (self.on(rows.device, tensor) for tensor in (self.segment_ids, self.mask))
+        if segment_ids is None:
             return None
-        return Segments(self.segment_ids[rows], None if self.mask is None else self.mask[rows])
+        return Segments(segment_ids[rows], None if mask is None else mask[rows])
+
+    def on(self, device: torch.device, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        """One of the scope's tensors on the device of a layer, moved once for all layers there.
+
+        The layers of a stack may be on several devices, and what it was given is on one.
+        """
+        if tensor is None or tensor.device == device:
+            return tensor
+        key = (id(tensor), device)
+        if key not in self._moved:
+            self._moved[key] = (tensor, tensor.to(device))  # with the first of them, so that its id stays its own
+        return self._moved[key][1]
 
     def keep(self, key: Hashable, states: torch.Tensor, rows: torch.Tensor | None) -> None:
         """Remember the states (B, T, S) of this pass, which join the cache when the stack has finished."""
@@ -219,11 +253,46 @@ class Scope:
 def current_scope() -> Scope | None:
     """The scope of the stack that is running, if any."""
     if torch.compiler.is_compiling():
+        if _ANY_OPEN:
+            return _read_outside_graphs()
         return _TRACED[-1] if _TRACED else None
+    return _read()
+
+
+def _read() -> Scope | None:
     scope = _CURRENT.get()
     if scope is None and _TRACED:  # eager code between two pieces of one compiled graph
         return _TRACED[-1]
     return scope
+
+
+_read_outside_graphs = torch.compiler.disable(_read)
+
+
+def outside_graphs(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+    """Let a function that asks for the scope leave a compiled graph if the scope may have been opened outside of it.
+
+    That is so around a compiled block in a stack that is not compiled, and in a user's `sequence_scope`. The graph
+    would not see the scope; outside of it the function is eager code like any other.
+    """
+    eager = torch.compiler.disable(function)
+
+    @wraps(function)
+    def choose(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
+        if torch.compiler.is_compiling() and _ANY_OPEN:
+            return eager(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    # torch.compile counts its attempts per code object, and gives up after eight.
+    choose.__code__ = choose.__code__.replace(co_name=function.__name__)
+    return choose
+
+
+def _count_open(change: int) -> None:
+    global _OPEN, _ANY_OPEN
+    with _LOCK:
+        _OPEN += change
+        _ANY_OPEN = _OPEN > 0
 
 
 def enter_scope(scope: Scope) -> None:
@@ -233,6 +302,7 @@ def enter_scope(scope: Scope) -> None:
     else:
         _forget_failed_traces(scope.owner)
         scope.token = _CURRENT.set(scope)
+        _count_open(1)
 
 
 def _forget_failed_traces(owner: nn.Module | None) -> None:
@@ -248,16 +318,39 @@ def leave_scope(scope: Scope) -> None:
     if scope.token is None:
         _TRACED.pop()
     else:
+        _count_open(-1)
         _CURRENT.reset(scope.token)
+        scope.token = None
+
+
+def forget_interrupted(opening: object) -> None:
+    """Drop the scopes that a forward pass left open which was interrupted: its hooks do not see a KeyboardInterrupt.
+
+    Args:
+        opening: the hook that is about to open a scope; its module is not running.
+    """
+    scope = _CURRENT.get()
+    left_open = []
+    for around in scope.around() if scope is not None else ():
+        left_open.append(around)
+        if around.opened_by is opening and around.token is not None:
+            for stale in left_open:
+                if stale.token is not None:
+                    stale.token = None
+                    _count_open(-1)
+            _CURRENT.set(around.outer)
+            return
 
 
 @contextmanager
 def run_in_scope(scope: Scope | None) -> Iterator[None]:
     """Run a piece of a forward pass, perhaps later and in another thread, in the scope it belongs to."""
     token = _CURRENT.set(scope)
+    _count_open(1)
     try:
         yield
     finally:
+        _count_open(-1)
         _CURRENT.reset(token)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 __all__ = ["Segments"]
@@ -37,6 +39,17 @@ class Segments:
         self.longest = int(sizes.max()) if len(sizes) else 0
         self.mask = torch.zeros(self.groups, self.longest, dtype=torch.bool, device=valid.device)
         self.mask[self.slot] = True
+        self._moved: dict[torch.device, Segments] = {}
+
+    def on(self, device: torch.device) -> Segments:
+        """The same for tensors on a device, moved once."""
+        if self.mask.device == device:
+            return self
+        if device not in self._moved:
+            moved = self._moved[device] = copy.copy(self)
+            moved.tokens, moved.mask = self.tokens.to(device), self.mask.to(device)
+            moved.slot = (self.slot[0].to(device), self.slot[1].to(device))
+        return self._moved[device]
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, k) -> (G, L, k), one row a segment, filled up with zeros where `mask` is False."""

@@ -99,7 +99,9 @@ def as_sequences(
         # Where attention is the module that takes the mask, its block knows what else there is.
         source = outer.source_of(layer_input, batch_first=batch_first)
     if source is not None:
-        return _of_source(output, *source, batch_first=batch_first)
+        shape_of_source, source_mask = source
+        source_mask = scope.on(output.device, source_mask)
+        return _of_source(output, shape_of_source, source_mask, batch_first=batch_first)
     sequences = _in_scope(output, scope, path, batch_first)
     if sequences is not None:
         if scope.unclear is not None:
@@ -168,7 +170,7 @@ def _in_scope(output: torch.Tensor, scope: Scope, path: str, batch_first: bool) 
         tensor, restore = output.reshape(batch, length, shape[-1]), lambda delta: delta.reshape(shape)
     else:
         return None
-    return Sequences(tensor, restore, scope.mask, scope, scope.call_index(path))
+    return Sequences(tensor, restore, scope.on(output.device, scope.mask), scope, scope.call_index(path))
 
 
 def _of_frames(sequences: Sequences, scope: Scope | None) -> Sequences:
@@ -200,7 +202,7 @@ def padding_of(output: torch.Tensor, scope: Scope | None, *, batch_first: bool) 
     for around in () if scope is None else scope.around():
         sequences = None if around.mask is None else _in_scope(output, around, "", batch_first)
         if sequences is not None:
-            valid = around.mask
+            valid = around.on(output.device, around.mask)
             assert valid is not None
             return sequences.restore(valid[..., None].expand(*valid.shape, output.shape[-1]))[..., 0]
     return None

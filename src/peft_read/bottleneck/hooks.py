@@ -1,4 +1,4 @@
-"""Hooks on an adapted model: weights are generated once per forward pass, and kept with the task for checkpoints."""
+"""Hooks on an adapted model: weights are generated once per forward pass, and kept for its checkpoints."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..peft_methods.checkpointing import scope_checkpoints, unscope_checkpoints
-from ..tasks import TaskModule, task_modules
+from ..checkpointing import scope_checkpoints, unscope_checkpoints
+from ..tasks import forget_choices_in, keep_choices_in
 from .shared import HyperformerShared
 
 __all__ = ["generate_in", "keep_tasks_in", "remove_hooks"]
@@ -45,43 +45,39 @@ class _Forget:
         self.generate.shared.forget(self.generate.stack)
 
 
-class _KeepTasks:
-    """Forward pre-hook of a model in training: its checkpointed blocks are recomputed for the task of this pass."""
+class _KeepGenerated:
+    """Forward pre-hook of a model in training: its checkpointed blocks are recomputed with the weights of a pass."""
 
     def __call__(self, module: nn.Module, args: tuple) -> None:
         if module.training and not torch.compiler.is_compiling():
-            scope_checkpoints(module, partial(_capture, list(task_modules(module))), OWNER)
+            shared = [part for part in module.modules() if isinstance(part, HyperformerShared)]
+            if shared:
+                scope_checkpoints(module, partial(_capture, shared), OWNER)
 
 
-def _capture(modules: list[TaskModule]) -> Callable[[bool], AbstractContextManager[None]]:
-    """The context of a block's computation: the task of each module, and the generated weights."""
-    tasks = [module.task for module in modules]
-    generated = [dict(module.generated) for module in modules if isinstance(module, HyperformerShared)]
+def _capture(shared: list[HyperformerShared]) -> Callable[[bool], AbstractContextManager[None]]:
+    """The context of a block's computation: the generated weights."""
+    generated = [dict(module.generated) for module in shared]
 
     def context(without_graph: bool) -> AbstractContextManager[None]:
         # A block whose first computation kept no graph runs backward by itself when it is recomputed, and must
         # generate its weights anew: the graph of those of the pass could be gone through only once.
-        return _as_it_was(modules, tasks, [{} for _ in generated] if without_graph else generated)
+        return _as_it_was(shared, [{} for _ in generated] if without_graph else generated)
 
     return context
 
 
 @contextmanager
-def _as_it_was(modules: list[TaskModule], tasks: list[str | None], generated: list[dict]) -> Iterator[None]:
-    shared = [module for module in modules if isinstance(module, HyperformerShared)]
-    before = [module.task for module in modules], [module.generated for module in shared]
-    _put(modules, tasks, shared, generated)
+def _as_it_was(shared: list[HyperformerShared], generated: list[dict]) -> Iterator[None]:
+    before = [module.generated for module in shared]
+    _put(shared, generated)
     try:
         yield
     finally:
-        _put(modules, before[0], shared, before[1])
+        _put(shared, before)
 
 
-def _put(
-    modules: list[TaskModule], tasks: list[str | None], shared: list[HyperformerShared], generated: list[dict]
-) -> None:
-    for module, task in zip(modules, tasks, strict=True):
-        module.task = task
+def _put(shared: list[HyperformerShared], generated: list[dict]) -> None:
     for module, weights in zip(shared, generated, strict=True):
         module.generated = weights
 
@@ -102,16 +98,18 @@ def generate_in(stack: nn.Module, shared: HyperformerShared, key: str) -> None:
 
 
 def keep_tasks_in(model: nn.Module) -> None:
-    """Let a model's checkpointed blocks be recomputed for the task that they were computed for."""
-    if not any(isinstance(hook, _KeepTasks) for hook in model._forward_pre_hooks.values()):
-        model.register_forward_pre_hook(_KeepTasks())
+    """Let a model's checkpointed blocks be recomputed for the task, and with the weights, of their computation."""
+    keep_choices_in(model)
+    if not any(isinstance(hook, _KeepGenerated) for hook in model._forward_pre_hooks.values()):
+        model.register_forward_pre_hook(_KeepGenerated())
 
 
 def remove_hooks(model: nn.Module) -> None:
     """Take all hooks of this file off a model; found by looking, since a copied model has hooks but no handles."""
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for number in [n for n, hook in hooks.items() if isinstance(hook, _Generate | _Forget | _KeepTasks)]:
+            for number in [n for n, hook in hooks.items() if isinstance(hook, _Generate | _Forget | _KeepGenerated)]:
                 del hooks[number]
                 module._forward_hooks_always_called.pop(number, None)
     unscope_checkpoints(model, OWNER)
+    forget_choices_in(model)

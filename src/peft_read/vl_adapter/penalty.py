@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bottleneck.layer import Bottleneck, GeneratedBottleneck
+from ..bottleneck.shared import HyperformerShared
 
 __all__ = ["BottleneckPenalty"]
 
@@ -34,17 +35,20 @@ class BottleneckPenalty:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._activations = [
-            module.activation for module in model.modules() if isinstance(module, Bottleneck | GeneratedBottleneck)
-        ]
-        if not self._activations:
+        self._bottlenecks: dict[int, tuple[str, Any]] = {
+            id(module.activation): (name, module)
+            for name, module in model.named_modules()
+            if isinstance(module, Bottleneck | GeneratedBottleneck)
+        }
+        self._generators = [module for module in model.modules() if isinstance(module, HyperformerShared)]
+        if not self._bottlenecks:
             raise ValueError(f"{type(model).__name__} has no adapters with a bottleneck")
         self._squares: dict[int, Tensor] = {}
         self._hooks: list[Any] = []
 
     def __enter__(self) -> BottleneckPenalty:
         self._squares.clear()
-        self._hooks = [module.register_forward_hook(self._keep) for module in self._activations]
+        self._hooks = [module.activation.register_forward_hook(self._keep) for _, module in self._bottlenecks.values()]
         return self
 
     def __exit__(
@@ -60,8 +64,26 @@ class BottleneckPenalty:
         """The penalty of the forward passes so far: a float32 scalar.
 
         Raises:
+            RuntimeError: an adapter in training has run where gradients are switched off, and they are on now.
             ValueError: no adapter has run.
         """
         if not self._squares:
             raise ValueError("no adapter with a bottleneck has run while the penalty was watching")
+        for key, square in self._squares.items():
+            name, bottleneck = self._bottlenecks[key]
+            if torch.is_grad_enabled() and not square.requires_grad and self._is_trained(bottleneck):
+                raise RuntimeError(
+                    f"the bottleneck {name!r} ran where gradients are switched off (inside a reentrant gradient "
+                    "checkpoint, or under no_grad), so the penalty would silently have no gradient. Use "
+                    "gradient_checkpointing_kwargs={'use_reentrant': False}; for its value alone, call value() under "
+                    "torch.no_grad()"
+                )
         return torch.stack(list(self._squares.values())).mean()
+
+    def _is_trained(self, bottleneck: Any) -> bool:
+        """Whether z of a bottleneck must have a gradient: everything that makes it Down is trained."""
+        if isinstance(bottleneck, GeneratedBottleneck):
+            weights = [weight for shared in self._generators for weight in shared.parameters()]
+        else:
+            weights = list(bottleneck.down_sampler.parameters())
+        return bottleneck.training and len(weights) > 0 and all(weight.requires_grad for weight in weights)

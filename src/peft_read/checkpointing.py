@@ -53,22 +53,27 @@ def scope_checkpoints(model: nn.Module, capture: Capture, owner: object) -> None
 
     Args:
         model: the module.
-        capture: of `ScopedCheckpoint`.
+        capture: of `ScopedCheckpoint`; of a function that the owner has wrapped already it takes the former's place.
         owner: of `ScopedCheckpoint`; compared with `==`.
     """
     for module in model.modules():
         for name in NAMES:
             function = module.__dict__.get(name)
-            if function is not None and owner not in _owners(function):
+            if function is None:
+                continue
+            wrapper = _wrapper_of(function, owner)
+            if wrapper is None:
                 module.__dict__[name] = ScopedCheckpoint(function, capture, owner)
+            else:
+                wrapper.capture = capture
 
 
-def _owners(function: Any) -> list[object]:
-    owners = []
+def _wrapper_of(function: Any, owner: object) -> ScopedCheckpoint | None:
     while isinstance(function, ScopedCheckpoint):
-        owners.append(function.owner)
+        if function.owner == owner:
+            return function
         function = function.checkpoint
-    return owners
+    return None
 
 
 def unscope_checkpoints(model: nn.Module, owner: object) -> None:
@@ -76,7 +81,7 @@ def unscope_checkpoints(model: nn.Module, owner: object) -> None:
     for module in model.modules():
         for name in NAMES:
             function = module.__dict__.get(name)
-            if owner in _owners(function):
+            if _wrapper_of(function, owner) is not None:
                 module.__dict__[name] = _without(function, owner)
 
 
