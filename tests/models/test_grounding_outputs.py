@@ -275,17 +275,6 @@ def test_texts_over_the_position_table_are_named():
             model(tokens[0], video_features=video, decoder_input_ids=tokens[1])
 
 
-def test_the_windows_of_a_video_end_with_it_whatever_else_is_in_the_batch():
-    config = MomentDetrConfig(**SIZES)
-    spans = torch.tensor([[[0.95, 0.9], [0.2, 0.1]]]).expand(2, 2, 2)  # the first ends at 1.4 of its video
-    outputs = [torch.zeros(2, 2, 2), spans, torch.zeros(2, 50), torch.ones(2, 50)]
-    rows = [{"query": "q", "vid": f"v{i}", "duration": seconds} for i, seconds in enumerate((100.0, 3600.0))]
-    together = grounding_records([part.numpy() for part in outputs], rows, config)
-    for i, row in enumerate(rows):
-        assert together[i] == grounding_records([part[i : i + 1].numpy() for part in outputs], [row], config)[0]
-        assert max(end for _, end, _ in together[i]["pred_relevant_windows"]) == row["duration"]
-
-
 def test_a_submission_takes_the_best_windows_of_all_layers(monkeypatch):
     model = umt(decoder_layers=2, pred_layers=[0, -1]).eval()
     worse_then_better = iter((0.1, 0.8))  # centre probabilities of the first and of the last layer

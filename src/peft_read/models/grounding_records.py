@@ -45,18 +45,15 @@ def grounding_records(
     windows: list[list[list[float]]] | None = None
     if config.model_type == "moment_detr":
         logits, spans, saliency, mask = map(torch.as_tensor, outputs)
-        windows = []
-        for index, seconds in enumerate(durations):  # each up to its own end, whatever else is in the batch
-            part = slice(index, index + 1)
-            windows += ranked_windows(
-                logits[part],
-                spans[part],
-                [seconds],
-                config=config,
-                clip_seconds=clip_seconds,
-                longest_seconds=seconds,
-                nms_threshold=nms_threshold,
-            )
+        windows = ranked_windows(
+            logits,
+            spans,
+            durations,
+            config=config,
+            clip_seconds=clip_seconds,
+            longest_seconds=max(durations),  # one end for all, as the original has it
+            nms_threshold=nms_threshold,
+        )
     else:
         saliency, *boundaries, mask = map(torch.as_tensor, outputs)
         if boundaries:
