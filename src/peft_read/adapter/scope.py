@@ -284,7 +284,7 @@ def outside_graphs(function: Callable[_Given, _Result]) -> Callable[_Given, _Res
         return function(*args, **kwargs)
 
     # torch.compile counts its attempts per code object, and gives up after eight.
-    choose.__code__ = choose.__code__.replace(co_name=function.__name__)
+    choose.__code__ = choose.__code__.replace(co_name=function.__name__)  # type: ignore[attr-defined]
     return choose
 
 
