@@ -15,6 +15,8 @@ HEADS = {
     "moment_detr": ("span_embed", "class_embed", "saliency_proj"),
     "umt": ("saliency_pred", "center_pred", "window_pred", "offset_pred"),
 }
+# Stacks that are no list if they have one block, as the original names its weights.
+SINGLE_BLOCKS = {"umt": ("video_enc.encoder", "audio_enc.encoder")}
 
 
 def train_only(model: nn.Module, method: str, *, also: Sequence[str] = ()) -> nn.Module:
@@ -55,24 +57,26 @@ def _chosen(model: nn.Module, method: str) -> list[nn.Parameter]:
         # The visual transformer reads features, it does not belong to the backbone's stacks: the paper's counts leave
         # it out (docs/backbones.md).
         named = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-        inside_heads = {id(inner) for head in _heads(model) for inner in head.modules()}
+        inside_heads = {id(inner) for head in _known(model, HEADS) for inner in head.modules()}
         stacks = [
             stack
             for name, stack in named
             # neither a list of heads nor an MLP inside one is a stack
             if "img_transformer" not in name and not any(id(inner) in inside_heads for inner in stack.modules())
         ]
-        return [p for stack in _outermost(stacks) for p in stack[-1].parameters()]
+        single = [block for block in _known(model, SINGLE_BLOCKS) if not isinstance(block, nn.ModuleList)]
+        return [p for block in (*(s[-1] for s in _outermost(stacks)), *single) for p in block.parameters()]
     if method == "proj":
         find_head: Callable[[], nn.Module | None] | None = getattr(model, "get_output_embeddings", None)
         head = find_head() if find_head is not None else None
-        heads = _heads(model) if head is None else [head]
+        heads = _known(model, HEADS) if head is None else [head]
         return [p for head in heads for p in head.parameters()]
     return []
 
 
-def _heads(model: nn.Module) -> list[nn.Module]:
-    return modules_called(model, HEADS.get(getattr(getattr(model, "config", None), "model_type", ""), ()))
+def _known(model: nn.Module, names: dict[str, tuple[str, ...]]) -> list[nn.Module]:
+    """The modules of a model whose names are known by its type."""
+    return modules_called(model, names.get(getattr(getattr(model, "config", None), "model_type", ""), ()))
 
 
 def modules_called(model: nn.Module, suffixes: Sequence[str]) -> list[nn.Module]:
