@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
@@ -74,7 +74,7 @@ def _chosen(model: nn.Module, method: str) -> list[nn.Parameter]:
     return []
 
 
-def _known(model: nn.Module, names: dict[str, tuple[str, ...]]) -> list[nn.Module]:
+def _known(model: nn.Module, names: Mapping[str, Sequence[str]]) -> list[nn.Module]:
     """The modules of a model whose names are known by its type."""
     return modules_called(model, names.get(getattr(getattr(model, "config", None), "model_type", ""), ()))
 
