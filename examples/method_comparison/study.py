@@ -128,12 +128,12 @@ class Study:
     def _plans(self, *, seeds: int | None, rows: Sequence[str] | None) -> dict[str, Plan]:
         configurations, plans = self.options.configurations, {}
         for name, setting in SETTINGS.items():
-            source = setting.choices_of
-            chooses = source and Plan(source, SETTINGS[source], self.places, configurations=configurations)
+            source, chooses = setting.choices_of, None
+            if source is not None:
+                chooses = Plan(source, SETTINGS[source], self.places, configurations=configurations)
             plans[name] = Plan(
-                name, setting, self.places, configurations=configurations, seeds=seeds, rows=rows,
-                chooses=chooses or None,
-            )  # fmt: skip
+                name, setting, self.places, configurations=configurations, seeds=seeds, rows=rows, chooses=chooses
+            )
         return plans
 
     def describe(self) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["ScopedCheckpoint", "scope_checkpoints", "unscope_checkpoints"]
+__all__ = ["ScopedCheckpoint", "as_it_was", "scope_checkpoints", "unscope_checkpoints"]
 
 NAMES = ("_gradient_checkpointing_func", "checkpoint_fn")  # transformers; torch's CheckpointWrapper
 
@@ -90,3 +90,26 @@ def _without(function: Any, owner: object) -> Any:
         return function
     inner = _without(function.checkpoint, owner)
     return inner if function.owner == owner else ScopedCheckpoint(inner, function.capture, function.owner)
+
+
+@contextmanager
+def as_it_was(places: Sequence[tuple[nn.Module, str]], values: Sequence[Any]) -> Iterator[None]:
+    """Give attributes of modules the values that they had, for the time of a recomputation.
+
+    Args:
+        places: modules and the names of attributes of theirs.
+        values: of each.
+    """
+    before = _put(places, values)
+    try:
+        yield
+    finally:
+        _put(places, before)
+
+
+def _put(places: Sequence[tuple[nn.Module, str]], values: Sequence[Any]) -> list[Any]:
+    before = [getattr(module, name) for module, name in places]
+    for (module, name), value, present in zip(places, values, before, strict=True):
+        if value is not present:  # nearly all are as they were, and setting one costs more than asking
+            setattr(module, name, value)
+    return before

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -15,10 +15,9 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .checkpointing import scope_checkpoints, unscope_checkpoints
+from .checkpointing import as_it_was, scope_checkpoints, unscope_checkpoints
 
 __all__ = ["TaskModule", "forget_choices_in", "keep_choices_in", "set_task", "task_modules"]
-
 
 OWNER = "tasks"
 
@@ -115,24 +114,7 @@ def _choices_in(model: nn.Module) -> list[tuple[nn.Module, str]]:
 
 def _capture(choices: list[tuple[nn.Module, str]]) -> Callable[[bool], AbstractContextManager[None]]:
     chosen = [getattr(module, name) for module, name in choices]
-    return lambda without_graph: _as_it_was(choices, chosen)
-
-
-@contextmanager
-def _as_it_was(choices: list[tuple[nn.Module, str]], chosen: list[Any]) -> Iterator[None]:
-    before = _put(choices, chosen)
-    try:
-        yield
-    finally:
-        _put(choices, before)
-
-
-def _put(choices: list[tuple[nn.Module, str]], chosen: list[Any]) -> list[Any]:
-    before = [getattr(module, name) for module, name in choices]
-    for (module, name), value, present in zip(choices, chosen, before, strict=True):
-        if value is not present:  # nearly all are as they were, and setting one costs more than asking
-            setattr(module, name, value)
-    return before
+    return lambda without_graph: as_it_was(choices, chosen)
 
 
 def keep_choices_in(model: nn.Module) -> None:

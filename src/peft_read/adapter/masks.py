@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.cache_utils import Cache
 
 from .cache import is_begun
@@ -16,9 +17,12 @@ __all__ = [
     "kept_by_padding_mask",
     "packed_segments",
     "segments_of_lengths",
+    "segments_told",
 ]
 
 
+CUMULATIVE_LENGTHS = ("cu_seq_lens_q", "cu_seqlens")
+NUMBERS_OF_SEQUENCES = "seq_idx"  # (B, T), of the state-space and convolution layers of hybrid models
 # What models add to a masked score: -1e4 in some, the smallest number of the type in most.
 FORBIDDING = -1e3
 PACKED_IN_A_GRAPH = (
@@ -229,3 +233,29 @@ def segments_of_lengths(cumulative: torch.Tensor, batch: int | None, length: int
         raise ValueError(f"`cu_seq_lens_q` describes one row of packed sequences, but the batch has {batch}.")
     positions = torch.arange(length, device=cumulative.device)
     return torch.searchsorted(cumulative[1:].contiguous(), positions, right=True)[None]
+
+
+def segments_told(
+    module: nn.Module, given: dict[str, Any], batch: int | None, length: int | None, past: int | torch.Tensor
+) -> torch.Tensor | None:
+    """The sequences that are packed into each row, by what a module is told about them."""
+    if given.get("segment_ids") is not None:
+        return given["segment_ids"]
+    for name in CUMULATIVE_LENGTHS:
+        cumulative = given.get(name)
+        if isinstance(cumulative, torch.Tensor) and cumulative.dim() == 1 and length is not None:
+            return segments_of_lengths(cumulative, batch, length)
+    if is_begun(past):
+        return None
+    numbers = given.get(NUMBERS_OF_SEQUENCES)
+    if (
+        isinstance(numbers, torch.Tensor)
+        and batch is not None
+        and tuple(numbers.shape) in ((batch, length), (1, length))
+    ):
+        return numbers.expand(batch, -1)
+    attention_mask = given.get("attention_mask")
+    if attention_mask is None:
+        sections = getattr(getattr(module, "rotary_emb", None), "mrope_section", None)
+        return packed_segments(given.get("position_ids"), batch, length, axes=len(sections) if sections else 3)
+    return block_diagonal_segments(attention_mask, batch, length)

@@ -17,18 +17,14 @@ from .cache import cache_length, given_cache, is_begun
 from .masks import (
     as_mask,
     attended_keys,
-    block_diagonal_segments,
     kept_by_padding_mask,
-    packed_segments,
-    segments_of_lengths,
+    segments_told,
 )
 from .scope import Scope, Tower, current_scope, enter_scope, forget_interrupted, outside_graphs, run_in_scope
 
 __all__ = ["BlockOpening", "Opening", "StackOpening", "TowerOpening", "VideosOpening"]
 
 PADDING_MASKS = ("src_key_padding_mask", "decoder_padding_mask")  # True = padding: torch's, and FSMT's
-CUMULATIVE_LENGTHS = ("cu_seq_lens_q", "cu_seqlens")
-NUMBERS_OF_SEQUENCES = "seq_idx"  # (B, T), of the state-space and convolution layers of hybrid models
 MERGED = (
     "in which several images, videos or clips of the batch may follow each other, and it is unknown where "
     "each begins: the recurrence would run from one into the next"
@@ -146,7 +142,7 @@ class StackOpening(Opening):
         if mask is None:
             mask = self._mask(given, batch, length, past, cache, device)
         if segment_ids is None:
-            segment_ids = _segments(module, given, batch, length, past)
+            segment_ids = segments_told(module, given, batch, length, past)
         use_cache = given.get("use_cache")
         if use_cache is None and "use_cache" in self.names and not module.training:
             use_cache = getattr(getattr(module, "config", None), "use_cache", False)
@@ -258,7 +254,7 @@ class BlockOpening(Opening):
         else:
             return None
         tower = None if outer is None else outer.tower
-        segment_ids = _segments(module, given, batch, length, 0)
+        segment_ids = segments_told(module, given, batch, length, 0)
         if batch == 1:
             lengths = _segments_of_tower(tower, length)
             segment_ids = lengths if lengths is not None else segment_ids
@@ -341,32 +337,6 @@ def _told_by_user(outer: Scope | None, batch: int | None, length: int | None) ->
     if outer is None:
         return None
     return next((s for s in outer.around() if s.explicit and (s.batch, s.length) == (batch, length)), None)
-
-
-def _segments(
-    module: nn.Module, given: dict[str, Any], batch: int | None, length: int | None, past: int | torch.Tensor
-) -> torch.Tensor | None:
-    """The sequences that are packed into each row, by what a module is told about them."""
-    if given.get("segment_ids") is not None:
-        return given["segment_ids"]
-    for name in CUMULATIVE_LENGTHS:
-        cumulative = given.get(name)
-        if isinstance(cumulative, torch.Tensor) and cumulative.dim() == 1 and length is not None:
-            return segments_of_lengths(cumulative, batch, length)
-    if is_begun(past):
-        return None
-    numbers = given.get(NUMBERS_OF_SEQUENCES)
-    if (
-        isinstance(numbers, torch.Tensor)
-        and batch is not None
-        and tuple(numbers.shape) in ((batch, length), (1, length))
-    ):
-        return numbers.expand(batch, -1)
-    attention_mask = given.get("attention_mask")
-    if attention_mask is None:
-        sections = getattr(getattr(module, "rotary_emb", None), "mrope_section", None)
-        return packed_segments(given.get("position_ids"), batch, length, axes=len(sections) if sections else 3)
-    return block_diagonal_segments(attention_mask, batch, length)
 
 
 def _segments_of_tower(tower: Tower | None, length: int) -> torch.Tensor | None:

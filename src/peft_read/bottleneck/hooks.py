@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..checkpointing import scope_checkpoints, unscope_checkpoints
+from ..checkpointing import as_it_was, scope_checkpoints, unscope_checkpoints
 from ..tasks import forget_choices_in, keep_choices_in
 from .shared import HyperformerShared
 
@@ -57,29 +57,15 @@ class _KeepGenerated:
 
 def _capture(shared: list[HyperformerShared]) -> Callable[[bool], AbstractContextManager[None]]:
     """The context of a block's computation: the generated weights."""
+    places = [(module, "generated") for module in shared]
     generated = [dict(module.generated) for module in shared]
 
     def context(without_graph: bool) -> AbstractContextManager[None]:
         # A block whose first computation kept no graph runs backward by itself when it is recomputed, and must
         # generate its weights anew: the graph of those of the pass could be gone through only once.
-        return _as_it_was(shared, [{} for _ in generated] if without_graph else generated)
+        return as_it_was(places, [{} for _ in generated] if without_graph else generated)
 
     return context
-
-
-@contextmanager
-def _as_it_was(shared: list[HyperformerShared], generated: list[dict]) -> Iterator[None]:
-    before = [module.generated for module in shared]
-    _put(shared, generated)
-    try:
-        yield
-    finally:
-        _put(shared, before)
-
-
-def _put(shared: list[HyperformerShared], generated: list[dict]) -> None:
-    for module, weights in zip(shared, generated, strict=True):
-        module.generated = weights
 
 
 def generate_in(stack: nn.Module, shared: HyperformerShared, key: str) -> None:
