@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,6 +24,27 @@ def seeded():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+def choices_of_the_process():
+    """What every later test of this process computes with."""
+    backends = sys.modules.get("peft_read.backends")
+    return {
+        "backend": backends and backends._forced,
+        "threads": torch.get_num_threads(),
+        "default dtype": torch.get_default_dtype(),
+        "gradients": torch.is_grad_enabled(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "PEFT_READ_BACKEND": os.environ.get("PEFT_READ_BACKEND"),
+    }
+
+
+@pytest.fixture(autouse=True)
+def leaves_the_process_as_it_was():
+    """The order of the tests differs between machines; what one leaves behind would fail another, there only."""
+    before = choices_of_the_process()
+    yield
+    assert choices_of_the_process() == before, "the test changed what later tests of this process compute with"
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from peft_read import backends
+
 REPOSITORY = Path(__file__).parents[1]
 DOCS = REPOSITORY / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md") if not path.name.endswith("_benchmark.md"))
@@ -27,6 +29,7 @@ def name_of(path):
 @pytest.mark.parametrize("path", [path for path in PAGES if python_blocks(path)], ids=name_of)
 def test_the_blocks_of_a_page_run_one_after_the_other(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(backends, "_forced", None)  # a page may choose one for "this process, from here on"
     page = {"__name__": "page"}
     for block in python_blocks(path):
         code = compile(block, name_of(path), "exec")
