@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .arguments import GATES, ScanArguments, state_width
 from .scan import recur
@@ -54,17 +54,13 @@ class Cell(nn.Module):
         self.size = size
         self.bidirectional = bidirectional
         width, gates = size // 2 if bidirectional else size, GATES[self.kind]
-        for suffix in self._suffixes:
+        for suffix in NAMES if bidirectional else ("",):
             self.register_parameter(f"weight_ih{suffix}", nn.Parameter(torch.empty(gates * width, size)))
             self.register_parameter(f"weight_hh{suffix}", nn.Parameter(torch.empty(gates * width, width)))
             for name in ("bias_ih", "bias_hh"):
                 vector = nn.Parameter(torch.empty(gates * width)) if bias else None
                 self.register_parameter(name + suffix, vector)
         self.reset_parameters()
-
-    @property
-    def _suffixes(self) -> tuple[str, ...]:
-        return ("", "_reverse") if self.bidirectional else ("",)
 
     def reset_parameters(self, *, zero: bool = False) -> None:
         """Draw the weights from PyTorch's uniform ±1/√width (or set them to zero) and set the biases to zero."""
@@ -86,13 +82,8 @@ class Cell(nn.Module):
         return 0 if self.bidirectional else state_width(self.kind, self.size)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        state: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-        *,
-        keep_states: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, x: Tensor, state: Tensor | None = None, mask: Tensor | None = None, *, keep_states: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """Run the recurrence forward in time, in at least float32 and outside autocast.
 
         Args:
@@ -116,8 +107,8 @@ class Cell(nn.Module):
         return self._run_all(x, state, mask, keep_states)
 
     def _run_all(
-        self, x: torch.Tensor, state: torch.Tensor | None, mask: torch.Tensor | None, keep_states: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, x: Tensor, state: Tensor | None, mask: Tensor | None, keep_states: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """One direction or both."""
         batch, length, _ = x.shape
         if batch == 0 or length == 0:  # the fused kernels refuse what has no tokens
@@ -131,8 +122,8 @@ class Cell(nn.Module):
         return torch.cat((ahead, back.flip(1)), dim=-1), None
 
     def _run(
-        self, x: torch.Tensor, state: torch.Tensor | None, mask: torch.Tensor | None, suffix: str, keep_states: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, x: Tensor, state: Tensor | None, mask: Tensor | None, suffix: str, keep_states: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """One direction."""
         own, dtype, weights = self._parameters, x.dtype, []
         for name in NAMES[suffix]:
@@ -174,13 +165,8 @@ class Identity(nn.Module):
         """Nothing to set."""
 
     def forward(
-        self,
-        x: torch.Tensor,
-        state: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-        *,
-        keep_states: bool = False,
-    ) -> tuple[torch.Tensor, None]:
+        self, x: Tensor, state: Tensor | None = None, mask: Tensor | None = None, *, keep_states: bool = False
+    ) -> tuple[Tensor, None]:
         """Return the inputs as they are."""
         return x, None
 

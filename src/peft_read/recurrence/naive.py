@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 __all__ = ["gru_step", "lstm_step", "naive_recurrence", "rnn_step"]
 
+Weights = Mapping[str, Tensor | None]  # by their names in torch.nn.RNNCell; the biases may be None
 
-def rnn_step(x: torch.Tensor, state: torch.Tensor, weights: dict[str, torch.Tensor | None]) -> torch.Tensor:
+
+def rnn_step(x: Tensor, state: Tensor, weights: Weights) -> Tensor:
     """One step h' = tanh(W_ih x + b_ih + W_hh h + b_hh), (B, k)."""
     inner, outer = _gates(x, state, weights)
     return torch.tanh(inner + outer)
 
 
-def gru_step(x: torch.Tensor, state: torch.Tensor, weights: dict[str, torch.Tensor | None]) -> torch.Tensor:
+def gru_step(x: Tensor, state: Tensor, weights: Weights) -> Tensor:
     """One step h' = (1 - z) n + z h, with n = tanh(W_in x + b_in + r (W_hn h + b_hn)), (B, k)."""
     inner, outer = _gates(x, state, weights)
     reset_in, update_in, new_in = inner.chunk(3, dim=-1)
@@ -24,7 +30,7 @@ def gru_step(x: torch.Tensor, state: torch.Tensor, weights: dict[str, torch.Tens
     return (1 - update) * new + update * state
 
 
-def lstm_step(x: torch.Tensor, state: torch.Tensor, weights: dict[str, torch.Tensor | None]) -> torch.Tensor:
+def lstm_step(x: Tensor, state: Tensor, weights: Weights) -> Tensor:
     """One step c' = f c + i g and h' = o tanh(c'), the state being [h; c] of width 2k, (B, 2k)."""
     hidden, cell_state = state.chunk(2, dim=-1)
     inner, outer = _gates(x, hidden, weights)
@@ -37,18 +43,14 @@ STEPS = {"rnn": rnn_step, "gru": gru_step, "lstm": lstm_step}
 
 
 def naive_recurrence(
-    cell: str,
-    x: torch.Tensor,
-    weights: dict[str, torch.Tensor | None],
-    state: torch.Tensor | None = None,
-    mask: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    cell: str, x: Tensor, weights: Weights, state: Tensor | None = None, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Run one cell over a batch of sequences, token by token.
 
     Args:
         cell: "rnn", "gru" or "lstm".
         x: the inputs, (B, T, input size).
-        weights: `weight_ih`, `weight_hh`, `bias_ih`, `bias_hh` as in `torch.nn.RNNCell`; the biases may be None.
+        weights: `weight_ih`, `weight_hh`, `bias_ih`, `bias_hh`.
         state: the state before the first token, (B, S); zero if absent. S is k, or 2k for the LSTM.
         mask: (B, T), True = a real token; a token that is not leaves the state as it is.
 
@@ -69,10 +71,7 @@ def naive_recurrence(
     return trajectory[..., :size], trajectory
 
 
-def _gates(
-    x: torch.Tensor, hidden: torch.Tensor, weights: dict[str, torch.Tensor | None]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _gates(x: Tensor, hidden: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
     """What the inputs and what the state contribute to the gates, each (B, gates · k)."""
-    inner = torch.nn.functional.linear(x, weights["weight_ih"], weights["bias_ih"])  # type: ignore[arg-type]
-    outer = torch.nn.functional.linear(hidden, weights["weight_hh"], weights["bias_hh"])  # type: ignore[arg-type]
-    return inner, outer
+    inner = F.linear(x, weights["weight_ih"], weights["bias_ih"])  # type: ignore[arg-type]
+    return inner, F.linear(hidden, weights["weight_hh"], weights["bias_hh"])  # type: ignore[arg-type]

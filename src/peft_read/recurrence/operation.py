@@ -48,10 +48,11 @@ class Implementation(Generic[A, R]):
     preparing: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
+@dataclass(eq=False)
 class Operation(Generic[A, R]):
     """Ties implementations to autograd and torch.compile.
 
-    Args:
+    Attributes:
         name: of the operator in `torch.ops.peft_read`.
         arguments: the class of the arguments; the first one, `x`, says where all happens.
         results: the class of the results.
@@ -63,24 +64,19 @@ class Operation(Generic[A, R]):
         implementations: by backend.
     """
 
-    def __init__(
-        self,
-        name: str,
-        arguments: type[A],
-        results: type[R],
-        *,
-        visible: int,
-        needed: Collection[str],
-        shapes: Callable[[A], R],
-        reference: Callable[[A], R],
-        example: Callable[[int, torch.dtype, torch.device], A],
-        implementations: Mapping[str, Implementation[A, R]],
-    ) -> None:
-        self.name, self.arguments, self.results, self.visible = name, arguments, results, visible
-        self._unneeded: dict[str, Any] = {field: None for field in results._fields if field not in needed}
-        self.shapes, self.reference, self.example = shapes, reference, example
-        self.implementations = implementations
-        OPERATIONS[name] = self
+    name: str
+    arguments: type[A]
+    results: type[R]
+    visible: int
+    needed: Collection[str]
+    shapes: Callable[[A], R]
+    reference: Callable[[A], R]
+    example: Callable[[int, torch.dtype, torch.device], A]
+    implementations: Mapping[str, Implementation[A, R]]
+
+    def __post_init__(self) -> None:
+        self._unneeded: dict[str, Any] = {name: None for name in self.results._fields if name not in self.needed}
+        OPERATIONS[self.name] = self
         self._define_operator()
 
     def choose(self, arguments: A) -> Implementation[A, R] | None:

@@ -114,35 +114,15 @@ def _scan_of(kind: str) -> Implementation[ScanArguments, Scanned]:
         return unfit_scan(arguments, GATES[kind], LARGEST_SCAN_WIDTH)
 
     return Implementation(
-        refusal,
-        _scan,
-        _scan_backward,
-        width=lambda arguments: 4,
+        refusal, _scan, _scan_backward, width=lambda arguments: 4,
         preparing=lambda: backends.compiling("the scan", _loops("scan").scan_backward),
-    )
+    )  # fmt: skip
 
 
-def _narrow(rows: Tensor, weight: Tensor) -> Tensor:
-    """Rows weightᵀ, (B, T, k)."""
-    out = rows.new_empty(*rows.shape[:2], len(weight))
-    _kept, addresses = _addresses(rows, weight, out)
-    _loops("skinny").narrow(*addresses, rows.shape[0] * rows.shape[1], rows.shape[2], len(weight))
-    return out
-
-
-def _expand(rows: Tensor, factors: Tensor, weight: Tensor) -> Tensor:
-    """Rows + factors weight, (B, T, d)."""
-    out = rows.new_empty(rows.shape)
-    _kept, addresses = _addresses(rows, factors, weight, out)
-    _loops("skinny").expand(*addresses, rows.shape[0] * rows.shape[1], rows.shape[2], len(weight))
-    return out
-
-
-def _gather(rows: Tensor, factors: Tensor) -> Tensor:
-    """factorsᵀ rows, (k, d), summed over all tokens."""
-    out = rows.new_empty(factors.shape[2], rows.shape[2])
-    _kept, addresses = _addresses(rows, factors, out)
-    _loops("skinny").gather(*addresses, rows.shape[0] * rows.shape[1], rows.shape[2], len(out))
+def _product(loop: str, rows: Tensor, *factors: Tensor, k: int, shape: Sequence[int]) -> Tensor:
+    """What a loop of `skinny.py` makes of rows (B, T, d) and of what is k wide."""
+    _kept, addresses = _addresses(rows, *factors, out := rows.new_empty(shape))
+    getattr(_loops("skinny"), loop)(*addresses, rows.shape[0] * rows.shape[1], rows.shape[2], k)
     return out
 
 
@@ -168,33 +148,38 @@ def _adapter_refusal(arguments: AdapterArguments) -> str:
 
 
 def _adapter(arguments: AdapterArguments) -> Adapted:
-    x, mask, up, up_bias = arguments.x, arguments.mask, arguments.up, arguments.up_bias
-    narrow = _narrow(x, arguments.down)
+    x, mask, up, up_bias, k = arguments.x, arguments.mask, arguments.up, arguments.up_bias, len(arguments.down)
+    narrow = _product("narrow", x, arguments.down, k=k, shape=(*x.shape[:2], k))
     if arguments.down_bias is not None:
         narrow += arguments.down_bias
     hidden = _scan(arguments.within(narrow)).outputs
     lines = up.T if up_bias is None else torch.cat((up.T, up_bias[None]))
-    return Adapted(_expand(x, _active(hidden, mask, up_bias), lines), hidden, narrow)
+    out = _product("expand", x, _active(hidden, mask, up_bias), lines, k=len(lines), shape=x.shape)
+    return Adapted(out, hidden, narrow)
 
 
 def _adapter_backward(
     arguments: AdapterArguments, results: Adapted, grads: Sequence[Tensor | None], needs: AdapterArguments
 ) -> AdapterArguments:
     x, mask, down, up_bias = arguments.x, arguments.mask, arguments.down, arguments.up_bias
-    hidden, narrow, grad = results.hidden, results.narrow, _dense(grads[0], arguments.x)
+    hidden, narrow, grad, (k, d) = results.hidden, results.narrow, _dense(grads[0], x), down.shape
+    slope = _product("narrow", grad, arguments.up.T, k=k, shape=hidden.shape)
     # In float64: these errors are all summed up in the gradients of the recurrence.
-    slope = torch.ops.aten.gelu_backward(_narrow(grad, arguments.up.T).double(), hidden.double()).float()
+    slope = torch.ops.aten.gelu_backward(slope.double(), hidden.double()).float()
     if mask is not None:
         slope = torch.where(mask[..., None], slope, 0)
     if grads[1] is not None:
         slope = slope + grads[1]
     inside = _scan_backward(arguments.within(narrow), Scanned(hidden), (slope,), needs.within(True))  # type: ignore[arg-type]
-    lines = _gather(grad, _active(hidden, mask, up_bias)) if needs.up or needs.up_bias else None
+    lines = None
+    if needs.up or needs.up_bias:
+        active = _active(hidden, mask, up_bias)
+        lines = _product("gather", grad, active, k=active.shape[2], shape=(active.shape[2], d))
     return AdapterArguments(
-        _expand(grad, inside.x, down) if needs.x else None,  # type: ignore[arg-type]
+        _product("expand", grad, inside.x, down, k=k, shape=x.shape) if needs.x else None,  # type: ignore[arg-type]
         inside.state,
         None,
-        _gather(x, inside.x) if needs.down else None,  # type: ignore[arg-type]
+        _product("gather", x, inside.x, k=k, shape=(k, d)) if needs.down else None,  # type: ignore[arg-type]
         inside.x.sum((0, 1)) if needs.down_bias else None,
         *inside[3:],  # type: ignore[arg-type]
         None if lines is None else lines[: len(down)].T.contiguous(),  # type: ignore[arg-type]
@@ -204,9 +189,6 @@ def _adapter_backward(
 
 SCANS = {kind: _scan_of(kind) for kind in ("rnn", "gru")}
 ADAPTER = Implementation(
-    _adapter_refusal,
-    _adapter,
-    _adapter_backward,
-    width=lambda arguments: 4,
+    _adapter_refusal, _adapter, _adapter_backward, width=lambda arguments: 4,
     preparing=lambda: backends.compiling("the adapter", _loops("skinny").gather),
-)
+)  # fmt: skip

@@ -141,12 +141,7 @@ def _scan_backward(
     return gradients_of_gates(inner, inner, grad_state, arguments, outputs, needs)
 
 
-RNN_SCAN = Implementation(
-    _scan_refusal,
-    _scan,
-    _scan_backward,
-    width=lambda arguments: filled(arguments.weight_hh.shape[1]),
-)
+RNN_SCAN = Implementation(_scan_refusal, _scan, _scan_backward, lambda given: filled(given.weight_hh.shape[1]))
 
 
 def _adapter_refusal(arguments: AdapterArguments) -> str:
@@ -226,9 +221,4 @@ def _adapter_backward(
     )
 
 
-ADAPTER = Implementation(
-    _adapter_refusal,
-    _adapter,
-    _adapter_backward,
-    width=lambda arguments: filled(arguments.down.shape[0]),
-)
+ADAPTER = Implementation(_adapter_refusal, _adapter, _adapter_backward, lambda given: filled(given.down.shape[0]))
