@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["ScopedCheckpoint", "as_it_was", "scope_checkpoints", "unscope_checkpoints"]
+__all__ = ["ScopedCheckpoint", "as_it_was", "scope_checkpoints", "unscope_checkpoints", "with_gradient"]
 
 NAMES = ("_gradient_checkpointing_func", "checkpoint_fn")  # transformers; torch's CheckpointWrapper
 
@@ -113,3 +113,24 @@ def _put(places: Sequence[tuple[nn.Module, str]], values: Sequence[Any]) -> list
         if value is not present:  # nearly all are as they were, and setting one costs more than asking
             setattr(module, name, value)
     return before
+
+
+def with_gradient(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """What a layer of transformers is given, so that reentrant checkpointing trains it.
+
+    That kind computes gradients only in a layer with an input that needs one, and features, or what frozen layers make
+    of them, need none.
+
+    Args:
+        layer: a `GradientCheckpointingLayer`.
+        states: its first input, of any shape.
+    """
+    if (
+        not states.requires_grad
+        and getattr(layer, "gradient_checkpointing", False)
+        and layer.training
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    ):
+        return states.detach().requires_grad_()
+    return states

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
+from peft_read import READConfig
 from peft_read.data import ClipFeatures, MomentDetrCollator, TextFeatures, UMTCollator
 from peft_read.models import (
     MomentDetrConfig,
@@ -43,12 +45,12 @@ def umt(**options):
     return UMTForTemporalGrounding(config)
 
 
-def predicted(model, collator, folder):
+def predicted(model, collator, folder, rows=ROWS):
     arguments = TrainingArguments(
         str(folder), per_device_eval_batch_size=3, remove_unused_columns=False, use_cpu=True, report_to=[],
         disable_tqdm=True,
     )  # fmt: skip
-    return Trainer(model, arguments, data_collator=collator).predict(ROWS)
+    return Trainer(model, arguments, data_collator=collator).predict(rows)
 
 
 def test_moment_detr_keeps_every_label_and_marks_padded_clips(tmp_path):
@@ -72,6 +74,53 @@ def test_umt_keeps_every_label_and_marks_padded_clips(tmp_path):
     labels, windows = result.label_ids
     assert [(row >= 0).sum() for row in labels] == LENGTHS
     assert [(row[:, 0] >= 0).sum() for row in windows] == [1 + i % 2 for i in range(7)]
+
+
+@pytest.mark.parametrize("build", [moment_detr, umt])
+def test_predictions_never_begin_with_the_loss(build, tmp_path):
+    """Where a batch lacks one kind of label, a Trainer takes what the model returns as it is."""
+    collate = MomentDetrCollator(CLIPS, TEXT, pairs=None) if build is moment_detr else UMTCollator(CLIPS, text=TEXT)
+    column = "relevant_windows" if build is moment_detr else "clip_scores"
+    rows = [{"vid": row["vid"], "qid": row["qid"], column: row[column]} for row in ROWS]
+    model = build()
+    predictions = predicted(model, collate, tmp_path, rows).predictions
+    records = grounding_records(predictions, [{**row, "query": "a", "duration": 20} for row in ROWS], model.config)
+    assert [len(record["pred_saliency_scores"]) for record in records] == LENGTHS
+
+
+@pytest.mark.parametrize("build", [moment_detr, umt])
+def test_reentrant_checkpointing_trains_the_adapters_of_every_layer(build):
+    """Features need no gradient, and that kind of checkpointing computes none behind such inputs."""
+    torch.manual_seed(0)
+    base = build(dropout=0.0, input_dropout=0.0, **({"text_dropout": 0.0} if build is umt else {}))
+    model = get_peft_model(base.train(), READConfig(r=2))
+    for name, parameter in model.named_parameters():
+        if "readapter_up" in name:
+            torch.nn.init.normal_(parameter)
+    collate = MomentDetrCollator(CLIPS, TEXT) if build is moment_detr else UMTCollator(CLIPS, text=TEXT)
+    batch, gradients = collate(ROWS), []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        model.zero_grad()
+        model(**batch).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+        assert gradient.any() or "bias_hh" in name, name
+
+
+@pytest.mark.parametrize("build", [moment_detr, umt])
+def test_float64_models_stay_in_float64(build):
+    collate = MomentDetrCollator(CLIPS, TEXT) if build is moment_detr else UMTCollator(CLIPS, text=TEXT)
+    batch = collate(ROWS)
+    model = build().eval()
+    single = model(**batch)
+    double = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
+    output = model.double()(**double)
+    assert output.saliency_scores.dtype == torch.float64
+    torch.testing.assert_close(output.saliency_scores.float(), single.saliency_scores, rtol=1e-4, atol=1e-5)
+    assert output.loss.item() == pytest.approx(single.loss.item(), rel=1e-4)
 
 
 def test_padded_moments_with_and_without_their_mask_equal_lists():
@@ -288,3 +337,4 @@ def test_a_submission_takes_the_best_windows_of_all_layers(monkeypatch):
     outputs = [part.detach().numpy() for part in (output.saliency_scores, output.boundaries, output.video_mask)]
     (record,) = grounding_records(outputs, [{"query": "q", "vid": "v0", "duration": 1000.0}], model.config)
     assert [score for *_, score in record["pred_relevant_windows"]] == [0.8] * 10
+    assert record["pred_saliency_scores"] == output.saliency_scores[0].tolist()  # not in float16, as Moment-DETR's are

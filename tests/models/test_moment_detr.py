@@ -371,6 +371,12 @@ def test_original_checkpoints_with_their_options_inside(tmp_path):
     torch.save({"model": model.state_dict(), "optimizer": {}, "epoch": 7, "opt": options}, path)
     loaded = MomentDetrForTemporalGrounding.from_original_checkpoint(path, model.config)
     torch.testing.assert_close(loaded(**inputs).pred_spans, model(**inputs).pred_spans)
+    # The original writes opt.json before it adds the channels of the endpoints to the width, a checkpoint after it.
+    written = {"ctx_mode": "video_tef", "v_feat_dim": 2816}
+    assert MomentDetrConfig.from_original_options(written).video_feature_dim == 2818
+    assert MomentDetrConfig.from_original_options({**written, "ctx_mode": "video"}).video_feature_dim == 2816
+    added = {**written, "use_tef": True, "v_feat_dim": 2818}
+    assert MomentDetrConfig.from_original_options(added).video_feature_dim == 2818
     bad = {**model.state_dict(), "class_embed.weight": torch.zeros(3, 16), "stranger": torch.zeros(1)}
     with pytest.raises(ValueError, match=r"1 left over \['stranger'\], 1 of another shape \['class_embed.weight'\]"):
         MomentDetrForTemporalGrounding.from_original_checkpoint(bad, model.config)

@@ -381,6 +381,12 @@ def test_original_options_and_wrapped_checkpoints(tmp_path):
         pred_layers=[0, -1],
     )
     assert config.to_dict() == expected.to_dict()
+    unweighted = {"type": "BoundaryHead", "window_loss": {"type": "L1Loss"}}  # nncore's weight is 1
+    given = UMTConfig.from_original_options(original_options(pred_head=unweighted))
+    assert (given.window_loss_weight, given.offset_loss_weight) == (1.0, 1.0)
+    assert (
+        UMTConfig.from_original_options(original_options(pred_head={"type": "BoundaryHead"})).window_loss_weight == 0.1
+    )
     repeated = original_options(query_dec={"dims": 16, "dec_cfg": {"heads": 4, "ratio": 2, "_repeat_": 3}})
     assert UMTConfig.from_original_options(repeated).decoder_layers == 3
     model = UMTForTemporalGrounding(config)

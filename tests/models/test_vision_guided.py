@@ -326,17 +326,19 @@ def test_generation_sees_the_video_and_caching_changes_nothing(backbone, mode):
 def test_checkpointed_gradients_are_the_same(backbone):
     model, inputs = small_model(backbone, use_forget_gate=True, **visual_transformer(backbone)), batch()
     gradients = []
-    for checkpointing in (False, True):
+    for reentrant in (None, False, True):
         model = without_dropout(model.train())
-        if checkpointing:
-            model.gradient_checkpointing_enable()
+        if reentrant is not None:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            model.enable_input_require_grads()
         model.zero_grad()
         model(**inputs, labels=LABELS).loss.backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys()
     assert f"{backbone.prefix}encoder.img_transformer.encoder.layers.0.linear1.weight" in gradients[0]
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient)
+    for found in gradients[1:]:
+        assert found.keys() == gradients[0].keys()
+        for name, gradient in gradients[0].items():
+            torch.testing.assert_close(found[name], gradient)
 
 
 def without_dropout(model):
@@ -417,6 +419,8 @@ def test_invalid_inputs_are_refused(backbone):
         model(**text, video_features=torch.randn(3, 6, 11), labels=LABELS)
     with pytest.raises(ValueError, match=r"\(3, 6\), not \(3, 5\)"):
         model(**text, video_features=inputs["video_features"], video_mask=torch.ones(3, 5), labels=LABELS)
+    with pytest.raises(ValueError, match="video_mask holds negative numbers or NaN"):
+        model(**{**inputs, "video_mask": inputs["video_mask"].float().log()}, labels=LABELS)
     with pytest.raises(ValueError, match=r"exactly one of input_ids (and|or) inputs_embeds"):
         encoder_of(model, backbone)(video_features=inputs["video_features"])
     with pytest.raises(ValueError, match=r"unknown groups of original options \['vision'\]"):

@@ -574,6 +574,8 @@ def test_invalid_inputs_are_refused(backbone):
         ({"visual_boxes": pixels}, "visual_boxes hold .*, outside the image"),
         ({"visual_boxes": torch.full((3, 6, 4), torch.nan)}, "outside the image"),
         ({"visual_mask": torch.ones(3, 5)}, r"visual_mask must have the shape \(3, 6\), not \(3, 5\)"),
+        ({"visual_mask": inputs["visual_mask"].float().log()}, "visual_mask holds negative numbers or NaN"),
+        ({"attention_mask": inputs["attention_mask"].float().log()}, "attention_mask holds negative numbers or NaN"),
         ({"image_ids": order[:, :5]}, "image_ids must have the shape"),
         ({"image_ids": order + 2}, "image_ids from 2 to 2, but an example may have num_images=2"),
         ({"image_ids": order - 1}, "image_ids from -1 to -1"),

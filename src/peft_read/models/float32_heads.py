@@ -11,7 +11,7 @@ __all__ = ["check_mask", "in_float32", "values_can_be_checked"]
 
 
 def in_float32(head: nn.Module, states: Tensor, *args: Tensor) -> Any:
-    """Applies a head in float32, outside autocast and with its weights in float32.
+    """Applies a head in at least float32, outside autocast and with its weights in float32.
 
     bfloat16 rounds numbers from 128 to 256 to integers: windows computed in it are off by seconds.
 
@@ -26,9 +26,10 @@ def in_float32(head: nn.Module, states: Tensor, *args: Tensor) -> Any:
             for name, parameter in head.named_parameters()
             if parameter.dtype in (torch.bfloat16, torch.float16)
         }
+        states = states.to(torch.promote_types(states.dtype, torch.float32))  # float64 stays, for checks of gradients
         if not half:
-            return head(states.float(), *args)
-        return torch.func.functional_call(head, half, (states.float(), *args))
+            return head(states, *args)
+        return torch.func.functional_call(head, half, (states, *args))
 
 
 def values_can_be_checked(tensor: Tensor) -> bool:

@@ -61,7 +61,8 @@ def grounding_records(
                 _umt_windows(boundary.numpy(), seconds, nms_threshold)
                 for boundary, seconds in zip(boundaries[0], durations, strict=True)
             ]
-    scores = highlight_scores(saliency, mask)
+    # Moment-DETR's original writes float16, UMT's does not.
+    scores = highlight_scores(saliency, mask, half_precision=config.model_type == "moment_detr")
     records = []
     for index, row in enumerate(rows):
         record = {"qid": row.get("qid", row["vid"]), "query": row["query"], "vid": row["vid"]}

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..checkpointing import with_gradient
+from .float32_heads import check_mask
 from .packed_attention import PackedAttention
 
 __all__ = ["VISUAL_MODULES", "ReportedState", "VisionGuidance", "VisualTransformer", "sine_positions"]
@@ -92,7 +94,7 @@ class VisualTransformerStack(nn.Module):
         """Map (B, F, D) to (B, F, D); `attention_mask` (B, F) is False at padding."""
         padding_mask = None if attention_mask is None else ~attention_mask
         for layer in self.layers:
-            hidden_states = layer(hidden_states, padding_mask)
+            hidden_states = layer(with_gradient(layer, hidden_states), padding_mask)
         return hidden_states
 
 
@@ -179,7 +181,7 @@ class VisionGuidance:
             text: the text embeddings (B, S, d), for the batch size.
 
         Raises:
-            ValueError: the video is missing or a shape does not fit.
+            ValueError: the video is missing, a shape does not fit, or the mask is one to be added.
         """
         config = self.config
         if video_features is None:
@@ -200,6 +202,7 @@ class VisionGuidance:
                 f"video_mask must be (batch, frames) = {tuple(video_features.shape[:2])}, "
                 f"not {tuple(video_mask.shape)}"
             )
+        check_mask("video_mask", video_mask)
         return video_features.to(text.dtype), video_mask.to(video_features.device).ne(0)
 
     def fuse(

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ..tasks import TaskModule
 from ..values import shown
+from .float32_heads import check_mask
 
 __all__ = [
     "VISUAL_INPUTS",
@@ -340,11 +341,16 @@ def joint_mask(attention_mask: Tensor, visual_mask: Tensor | None, visual_tokens
 
     Returns:
         (B, P + S + V).
+
+    Raises:
+        ValueError: (on the CPU) one is a mask to be added, in which 0 is a token.
     """
+    check_mask("attention_mask", attention_mask)
     words = attention_mask.ne(0)
     if visual_mask is None:
         visual = words.new_ones(len(words), visual_tokens)
     else:
+        check_mask("visual_mask", visual_mask)
         visual = visual_mask.to(words.device).ne(0)
     return torch.cat((words.new_ones(len(words), prompts), words, visual), dim=1)
 

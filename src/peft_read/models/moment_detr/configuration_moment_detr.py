@@ -94,6 +94,7 @@ class MomentDetrConfig(PretrainedConfig):
     attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "encoder_layers"}
     # A Trainer that collects predictions can concatenate only what is one tensor per batch.
     keys_to_ignore_at_inference = [
+        "loss",
         "loss_dict",
         "auxiliary_outputs",
         "encoder_hidden_states",
@@ -193,4 +194,7 @@ class MomentDetrConfig(PretrainedConfig):
             raise ValueError(
                 f"position_embedding={options['position_embedding']!r}: only 'sine' exists, in the original too"
             )
-        return cls(**{ours: options[theirs] for theirs, ours in _ORIGINAL_NAMES.items() if theirs in options})
+        fields = {ours: options[theirs] for theirs, ours in _ORIGINAL_NAMES.items() if theirs in options}
+        if "v_feat_dim" in options and "use_tef" not in options and "tef" in options.get("ctx_mode", ""):
+            fields["video_feature_dim"] += 2  # the original writes opt.json before it adds the endpoints' channels
+        return cls(**fields)

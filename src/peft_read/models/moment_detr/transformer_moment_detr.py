@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ...checkpointing import with_gradient
 from ..packed_attention import PackedAttention
 from .configuration_moment_detr import MomentDetrConfig
 
@@ -175,7 +176,7 @@ class MomentDetrEncoder(nn.Module):
         """
         padding_mask = ~attention_mask
         for layer in self.layers:
-            hidden_states = layer(hidden_states, padding_mask, position_embeddings)
+            hidden_states = layer(with_gradient(layer, hidden_states), padding_mask, position_embeddings)
             if layer_outputs is not None:
                 layer_outputs.append(hidden_states)
         return hidden_states if self.norm is None else self.norm(hidden_states)
@@ -211,7 +212,8 @@ class MomentDetrDecoder(nn.Module):
         """
         hidden_states, normalised = torch.zeros_like(query_positions), []
         for layer in self.layers:
-            hidden_states = layer(hidden_states, query_positions, memory, memory_padding_mask, memory_positions)
+            states = with_gradient(layer, hidden_states)
+            hidden_states = layer(states, query_positions, memory, memory_padding_mask, memory_positions)
             normalised.append(self.norm(hidden_states))
         return torch.stack(normalised)
 

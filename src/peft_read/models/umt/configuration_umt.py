@@ -57,7 +57,7 @@ class UMTConfig(PretrainedConfig):
 
     model_type = "umt"
     attribute_map = {"hidden_size": "d_model"}
-    keys_to_ignore_at_inference = ["loss_dict"]
+    keys_to_ignore_at_inference = ["loss", "loss_dict"]
 
     def __init__(
         self,
@@ -212,8 +212,8 @@ def _head_fields(heads: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for head in heads:
         fields.update({ours: head[theirs] for theirs, ours in names.items() if theirs in head})
         for loss in ("saliency", "center", "window", "offset"):
-            if f"{loss}_loss" in head and "loss_weight" in head[f"{loss}_loss"]:
-                fields[f"{loss}_loss_weight"] = head[f"{loss}_loss"]["loss_weight"]
+            if head.get(f"{loss}_loss"):  # what is given without a weight has nncore's
+                fields[f"{loss}_loss_weight"] = head[f"{loss}_loss"].get("loss_weight", 1.0)
     for theirs, ours in (("pred_indices", "pred_layers"), ("loss_indices", "loss_layers")):
         given = {head["type"]: tuple(head.get(theirs) or ()) for head in heads}
         if _agreed(theirs, given):

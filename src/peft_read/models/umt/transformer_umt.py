@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ...checkpointing import with_gradient
 from .configuration_umt import UMTConfig
 
 __all__ = ["BottleneckTransformer", "CrossModalEncoder", "QueryDecoder", "QueryGenerator", "UniModalEncoder"]
@@ -160,7 +161,7 @@ class UniModalEncoder(nn.Module):
         states = self.mapping(self.dropout(features))
         positions = self.pos_enc(states)
         for layer in self.encoder if isinstance(self.encoder, nn.ModuleList) else [self.encoder]:
-            states = layer(states, positions, attention_mask=attention_mask)
+            states = layer(with_gradient(layer, states), positions, attention_mask=attention_mask)
         return states
 
 
@@ -224,6 +225,7 @@ class BottleneckTransformer(nn.Module):
         """Map video and audio (B, L, d) to video and audio (B, L, d); `attention_mask` (B, L) is False at padding."""
         tokens = self.token.expand(len(video), -1, -1)
         for layer in self.encoder:
+            video = with_gradient(layer, video)
             video, audio, tokens = layer(video, audio, tokens, positions, attention_mask=attention_mask)
         return video, audio
 
@@ -363,6 +365,6 @@ class QueryDecoder(nn.Module):
         mask = attention_mask if self.mask_attention else None
         states, normalised = queries, []
         for layer in self.decoder:
-            states = layer(states, memory, *positions, attention_mask=mask)
+            states = layer(with_gradient(layer, states), memory, *positions, attention_mask=mask)
             normalised.append(self.norm(states))
         return normalised
