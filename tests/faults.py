@@ -1,4 +1,4 @@
-"""Killing a run at its writes: a forked process dies before, in the middle of, or after the n-th one."""
+"""Killing a run at its writes: a process dies before, in the middle of, or after the n-th one."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import errno
 import io
 import os
 import shutil
-import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,23 +124,3 @@ class _Dying:
     def close(self) -> None:
         self._handle.close()
         self._end()
-
-
-def in_a_process(work: Callable[[], Any], faults: Faults | None = None, log: Path | None = None) -> int:
-    """Runs `work` in a fork of this process: its exit code, 0 for success, 1 for an exception, `KILLED`."""
-    sys.stdout.flush()
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    code = 1
-    try:
-        if faults is not None:
-            faults.install()
-        work()
-        code = 0
-    except BaseException:
-        if log is not None:
-            with io.open(log, "w") as file:  # noqa: UP020 - the plain one may be replaced
-                traceback.print_exc(file=file)
-    finally:
-        os._exit(code)

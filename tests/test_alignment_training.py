@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from distributed_checks import check_ddp
+from processes import end_of, in_two_processes, start
 from test_alignment_trainer import collate, items, pvla_config, relative_error, seq2seq_trainer, tiny_model
 
 from peft_read import Aligner
@@ -18,8 +20,13 @@ from peft_read.alignment import last_whole_checkpoint
 CHECKS = Path(__file__).with_name("distributed_checks.py")
 
 
-@pytest.mark.parametrize("what", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
-def test_two_processes_give_the_gradients_of_one(what, tmp_path):
+def test_two_processes_give_the_gradients_of_one(tmp_path):
+    in_two_processes(lambda: check_ddp(tmp_path), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["ddp", "fsdp2"])
+def test_two_processes_of_torchrun_give_the_gradients_of_one(what, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -72,13 +79,14 @@ def test_long_training_keeps_nothing(tmp_path):
 
 
 def test_a_run_killed_while_saving_resumes_from_its_last_whole_checkpoint(tmp_path):
-    command = [sys.executable, CHECKS.parent / "programs" / "train_until_killed.py", tmp_path]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while not (tmp_path / "checkpoint-3").exists() and time.time() < deadline:
+    saved = {"max_steps": 400, "save_strategy": "steps", "save_steps": 1}
+    child = start(lambda: seq2seq_trainer(tmp_path, pvla_config("bart"), **saved).train())
+    deadline = time.time() + 300
+    while not (tmp_path / "checkpoint-3").exists():
+        assert time.time() < deadline
         time.sleep(0.005)  # a folder that has just appeared is being written
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.kill(child, signal.SIGKILL)
+    assert end_of(child) == -signal.SIGKILL
     # Whenever the signal came, make sure that a half-written folder is the newest one.
     (tmp_path / "checkpoint-399").mkdir()
     (tmp_path / "checkpoint-399" / "trainer_state.json").write_text('{"global_step": 3')

@@ -1,6 +1,7 @@
 """One policy for compiled code: what is installed is used; what does not work is reported once, and torch is used."""
 
 import os
+import runpy
 import subprocess
 import sys
 import warnings
@@ -118,15 +119,21 @@ def test_wrong_loops_are_detected(undecided):
         assert torch.equal(outputs, cell(x)[0])
 
 
-def test_numba_that_cannot_be_imported_is_reported_once_and_torch_is_used(tmp_path):
+def test_numba_that_cannot_be_imported_is_reported_once_and_torch_is_used(tmp_path, undecided, capsys):
     folder = tmp_path / "numba"
     folder.mkdir()
     (folder / "__init__.py").write_text("raise ImportError('Numba needs NumPy 2.3 or less. Got NumPy 2.4.')")
-    found = run("read_and_pvla.py", PYTHONPATH=f"{tmp_path}{os.pathsep}{SOURCES}")
-    assert found.returncode == 0, found.stderr
-    assert found.stdout.count("SAID") == 1 and "Numba needs NumPy 2.3" in found.stdout and "CPU torch" in found.stdout
-    forced = run("read_and_pvla.py", PYTHONPATH=f"{tmp_path}{os.pathsep}{SOURCES}", PEFT_READ_BACKEND="numba")
-    assert forced.returncode and "cannot be imported (ImportError: Numba needs NumPy 2.3" in forced.stderr
+    undecided.delitem(sys.modules, "numba", raising=False)
+    undecided.syspath_prepend(tmp_path)
+    for name in ("is_installed", "_broken"):  # asked anew
+        undecided.setattr(backends, name, getattr(backends, name).__wrapped__)
+    runpy.run_path(str(PROGRAMS / "read_and_pvla.py"))
+    printed = capsys.readouterr().out
+    assert printed.count("SAID") == 1 and "Numba needs NumPy 2.3" in printed and "CPU torch" in printed
+    undecided.setenv(backends.VARIABLE, "numba")
+    undecided.setattr(backends, "_settled_for", {})
+    with pytest.raises(ImportError, match=r"cannot be imported \(ImportError: Numba needs NumPy 2.3"):
+        runpy.run_path(str(PROGRAMS / "read_and_pvla.py"))
 
 
 @pytest.mark.slow

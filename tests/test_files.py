@@ -2,13 +2,12 @@
 
 import os
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import in_a_process
 
 from peft_read.files import safe_name, write_whole
 
@@ -47,10 +46,14 @@ def test_an_error_leaves_the_old_content_and_no_other_file(tmp_path, error):
 def test_a_killed_process_leaves_the_old_content(tmp_path):
     target = tmp_path / "run.json"
     target.write_text("old")
-    program = Path(__file__).with_name("programs") / "killed_while_writing.py"
-    # The sub-process imports the same peft_read as this one.
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    assert subprocess.run([sys.executable, program, target], env=environment).returncode == 9
+
+    def write_half():
+        with write_whole(target) as file:
+            file.write("x" * 100_000)
+            file.flush()
+            os._exit(9)  # as a killed process ends
+
+    assert in_a_process(write_half) == 9
     assert target.read_text() == "old"
     left = [path.name for path in tmp_path.iterdir() if path != target]
     assert len(left) == 1 and left[0].startswith(".run.json.") and left[0].endswith(".part")

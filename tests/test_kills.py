@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from faults import KILLED, PHASES, Faults, in_a_process
+from faults import KILLED, PHASES, Faults
+from processes import in_a_process
 
 from peft_read.alignment import last_whole_checkpoint
 from peft_read.data import generate_how2_mini, write_how2_mini
@@ -97,7 +98,7 @@ def uninterrupted(scripts, how2, tmp_path_factory):
                 names.write_text(json.dumps(faults.names))
 
             log = folder.with_name("log.txt")
-            assert in_a_process(counted, log=log) == 0, log.read_text()
+            assert in_a_process(counted, log) == 0, log.read_text()
             cache[work] = outcome(folder), json.loads(names.read_text())
         return cache[work]
 
@@ -107,13 +108,18 @@ def uninterrupted(scripts, how2, tmp_path_factory):
 def kill_and_go_on(work, at, phase, scripts, how2, folder, expected):
     """Kills one write and starts again; whether the kill came to pass."""
     faults, log = Faults(folder, at, phase), folder.with_name("log.txt")
-    code = in_a_process(lambda: work(scripts, how2, folder), faults, log)
+
+    def killed():
+        faults.install()
+        work(scripts, how2, folder)
+
+    code = in_a_process(killed, log)
     assert code == (1 if phase in ("full", "read-only") else KILLED), log.read_text() if log.exists() else code
     for state in folder.rglob("run.json"):
         claimed = json.loads(state.read_text())["checkpoints"]
         if len(claimed) >= 2 and not (state.parent / "results.json").exists():
             assert last_whole_checkpoint(state.parent) is not None, "the checkpoint before the last one is whole"
-    assert in_a_process(lambda: work(scripts, how2, folder), log=log) == 0, log.read_text()
+    assert in_a_process(lambda: work(scripts, how2, folder), log) == 0, log.read_text()
     assert_same(outcome(folder), expected)
 
 
