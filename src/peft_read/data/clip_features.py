@@ -265,8 +265,9 @@ class ClipFeatures:
             row: with `vid`.
             tokens: (T, width), not normalised; needed for the query similarity.
             at_most: length to cut to, such as that of another stream or of the labels.
-            text_id: key of the tokens in the cache. With it, or without a similarity, the result is cached and must
-                not be modified.
+            text_id: key of the tokens in the cache, the same for the same tokens alone: `(text, text.id(row))` with
+                their `TextFeatures`, for one id may have other tokens in others. With it, or without a similarity,
+                the result is cached and must not be modified.
 
         Raises:
             KeyError: a kind has no features of the video.
@@ -394,7 +395,7 @@ class ClipFeatures:
 
 
 class _Cache:
-    """Arrays by key, up to a limit of memory.
+    """Arrays by key, up to a limit of memory. Copies and pickles, as for a worker process, start empty.
 
     Args:
         limit: in bytes.
@@ -403,6 +404,9 @@ class _Cache:
     def __init__(self, limit: int) -> None:
         self.limit, self.used = limit, 0
         self._arrays: dict[Hashable, NDArray] = {}
+
+    def __reduce__(self) -> tuple[type[_Cache], tuple[int]]:
+        return _Cache, (self.limit,)
 
     def get(self, key: Hashable) -> NDArray | None:
         return self._arrays.get(key)

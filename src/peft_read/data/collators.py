@@ -91,7 +91,10 @@ class MomentDetrCollator:
         _check_batch(rows)
         self._seed_worker()
         tokens = [self.text.raw(row) for row in rows]
-        videos = [self.clips(row, words, text_id=self.text.id(row)) for row, words in zip(rows, tokens, strict=True)]
+        videos = [
+            self.clips(row, words, text_id=(self.text, self.text.id(row)))
+            for row, words in zip(rows, tokens, strict=True)
+        ]
         batch: dict[str, Any] = {
             **_padded("video", videos),
             **_padded("text", [self.text.prepared(words) for words in tokens]),
@@ -229,7 +232,7 @@ class UMTCollator:
     def _streams(self, row: Row) -> tuple[NDArray, NDArray]:
         """Video and audio of one row, equally long (the audio is empty where there is none)."""
         tokens = None if self.text is None else self.text.raw(row)
-        text_id = None if self.text is None else self.text.id(row)
+        text_id = None if self.text is None else (self.text, self.text.id(row))
         scores = _clip_scores(row) if is_given(row.get("clip_scores")) else None
         vid = id_of(row.get("vid"), "'vid' of a row")
         self._check_rate(vid, scores)
