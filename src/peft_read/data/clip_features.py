@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ..spans import ROUNDING, begins_inside
 from ..values import array_of, count, id_of, is_given, listed, number, shown, table
 from .features import Features, check_features, place_of, read_features, row_count
 
@@ -381,9 +382,9 @@ class ClipFeatures:
             vid = id_of(row["vid"], "'vid' of a row")
             end = seconds * (lengths[vid] if limit is None else min(limit, lengths[vid]))
             for start, stop in array_of(row["relevant_windows"]) if is_given(row.get("relevant_windows")) else ():
-                if start >= end:
+                if not begins_inside(start, end):
                     dropped.append(f"{row.get('qid', vid)} [{start:g}, {stop:g}]")
-                elif stop > end:
+                elif stop > end * (1 + ROUNDING):
                     shortened += 1
         if dropped or shortened:
             named = f" ({listed(dropped)})" if dropped else ""

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..spans import seconds_to_clips
+from ..spans import begins_inside, seconds_to_clips
 from ..values import array_of, count, id_of, is_given, listed, number, shown, table
 from .clip_features import ClipFeatures, TextFeatures
 from .pairs import (
@@ -124,7 +124,7 @@ class MomentDetrCollator:
 
     def _spans(self, row: Row, num_clips: int) -> NDArray:
         windows = windows_of(row)
-        inside = windows[windows[:, 0] < num_clips * self.clip_seconds]
+        inside = windows[begins_inside(windows[:, 0], num_clips * self.clip_seconds)]
         if len(inside) < len(windows):
             if not self.dropped_moments:
                 logger.warning(
@@ -132,13 +132,12 @@ class MomentDetrCollator:
                     *(row_name(row), len(windows) - len(inside), len(windows), num_clips),
                 )
             self.dropped_moments += len(windows) - len(inside)
-        kept = inside.astype(np.float32)
-        if len(kept) > self.max_windows:
-            kept = kept[self.generator.permutation(len(kept))[: self.max_windows]]
+        if len(inside) > self.max_windows:
+            inside = inside[self.generator.permutation(len(inside))[: self.max_windows]]
         if self.span_loss_type == "ce":
-            return seconds_to_clips(torch.from_numpy(kept), self.clip_seconds, num_clips).numpy()
+            return seconds_to_clips(torch.from_numpy(inside), self.clip_seconds, num_clips).numpy()
         # The features of a few videos end a clip before the annotation does.
-        start, end = (kept / np.float32(num_clips * self.clip_seconds)).clip(0, 1).T
+        start, end = (inside.astype(np.float32) / np.float32(num_clips * self.clip_seconds)).clip(0, 1).T
         return np.stack(((start + end) * np.float32(0.5), end - start), axis=1)  # centre and width
 
     def _have_pairs(self, rows: Sequence[Row]) -> bool:
@@ -261,7 +260,7 @@ class UMTCollator:
 
     def _moments(self, row: Row, num_clips: int) -> Tensor:
         windows, end = windows_of(row), num_clips * self.video.clip_seconds
-        inside = windows[windows[:, 0] < end]
+        inside = windows[begins_inside(windows[:, 0], end)]
         self.dropped_moments += len(windows) - len(inside)
         return torch.from_numpy(np.minimum(inside, end)).float()
 
