@@ -5,9 +5,17 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
-from peft_read.data import ClipFeatures, MomentDetrCollator, TextFeatures, UMTCollator
-from peft_read.models import UMTConfig, UMTForTemporalGrounding
+from peft_read.data import (
+    ClipFeatures,
+    MomentDetrCollator,
+    TextFeatures,
+    UMTCollator,
+    annotated_pairs,
+    window_pairs,
+)
+from peft_read.models import MomentDetrConfig, MomentDetrForTemporalGrounding, UMTConfig, UMTForTemporalGrounding
 
 ROWS = [{"qid": 1, "vid": "v"}, {"qid": 2, "vid": "v"}]
 
@@ -47,9 +55,77 @@ def test_moments_of_clips_of_a_fifth_of_a_second(convert):
     umt = UMTCollator(clips, text=text)
     batch = umt([row])
     assert batch["boundary_labels"].tolist() == [[[pytest.approx(0.6), pytest.approx(1.4)]]]
+    assert umt_model(clip_seconds=0.2)(**batch).loss.isfinite()
+    assert detr.dropped_moments == umt.dropped_moments == 1, "it begins where the features end"
+
+
+def umt_model(**options):
     config = UMTConfig(
         video_feature_dim=6, audio_feature_dim=None, text_feature_dim=4, d_model=8, max_positions=16,
-        clip_seconds=0.2, heads=["boundary"],
+        heads=["boundary"], **options,
     )  # fmt: skip
-    assert UMTForTemporalGrounding(config)(**batch).loss.isfinite()
-    assert detr.dropped_moments == umt.dropped_moments == 1, "it begins where the features end"
+    return UMTForTemporalGrounding(config)
+
+
+WITH = {
+    **ROWS[0], "relevant_windows": [[2.0, 6.0]], "relevant_clip_ids": [1, 2],
+    "saliency_scores": [[4, 4, 4], [1, 1, 1]],
+}  # fmt: skip
+WITHOUT = {**ROWS[1], "relevant_windows": [], "relevant_clip_ids": [], "saliency_scores": []}
+EMPTY = {
+    "list": WITHOUT,
+    "array": {**WITHOUT, "relevant_windows": np.zeros((0, 2))},
+    "tensor": Dataset.from_list([WITH, WITHOUT]).with_format("torch")[1],
+    "numpy": Dataset.from_list([WITH, WITHOUT]).with_format("numpy")[1],
+}
+
+
+@pytest.mark.parametrize("row", EMPTY.values(), ids=EMPTY)
+@pytest.mark.parametrize("kind", ["l1", "ce"])
+def test_a_query_without_any_moment_trains_the_background_of_moment_detr(kind, row):
+    clips, text = ClipFeatures([{"v": rows_of(0, 9)}]), TextFeatures(WORDS)
+    config = MomentDetrConfig(
+        video_feature_dim=6, text_feature_dim=4, d_model=8, num_attention_heads=2, ffn_dim=8, span_loss_type=kind,
+        contrastive_align=True, auxiliary_loss=True,
+    )  # fmt: skip
+    model = MomentDetrForTemporalGrounding(config).eval()
+    collator = MomentDetrCollator(clips, text, span_loss_type=kind)
+    alone, mixed = collator([row]), collator([row, WITH])
+    assert alone["span_labels"].shape == (1, 0, 2)
+    assert mixed["span_mask"].tolist() == [[0], [1]]
+    for batch in (alone, mixed):
+        assert batch["saliency_pos_labels"][0].tolist() == batch["saliency_neg_labels"][0].tolist() == [-1, -1]
+        model(**batch).loss.backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    found = model(**alone)
+    assert found.loss_dict["loss_span"] == found.loss_dict["loss_giou"] == found.loss_dict["loss_saliency"] == 0
+    background = -config.background_weight * found.pred_logits.log_softmax(-1)[..., 1].mean()
+    assert found.loss_dict["loss_label"].item() == pytest.approx(background.item(), rel=1e-5)
+    ranked = MomentDetrCollator(clips, text, pairs=window_pairs)([row, WITH])
+    assert ranked["saliency_pos_labels"][0].tolist() == [-1, -1]
+    assert set(ranked["saliency_pos_labels"][1].tolist()) <= {1, 2}
+
+
+@pytest.mark.parametrize("row", EMPTY.values(), ids=EMPTY)
+def test_a_query_without_any_moment_trains_the_background_of_umt(row):
+    collator, model = UMTCollator(ClipFeatures([{"v": rows_of(0, 9)}]), text=TextFeatures(WORDS)), umt_model()
+    alone, mixed = collator([row]), collator([row, WITH])
+    assert alone["boundary_labels"].shape == (1, 0, 2)
+    assert mixed["boundary_mask"].tolist() == [[0], [1]]
+    for batch in (alone, mixed):
+        loss = model(**batch).loss
+        assert loss > 0
+        loss.backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("pairs", [annotated_pairs, window_pairs])
+def test_none_and_ratings_that_are_empty_beside_a_moment_are_no_labels(pairs):
+    collator = MomentDetrCollator(ClipFeatures([{"v": rows_of(0, 9)}]), TextFeatures(WORDS), pairs=pairs)
+    with pytest.raises(ValueError, match=r"1 of the 2 rows of a batch have no 'relevant_windows' \(qid 2\)"):
+        collator([WITH, {**WITHOUT, "relevant_windows": None}])
+    unrated = {**WITHOUT, "relevant_windows": [[2.0, 4.0]]}
+    if pairs is annotated_pairs:
+        assert "saliency_pos_labels" not in collator([unrated])
+        with pytest.raises(ValueError, match=r"have no 'relevant_clip_ids' \(qid 2\)"):
+            collator([WITH, unrated])

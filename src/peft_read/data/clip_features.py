@@ -356,7 +356,7 @@ class ClipFeatures:
             vid = id_of(row["vid"], "'vid' of a row")
             if is_given(row.get("clip_scores")):
                 expected, what = float(len(row["clip_scores"])), "labelled clips"
-            elif is_given(row.get("relevant_windows")) and row.get("duration") is not None:
+            elif row.get("relevant_windows") is not None and row.get("duration") is not None:
                 expected, what = number(row["duration"], f"'duration' of {vid!r}", above=0) / seconds, "clips long"
             else:
                 continue

@@ -40,6 +40,8 @@ class MomentDetrCollator:
     Moments are given to the model as fractions of (number of clips x clip length), as in the original, at most
     `max_windows` of them. A moment after the last clip of the features is dropped, and counted in `dropped_moments`;
     one that ends after it is cut there. Rows without labels (None, or no such columns) give batches without labels.
+    An empty list of `relevant_windows` is a label: a query without any moment, which trains the background. Where such
+    a row's `relevant_clip_ids` and `saliency_scores` are empty too, it has no pair.
 
     Args:
         clips: features of the video.
@@ -144,7 +146,7 @@ class MomentDetrCollator:
         if self._columns is not None:
             present = [_all_have(rows, column) for column in self._columns]  # all are looked at
             return all(present)
-        return all(is_given(row.get("relevant_windows")) or is_given(row.get("clip_scores")) for row in rows)
+        return all(_is_labelled(row, "relevant_windows") or _is_labelled(row, "clip_scores") for row in rows)
 
     def _seed_worker(self) -> None:
         worker = torch.utils.data.get_worker_info()
@@ -158,7 +160,8 @@ class UMTCollator:
 
     Streams and labels are cut to the shortest; where they differ by more clips than `video.max_difference`, before
     `max_clips`, their rates differ, which is an error. A moment after the last clip is dropped, and counted in
-    `dropped_moments`; one that ends after it is cut there.
+    `dropped_moments`; one that ends after it is cut there. An empty list of `relevant_windows` is a label, a query
+    without any moment.
 
     Args:
         video: features of the clips.
@@ -272,13 +275,21 @@ def _check_batch(rows: Sequence[Row]) -> None:
 
 def _all_have(rows: Sequence[Row], column: str) -> bool:
     """Whether the rows have a label; all or none must."""
-    lacking = [row for row in rows if not is_given(row.get(column))]
+    lacking = [row for row in rows if not _is_labelled(row, column)]
     if 0 < len(lacking) < len(rows):
         raise ValueError(
             f"{len(lacking)} of the {len(rows)} rows of a batch have no {column!r} ("
             f"{listed([row_name(row).rstrip(': ') for row in lacking])}); label all rows of a dataset or none"
         )
     return not lacking
+
+
+def _is_labelled(row: Row, column: str) -> bool:
+    """Whether a row has a label. Empty lists are one where the windows are empty: the query has no moment."""
+    value, windows = row.get(column), row.get("relevant_windows")
+    if value is None or column == "clip_scores" or windows is None or is_given(windows):
+        return is_given(value)
+    return True
 
 
 def _clip_scores(row: Row) -> NDArray[np.float64]:
