@@ -1,5 +1,7 @@
 """Batches of the grounding models: shared features, rows without any moment, dropped moments, other clip lengths."""
 
+import copy
+import logging
 import pickle
 
 import numpy as np
@@ -36,11 +38,11 @@ def test_features_shared_by_two_texts_are_those_of_each(collator):
         found = collator(shared, text=text)(ROWS)["video_features"]
         assert torch.equal(found, collator(ClipFeatures([video], similarity=0), text=text)(ROWS)["video_features"])
     one = collator(shared, text=texts[0])
-    copy = pickle.loads(pickle.dumps(one))
-    clips = copy.clips if collator is MomentDetrCollator else copy.video
+    received = pickle.loads(pickle.dumps(one))
+    clips = received.clips if collator is MomentDetrCollator else received.video
     assert not clips._cache._arrays, "other texts than its own do not travel to a worker process"
     for _ in range(2):
-        assert all(torch.equal(value, one(ROWS)[name]) for name, value in copy(ROWS).items())
+        assert all(torch.equal(value, one(ROWS)[name]) for name, value in received(ROWS).items())
     assert len(clips._cache._arrays) == 2
 
 
@@ -129,3 +131,25 @@ def test_none_and_ratings_that_are_empty_beside_a_moment_are_no_labels(pairs):
         assert "saliency_pos_labels" not in collator([unrated])
         with pytest.raises(ValueError, match=r"have no 'relevant_clip_ids' \(qid 2\)"):
             collator([WITH, unrated])
+
+
+@pytest.mark.parametrize("collator", [MomentDetrCollator, UMTCollator])
+def test_dropped_moments_are_counted_in_every_process_and_warned_of_once(collator, caplog):
+    late = {**ROWS[0], "relevant_windows": [[2, 4], [18, 20], [30, 40]]}
+    original = collator(ClipFeatures([{"v": rows_of(0, 9)}]), text=TextFeatures(WORDS))
+    for counting in (original, copy.deepcopy(original), pickle.loads(pickle.dumps(original))):
+        assert counting.dropped_moments == 0
+        loader = torch.utils.data.DataLoader([late] * 12, batch_size=2, num_workers=2, collate_fn=counting)
+        assert len(list(loader)) == 6
+        assert type(counting.dropped_moments) is int
+        assert counting.dropped_moments == 24
+    with caplog.at_level(logging.WARNING):
+        counting = copy.deepcopy(original)
+        assert counting([late] * 2) and (counting.dropped_moments, original.dropped_moments) == (28, 24)
+        assert not caplog.messages, "the workers have warned"
+        fresh = collator(ClipFeatures([{"v": rows_of(0, 9)}]), text=TextFeatures(WORDS))
+        for _ in range(2):
+            fresh([late])
+    assert caplog.messages == [
+        "qid 1: 2 of 3 moments lie after the 9 clips of its features and are dropped; `check` lists all"
+    ]

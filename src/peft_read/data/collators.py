@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 NO_PAIR = -1  # in place of a clip's index: no pair
 PADDING = -100  # padding rows of `span_labels`, the value that transformers' Trainer pads with
+WORKERS = 128  # that count apart
 
 
 class MomentDetrCollator:
@@ -84,9 +85,14 @@ class MomentDetrCollator:
         )
         self.pairs = None if pairs is None else with_clip_seconds(pairs, self.clip_seconds)
         self._columns = COLUMNS.get(getattr(pairs, "func", pairs)) if pairs is not None else None  # type: ignore[arg-type]
-        self.dropped_moments = 0
+        self._dropped = _DroppedMoments()
         self.generator = np.random.default_rng(0) if generator is None else generator
         self._worker_seed: int | None = None
+
+    @property
+    def dropped_moments(self) -> int:
+        """Moments dropped so far, in the worker processes of a DataLoader too."""
+        return self._dropped.count()
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Collates the rows."""
@@ -125,15 +131,7 @@ class MomentDetrCollator:
         return self.clips.check(rows, clip_seconds=self.clip_seconds), self.text.check(rows)
 
     def _spans(self, row: Row, num_clips: int) -> NDArray:
-        windows = windows_of(row)
-        inside = windows[begins_inside(windows[:, 0], num_clips * self.clip_seconds)]
-        if len(inside) < len(windows):
-            if not self.dropped_moments:
-                logger.warning(
-                    "%s%d of %d moments lie after the %d clips of its features and are dropped; `check` lists all",
-                    *(row_name(row), len(windows) - len(inside), len(windows), num_clips),
-                )
-            self.dropped_moments += len(windows) - len(inside)
+        inside = self._dropped.without_late(row, num_clips, self.clip_seconds)
         if len(inside) > self.max_windows:
             inside = inside[self.generator.permutation(len(inside))[: self.max_windows]]
         if self.span_loss_type == "ce":
@@ -189,7 +187,12 @@ class UMTCollator:
                 "bring one stream to the clips of the other (PooledFeatures)"
             )
         self.video, self.audio, self.text = video, audio, text
-        self.dropped_moments = 0
+        self._dropped = _DroppedMoments()
+
+    @property
+    def dropped_moments(self) -> int:
+        """Moments dropped so far, in the worker processes of a DataLoader too."""
+        return self._dropped.count()
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Collates the rows."""
@@ -262,10 +265,37 @@ class UMTCollator:
             )
 
     def _moments(self, row: Row, num_clips: int) -> Tensor:
-        windows, end = windows_of(row), num_clips * self.video.clip_seconds
-        inside = windows[begins_inside(windows[:, 0], end)]
-        self.dropped_moments += len(windows) - len(inside)
-        return torch.from_numpy(np.minimum(inside, end)).float()
+        inside = self._dropped.without_late(row, num_clips, self.video.clip_seconds)
+        return torch.from_numpy(np.minimum(inside, num_clips * self.video.clip_seconds)).float()
+
+
+class _DroppedMoments:
+    """Moments that begin after the features of their video, counted over the worker processes of a DataLoader."""
+
+    def __init__(self) -> None:
+        # Shared memory, with a place for every worker: two that add to one number at once would lose a moment.
+        self._counts = torch.zeros(1 + WORKERS, dtype=torch.int64).share_memory_()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._counts.share_memory_()  # of a copy; what a worker gets is shared already, and stays as it is
+
+    def count(self) -> int:
+        return int(self._counts.sum())
+
+    def without_late(self, row: Row, num_clips: int, clip_seconds: float) -> NDArray[np.float64]:
+        """The other windows of a row (n, 2); the first time that some are left out, a warning names the row."""
+        windows = windows_of(row)
+        inside = windows[begins_inside(windows[:, 0], num_clips * clip_seconds)]
+        if dropped := len(windows) - len(inside):
+            if not self.count():
+                logger.warning(
+                    "%s%d of %d moments lie after the %d clips of its features and are dropped; `check` lists all",
+                    *(row_name(row), dropped, len(windows), num_clips),
+                )
+            worker = torch.utils.data.get_worker_info()
+            self._counts[0 if worker is None else 1 + worker.id % WORKERS] += dropped
+        return inside
 
 
 def _check_batch(rows: Sequence[Row]) -> None:
