@@ -34,6 +34,7 @@ from peft_read.data import (
     write_feature_archive,
     write_how2_mini,
 )
+from peft_read.data.qvhighlights import source_of
 
 QUERY = {
     "qid": 1, "query": "café", "vid": "v", "duration": 10, "relevant_windows": [[0, 4]], "relevant_clip_ids": [0, 1],
@@ -185,6 +186,41 @@ def test_the_low_resource_split_is_drawn_as_before_and_in_linear_time():
     assert time.process_time() - started < 5  # it took 20 s when it was quadratic
     with pytest.raises(ValueError, match="num_train must be a whole number from 1 on, not 0"):
         low_resource_split(rows, num_train=0)
+
+
+@pytest.mark.parametrize(
+    ("vid", "source"),
+    [
+        ("RoripwjYFp8_60.0_210.0", "RoripwjYFp8"),
+        ("-a_b_c_0.0_150.0", "-a_b_c"),
+        ("x_0_150", "x"),
+        ("v_000", "v_000"),
+        ("0tmA_C6XwfM", "0tmA_C6XwfM"),
+        ("a_b_c", "a_b_c"),
+        ("a_1_b", "a_1_b"),
+        ("_1_2", "_1_2"),
+        ("plain", "plain"),
+    ],
+)
+def test_the_source_of_a_video_is_what_its_times_leave(vid, source):
+    assert source_of(vid) == source
+
+
+def test_numbered_videos_are_split_as_videos_of_their_own():
+    numbered = Dataset.from_dict({"vid": [f"v_{i:03}" for i in range(20)]})
+    train, validation = low_resource_split(numbered, num_train=8, num_validation=5)
+    assert (len(train), len(validation)) == (8, 5)
+    assert not set(train["vid"]) & set(validation["vid"])
+
+
+def test_sources_of_qvhighlights_are_counted_and_videos_of_other_datasets_stay_apart(reference_data):
+    for part, sources in (("val_release", 474), ("test_with_gt", 476)):
+        data = load_qvhighlights(reference_data(f"data/qvhighlights/highlight_{part}.jsonl.xz"), require_labels=False)
+        videos = set(data["vid"])
+        assert {source_of(vid) for vid in videos} == {vid.rsplit("_", 2)[0] for vid in videos}
+        assert len({source_of(vid) for vid in videos}) == sources
+    data = load_youtube_highlights(reference_data("data/youtube_highlights/youtube_highlight_train_release.jsonl.xz"))
+    assert len({source_of(vid) for vid in data["vid"]}) == len(set(data["vid"])) == 233
 
 
 def test_check_names_every_broken_file(tmp_path):

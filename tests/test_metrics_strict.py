@@ -110,6 +110,35 @@ def test_arrays_and_tensors_are_taken(convert):
     assert youtube_highlights_map([convert([0.5, 0.25])], [convert([1, -1])]) == 1
 
 
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda x: torch.tensor(x, dtype=torch.bfloat16),
+        lambda x: torch.tensor(x, dtype=torch.float32, requires_grad=True),
+    ],
+    ids=["bfloat16", "with a gradient"],
+)
+@pytest.mark.parametrize("depth", [1, 2])
+def test_lists_of_tensors_that_numpy_does_not_take_are_taken(convert, depth):
+    def parts(value, left):
+        return [parts(part, left - 1) for part in value] if left and isinstance(value, list) else convert(value)
+
+    second = {**TRUTH, "qid": 2, "relevant_clip_ids": [1, 3], "saliency_scores": [[4, 3, 2], [1, 0, 4]]}
+    predictions = [{**SCORES, **WINDOWS}, {**SCORES, "qid": 2, "pred_relevant_windows": [[2, 4, 0.5], [0, 2, 0.25]]}]
+    tables = ("relevant_windows", "relevant_clip_ids", "saliency_scores", "pred_relevant_windows")
+    for names in (("pred_saliency_scores",), *((name,) for name in tables), (*tables, "pred_saliency_scores")):
+        given, truth = (
+            [{name: parts(value, depth) if name in names else value for name, value in r.items()} for r in records]
+            for records in (predictions, [TRUTH, second])
+        )
+        result = evaluate_qvhighlights(given, truth, per_query=True)
+        assert str(result) == str(evaluate_qvhighlights(predictions, [TRUTH, second], per_query=True))
+    for wrong, message in ((2.0, "query 2: 'relevant_clip_ids' names a clip twice"), (9.0, "names clip 9")):
+        bad = {**second, "relevant_clip_ids": [convert(2.0), convert(wrong)]}
+        with pytest.raises(ValueError, match=message):
+            evaluate_qvhighlights(predictions, [TRUTH, bad])
+
+
 def test_invalid_annotations_are_named():
     for given, message in [([[9]], "holds 9"), ([[NAN]], "holds nan"), ([["a"]], "rows of"), ([[]], "no annotations")]:
         with pytest.raises(ValueError, match=f"video 0.*{message}"):

@@ -26,6 +26,20 @@ def test_clips_and_seconds():
     assert seconds_to_clips(seconds, 2.0, 8).tolist() == [[2, 4], [7, 7], [0, 7], [2, 2], [7, 7]]
 
 
+def test_windows_of_whole_clips_keep_them_at_any_length_of_a_clip():
+    assert seconds_to_clips(torch.tensor([[0.6, 1.4]], dtype=torch.float64), 0.2, 10).tolist() == [[3, 6]]
+    clips = torch.combinations(torch.arange(120), 2, with_replacement=True)
+    for length in (0.04, 0.1, 0.2, 0.3, 1 / 3, 0.7, 1.1, 2.0, 2.133):
+        for dtype in (torch.float32, torch.float64):
+            seconds = torch.stack((clips[:, 0], clips[:, 1] + 1), dim=1).to(dtype) * length
+            assert torch.equal(seconds_to_clips(seconds, length, 120), clips), (length, dtype)
+    # with clips of 2 s, as in QVHighlights, the parts of a clip stay what they were
+    parts = torch.combinations(torch.arange(0, 150, 0.25), 2)
+    plain = (parts / 2).long()
+    expected = torch.stack((plain[:, 0], torch.maximum(plain[:, 1] - 1, plain[:, 0])), dim=1)
+    assert torch.equal(seconds_to_clips(parts, 2.0, 75), expected)
+
+
 def test_overlap_by_hand():
     a = torch.tensor([[0.0, 4.0], [0.0, 1.0], [2.0, 2.0]])
     b = torch.tensor([[2.0, 6.0], [3.0, 5.0], [2.0, 2.0]])

@@ -13,6 +13,8 @@ from torch import Tensor
 from .values import number, shown, table
 
 __all__ = [
+    "ROUNDING",
+    "begins_inside",
     "centre_width_to_start_end",
     "check_windows",
     "clips_of",
@@ -23,6 +25,9 @@ __all__ = [
     "temporal_iou",
     "temporal_nms",
 ]
+
+# What float32 may add to a time or take from it, relative: 1.4 s are 7 clips of 0.2 s, though 1.4 / 0.2 is below 7.
+ROUNDING = 2.0**-23
 
 
 def centre_width_to_start_end(spans: Tensor) -> Tensor:
@@ -41,6 +46,16 @@ def clips_of(duration_seconds: float, clip_seconds: float, *, partial: bool = Fa
     """How many clips a video has: int(duration / clip), with `partial` also the incomplete clip at the end."""
     clips = duration_seconds / clip_seconds
     return math.ceil(clips - 1e-9) if partial else int(clips + 1e-9)
+
+
+def begins_inside(start: NDArray, end: float) -> NDArray[np.bool_]:
+    """Whether windows begin before `end`, in seconds; those that do so by rounding alone begin at it.
+
+    Args:
+        start: of the windows, of any shape.
+        end: such as a number of clips times their length.
+    """
+    return np.less(start, end * (1 - ROUNDING))
 
 
 def check_windows(windows: NDArray, where: str, *, end: float = math.inf, allow_empty: bool = False) -> None:
@@ -86,6 +101,7 @@ def seconds_to_clips(spans: Tensor, clip_seconds: float, number_of_clips: int) -
     """(start, end) in seconds to (first clip, last clip), as Moment-DETR labels clip-index spans.
 
     The first clip is int(start / clip), the last min(int(end / clip), number of clips) - 1, but not before the first.
+    A time that is less than the rounding of float32 before a clip counts as its beginning.
 
     Args:
         spans: (..., 2) seconds.
@@ -102,7 +118,7 @@ def seconds_to_clips(spans: Tensor, clip_seconds: float, number_of_clips: int) -
     if number_of_clips < 1:
         raise ValueError(f"number_of_clips={number_of_clips} must be positive")
     _check_spans(spans, non_negative=True)
-    start, end = (spans.double() / clip_seconds).long().unbind(-1)
+    start, end = (spans.double() / clip_seconds * (1 + ROUNDING)).long().unbind(-1)
     first = start.clamp(max=number_of_clips - 1)
     return torch.stack((first, torch.maximum(end.clamp(max=number_of_clips) - 1, first)), dim=-1)
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ..spans import ROUNDING, begins_inside
 from ..values import array_of, count, id_of, is_given, listed, number, shown, table
 from .features import Features, check_features, place_of, read_features, row_count
 
@@ -265,8 +266,9 @@ class ClipFeatures:
             row: with `vid`.
             tokens: (T, width), not normalised; needed for the query similarity.
             at_most: length to cut to, such as that of another stream or of the labels.
-            text_id: key of the tokens in the cache. With it, or without a similarity, the result is cached and must
-                not be modified.
+            text_id: key of the tokens in the cache, the same for the same tokens alone: `(text, text.id(row))` with
+                their `TextFeatures`, for one id may have other tokens in others. With it, or without a similarity,
+                the result is cached and must not be modified.
 
         Raises:
             KeyError: a kind has no features of the video.
@@ -354,7 +356,7 @@ class ClipFeatures:
             vid = id_of(row["vid"], "'vid' of a row")
             if is_given(row.get("clip_scores")):
                 expected, what = float(len(row["clip_scores"])), "labelled clips"
-            elif is_given(row.get("relevant_windows")) and row.get("duration") is not None:
+            elif row.get("relevant_windows") is not None and row.get("duration") is not None:
                 expected, what = number(row["duration"], f"'duration' of {vid!r}", above=0) / seconds, "clips long"
             else:
                 continue
@@ -380,9 +382,9 @@ class ClipFeatures:
             vid = id_of(row["vid"], "'vid' of a row")
             end = seconds * (lengths[vid] if limit is None else min(limit, lengths[vid]))
             for start, stop in array_of(row["relevant_windows"]) if is_given(row.get("relevant_windows")) else ():
-                if start >= end:
+                if not begins_inside(start, end):
                     dropped.append(f"{row.get('qid', vid)} [{start:g}, {stop:g}]")
-                elif stop > end:
+                elif stop > end * (1 + ROUNDING):
                     shortened += 1
         if dropped or shortened:
             named = f" ({listed(dropped)})" if dropped else ""
@@ -394,7 +396,7 @@ class ClipFeatures:
 
 
 class _Cache:
-    """Arrays by key, up to a limit of memory.
+    """Arrays by key, up to a limit of memory. Copies and pickles, as for a worker process, start empty.
 
     Args:
         limit: in bytes.
@@ -403,6 +405,9 @@ class _Cache:
     def __init__(self, limit: int) -> None:
         self.limit, self.used = limit, 0
         self._arrays: dict[Hashable, NDArray] = {}
+
+    def __reduce__(self) -> tuple[type[_Cache], tuple[int]]:
+        return _Cache, (self.limit,)
 
     def get(self, key: Hashable) -> NDArray | None:
         return self._arrays.get(key)

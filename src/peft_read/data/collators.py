@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..spans import seconds_to_clips
+from ..spans import begins_inside, seconds_to_clips
 from ..values import array_of, count, id_of, is_given, listed, number, shown, table
 from .clip_features import ClipFeatures, TextFeatures
 from .pairs import (
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 NO_PAIR = -1  # in place of a clip's index: no pair
 PADDING = -100  # padding rows of `span_labels`, the value that transformers' Trainer pads with
+WORKERS = 128  # that count apart
 
 
 class MomentDetrCollator:
@@ -40,6 +41,8 @@ class MomentDetrCollator:
     Moments are given to the model as fractions of (number of clips x clip length), as in the original, at most
     `max_windows` of them. A moment after the last clip of the features is dropped, and counted in `dropped_moments`;
     one that ends after it is cut there. Rows without labels (None, or no such columns) give batches without labels.
+    An empty list of `relevant_windows` is a label: a query without any moment, which trains the background. Where such
+    a row's `relevant_clip_ids` and `saliency_scores` are empty too, it has no pair.
 
     Args:
         clips: features of the video.
@@ -82,16 +85,24 @@ class MomentDetrCollator:
         )
         self.pairs = None if pairs is None else with_clip_seconds(pairs, self.clip_seconds)
         self._columns = COLUMNS.get(getattr(pairs, "func", pairs)) if pairs is not None else None  # type: ignore[arg-type]
-        self.dropped_moments = 0
+        self._dropped = _DroppedMoments()
         self.generator = np.random.default_rng(0) if generator is None else generator
         self._worker_seed: int | None = None
+
+    @property
+    def dropped_moments(self) -> int:
+        """Moments dropped so far, in the worker processes of a DataLoader too."""
+        return self._dropped.count()
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Collates the rows."""
         _check_batch(rows)
         self._seed_worker()
         tokens = [self.text.raw(row) for row in rows]
-        videos = [self.clips(row, words, text_id=self.text.id(row)) for row, words in zip(rows, tokens, strict=True)]
+        videos = [
+            self.clips(row, words, text_id=(self.text, self.text.id(row)))
+            for row, words in zip(rows, tokens, strict=True)
+        ]
         batch: dict[str, Any] = {
             **_padded("video", videos),
             **_padded("text", [self.text.prepared(words) for words in tokens]),
@@ -120,29 +131,20 @@ class MomentDetrCollator:
         return self.clips.check(rows, clip_seconds=self.clip_seconds), self.text.check(rows)
 
     def _spans(self, row: Row, num_clips: int) -> NDArray:
-        windows = windows_of(row)
-        inside = windows[windows[:, 0] < num_clips * self.clip_seconds]
-        if len(inside) < len(windows):
-            if not self.dropped_moments:
-                logger.warning(
-                    "%s%d of %d moments lie after the %d clips of its features and are dropped; `check` lists all",
-                    *(row_name(row), len(windows) - len(inside), len(windows), num_clips),
-                )
-            self.dropped_moments += len(windows) - len(inside)
-        kept = inside.astype(np.float32)
-        if len(kept) > self.max_windows:
-            kept = kept[self.generator.permutation(len(kept))[: self.max_windows]]
+        inside = self._dropped.without_late(row, num_clips, self.clip_seconds)
+        if len(inside) > self.max_windows:
+            inside = inside[self.generator.permutation(len(inside))[: self.max_windows]]
         if self.span_loss_type == "ce":
-            return seconds_to_clips(torch.from_numpy(kept), self.clip_seconds, num_clips).numpy()
+            return seconds_to_clips(torch.from_numpy(inside), self.clip_seconds, num_clips).numpy()
         # The features of a few videos end a clip before the annotation does.
-        start, end = (kept / np.float32(num_clips * self.clip_seconds)).clip(0, 1).T
+        start, end = (inside.astype(np.float32) / np.float32(num_clips * self.clip_seconds)).clip(0, 1).T
         return np.stack(((start + end) * np.float32(0.5), end - start), axis=1)  # centre and width
 
     def _have_pairs(self, rows: Sequence[Row]) -> bool:
         if self._columns is not None:
             present = [_all_have(rows, column) for column in self._columns]  # all are looked at
             return all(present)
-        return all(is_given(row.get("relevant_windows")) or is_given(row.get("clip_scores")) for row in rows)
+        return all(_is_labelled(row, "relevant_windows") or _is_labelled(row, "clip_scores") for row in rows)
 
     def _seed_worker(self) -> None:
         worker = torch.utils.data.get_worker_info()
@@ -156,7 +158,8 @@ class UMTCollator:
 
     Streams and labels are cut to the shortest; where they differ by more clips than `video.max_difference`, before
     `max_clips`, their rates differ, which is an error. A moment after the last clip is dropped, and counted in
-    `dropped_moments`; one that ends after it is cut there.
+    `dropped_moments`; one that ends after it is cut there. An empty list of `relevant_windows` is a label, a query
+    without any moment.
 
     Args:
         video: features of the clips.
@@ -184,7 +187,12 @@ class UMTCollator:
                 "bring one stream to the clips of the other (PooledFeatures)"
             )
         self.video, self.audio, self.text = video, audio, text
-        self.dropped_moments = 0
+        self._dropped = _DroppedMoments()
+
+    @property
+    def dropped_moments(self) -> int:
+        """Moments dropped so far, in the worker processes of a DataLoader too."""
+        return self._dropped.count()
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Collates the rows."""
@@ -229,7 +237,7 @@ class UMTCollator:
     def _streams(self, row: Row) -> tuple[NDArray, NDArray]:
         """Video and audio of one row, equally long (the audio is empty where there is none)."""
         tokens = None if self.text is None else self.text.raw(row)
-        text_id = None if self.text is None else self.text.id(row)
+        text_id = None if self.text is None else (self.text, self.text.id(row))
         scores = _clip_scores(row) if is_given(row.get("clip_scores")) else None
         vid = id_of(row.get("vid"), "'vid' of a row")
         self._check_rate(vid, scores)
@@ -257,10 +265,37 @@ class UMTCollator:
             )
 
     def _moments(self, row: Row, num_clips: int) -> Tensor:
-        windows, end = windows_of(row), num_clips * self.video.clip_seconds
-        inside = windows[windows[:, 0] < end]
-        self.dropped_moments += len(windows) - len(inside)
-        return torch.from_numpy(np.minimum(inside, end)).float()
+        inside = self._dropped.without_late(row, num_clips, self.video.clip_seconds)
+        return torch.from_numpy(np.minimum(inside, num_clips * self.video.clip_seconds)).float()
+
+
+class _DroppedMoments:
+    """Moments that begin after the features of their video, counted over the worker processes of a DataLoader."""
+
+    def __init__(self) -> None:
+        # Shared memory, with a place for every worker: two that add to one number at once would lose a moment.
+        self._counts = torch.zeros(1 + WORKERS, dtype=torch.int64).share_memory_()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._counts.share_memory_()  # of a copy; what a worker gets is shared already, and stays as it is
+
+    def count(self) -> int:
+        return int(self._counts.sum())
+
+    def without_late(self, row: Row, num_clips: int, clip_seconds: float) -> NDArray[np.float64]:
+        """The other windows of a row (n, 2); the first time that some are left out, a warning names the row."""
+        windows = windows_of(row)
+        inside = windows[begins_inside(windows[:, 0], num_clips * clip_seconds)]
+        if dropped := len(windows) - len(inside):
+            if not self.count():
+                logger.warning(
+                    "%s%d of %d moments lie after the %d clips of its features and are dropped; `check` lists all",
+                    *(row_name(row), dropped, len(windows), num_clips),
+                )
+            worker = torch.utils.data.get_worker_info()
+            self._counts[0 if worker is None else 1 + worker.id % WORKERS] += dropped
+        return inside
 
 
 def _check_batch(rows: Sequence[Row]) -> None:
@@ -270,13 +305,21 @@ def _check_batch(rows: Sequence[Row]) -> None:
 
 def _all_have(rows: Sequence[Row], column: str) -> bool:
     """Whether the rows have a label; all or none must."""
-    lacking = [row for row in rows if not is_given(row.get(column))]
+    lacking = [row for row in rows if not _is_labelled(row, column)]
     if 0 < len(lacking) < len(rows):
         raise ValueError(
             f"{len(lacking)} of the {len(rows)} rows of a batch have no {column!r} ("
             f"{listed([row_name(row).rstrip(': ') for row in lacking])}); label all rows of a dataset or none"
         )
     return not lacking
+
+
+def _is_labelled(row: Row, column: str) -> bool:
+    """Whether a row has a label. Empty lists are one where the windows are empty: the query has no moment."""
+    value, windows = row.get(column), row.get("relevant_windows")
+    if value is None or column == "clip_scores" or windows is None or is_given(windows):
+        return is_given(value)
+    return True
 
 
 def _clip_scores(row: Row) -> NDArray[np.float64]:

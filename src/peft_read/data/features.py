@@ -44,8 +44,8 @@ class FeatureStore:
     * one `.npz` archive with `ids` (n,), `offsets` (n + 1,), `features` (frames of all items, width) and, where these
       are int8, `scale` (frames,): row = features x scale.
 
-    Features are read when they are asked for; only the archive's index is read at once. Integer ids are converted to
-    strings.
+    The files of a folder are read when they are asked for. An archive is read whole, and held in memory as it was
+    stored (int8 with `scale` takes a quarter of float32). Integer ids are converted to strings.
 
     Args:
         path: folder or archive.
@@ -108,7 +108,7 @@ class FeatureStore:
         return features
 
     def num_rows(self, video_id: str | int) -> int:
-        """Number of frames of one video; archives and `.npy` files are not read for it.
+        """Number of frames of one video, from the offsets of an archive or the head of a `.npy`; a `.npz` is read.
 
         Raises:
             KeyError: no features of that id.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,5 +185,6 @@ def low_resource_split(
 
 
 def source_of(vid: str) -> str:
-    """The YouTube video that `<source>_<start>_<end>` was cut from."""
-    return vid.rsplit("_", 2)[0]
+    """The YouTube video that `<source>_<start>_<end>` was cut from; another id is a source of its own."""
+    cut = re.fullmatch(r"(.+)_[0-9]+(\.[0-9]+)?_[0-9]+(\.[0-9]+)?", vid, re.DOTALL)
+    return cut.group(1) if cut else vid

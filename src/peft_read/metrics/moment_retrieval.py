@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..spans import check_windows, clips_of
 from ..values import id_of, number, shown, table
 from .qvhighlights_ratings import LEVELS, highlight_detection
-from .qvhighlights_records import CHUNK, Record, Records, field, joined
+from .qvhighlights_records import CHUNK, Record, Records, concatenated, field, joined
 
 __all__ = ["evaluate_qvhighlights"]
 
@@ -155,10 +155,10 @@ class _Moments:
         self.windows, self.num_windows = _padded(*_checked_windows(windows, 2))
         if (empty := np.flatnonzero(self.num_windows == 0)).size:
             raise ValueError(f"query {list(true)[empty[0]]!r} has no relevant_windows in the ground truth")
-        for qid, record in true.items():
+        for own, (qid, record) in zip(self.windows, true.items(), strict=True):
             if record.get("duration") is not None:
                 seconds = number(record["duration"], f"query {qid!r}: 'duration'", above=0)
-                last = max(float(window[1]) for window in windows[qid])
+                last = float(own[:, 1].max())  # padding is 0
                 if last > seconds and last > clips_of(seconds, clip_seconds, partial=True) * clip_seconds:
                     raise ValueError(
                         f"query {qid!r}: 'relevant_windows' ends at {last:g} s, the video at {seconds:g} s"
@@ -221,10 +221,12 @@ def _checked_windows(windows: Mapping[Hashable, Any], columns: int) -> tuple[NDA
         wrong = (rows[:, 0] < 0) | (rows[:, 1] < rows[:, 0]) | ((columns == 2) & (rows[:, 1] == rows[:, 0]))
         if not wrong.any():
             return together
-    for qid, value in windows.items():  # one of them is wrong, and is named
+    tables = []
+    for qid, value in windows.items():  # what is wrong is named
         where = f"query {qid!r}: {name!r}"
-        check_windows(table(value, where, columns=columns)[:, :2], where, allow_empty=columns == 3)
-    raise ValueError(f"{name!r}: rows of {columns} numbers are expected in every query")
+        tables.append(table(value, where, columns=columns))
+        check_windows(tables[-1][:, :2], where, allow_empty=columns == 3)
+    return concatenated(tables)
 
 
 def _padded(rows: NDArray, counts: NDArray) -> tuple[NDArray[np.float64], NDArray]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..spans import clips_of
 from ..values import number, shown, table
-from .qvhighlights_records import CHUNK, Records, field, joined
+from .qvhighlights_records import CHUNK, Records, concatenated, field, joined
 
 __all__ = ["LEVELS", "highlight_detection", "ranking_precisions"]
 
@@ -47,9 +47,9 @@ def _checked_scores(scores: Mapping[Hashable, Any]) -> tuple[NDArray[np.float64]
     rows = joined(scores, None)
     if rows is not None and (rows[1] > 0).all():
         return rows
-    for qid, value in scores.items():
-        table(value, f"query {qid!r}: 'pred_saliency_scores'", empty=False)
-    raise ValueError("'pred_saliency_scores' must be a list of numbers in every query")
+    return concatenated(
+        [table(value, f"query {qid!r}: 'pred_saliency_scores'", empty=False) for qid, value in scores.items()]
+    )
 
 
 def _checked_ratings(true: Records, clip_seconds: float) -> tuple[NDArray[np.float64], NDArray]:
@@ -62,7 +62,8 @@ def _checked_ratings(true: Records, clip_seconds: float) -> tuple[NDArray[np.flo
     chosen, rated = joined(ids, None), joined(given, ANNOTATORS)
     clips = np.array([clips_of(duration, clip_seconds) for duration in seconds.tolist()])
     if chosen is None or rated is None or not _fit(*chosen, *rated, seconds / clip_seconds):
-        for index, (qid, value) in enumerate(ids.items()):  # one of them is wrong, and is named
+        relevant, scores = [], []
+        for index, (qid, value) in enumerate(ids.items()):  # what is wrong is named
             where = f"query {qid!r}: 'relevant_clip_ids'"
             own = table(value, where, low=0, whole=True)
             if len(set(own.tolist())) < len(own):
@@ -76,7 +77,9 @@ def _checked_ratings(true: Records, clip_seconds: float) -> tuple[NDArray[np.flo
             ratings = table(given[qid], where, columns=ANNOTATORS, low=0, high=BEST_RATING, whole=True)
             if len(ratings) != len(own):
                 raise ValueError(f"{where} rates {len(ratings)} clips, and {len(own)} are relevant")
-        raise ValueError("'relevant_clip_ids' and 'saliency_scores' must be lists of numbers in every query")
+            relevant.append(own)
+            scores.append(ratings)
+        chosen, rated = concatenated(relevant), concatenated(scores)
     (rows, counts), (values, _) = chosen, rated
     query = np.repeat(np.arange(len(counts)), counts)
     np.maximum.at(clips, query, rows.astype(np.int64) + 1)
