@@ -28,6 +28,7 @@ from transformers import TrainerCallback
 
 from peft_read.alignment import last_whole_checkpoint
 from peft_read.files import write_whole
+from peft_read_command import own_version
 
 LOCK_SECONDS = 10  # the children of a killed parent need a moment to notice
 ENDS_WITH_STDIN = "PEFT_READ_ENDS_WITH_STDIN"
@@ -231,7 +232,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
 
 def versions() -> dict[str, str]:
     """Of what computes the numbers."""
-    return {name: version(name) for name in ("torch", "transformers", "peft", "peft-read")}
+    return {name: version(name) for name in ("torch", "transformers", "peft")} | {"peft-read": own_version()}
 
 
 def run_arguments(script: Any, training: Any) -> dict[str, Any]:
