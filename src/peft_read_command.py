@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["main", "parser"]
+__all__ = ["main", "own_version", "parser"]
 
 DESCRIPTION = "Shows what READ, or any other method of peft, adapts in a model and how many parameters it trains."
 CELLS = ("rnn", "gru", "lstm", "none")  # peft_read.recurrence has them; a test compares
@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="peft-read", description=DESCRIPTION, epilog="peft-read COMMAND --help lists the options of a command."
     )
-    parser.add_argument("--version", action="version", version=f"peft-read {_version()}")
+    parser.add_argument("--version", action="version", version=f"peft-read {own_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     inspect = _command(commands, "inspect", "show the modules that a method adapts in a model, as a table and a tree")
@@ -104,7 +104,8 @@ def _add_model(parser: argparse.ArgumentParser, *, needed: bool = True) -> None:
     )
 
 
-def _version() -> str:
+def own_version() -> str:
+    """The version of the package, or that it is not installed."""
     try:
         return metadata.version("peft-read")
     except metadata.PackageNotFoundError:  # a source tree on the path

@@ -97,6 +97,30 @@ def test_new_modules_are_trained_in_any_case_and_errors_name_the_methods():
     assert set(FREEZING_METHODS) == {"full", "bias", "partial", "proj", "none"}
 
 
+@pytest.mark.parametrize(
+    ("also", "message"),
+    [
+        (["saliency_proj", "span_embde"], r"'span_embde' is neither .* in MomentDetr.* near names: span_embed"),
+        (["transformer.decoder.layers.0.liner1"], r"near names: transformer\.decoder\.layers\.0\.linear1"),
+        (["of_another_model"], "its modules: transformer, encoder, .*saliency_proj"),
+        (["saliency_proj.weight"], "is neither the name of a module"),
+        ([""], "'' is neither"),
+        ("saliency_proj", r"is one string; write a list of names, \['saliency_proj'\]"),
+    ],
+)
+@pytest.mark.parametrize("apply", [lambda model, **also: train_only(model, "none", **also), add_prompts])
+def test_a_name_that_no_module_has_is_an_error_that_names_near_ones(apply, also, message):
+    model = moment_detr()
+    with pytest.raises(ValueError, match=message):
+        apply(model, also=also)
+    assert trained(model) == {name for name, _ in model.named_parameters()} and not hasattr(model, "prompts")
+
+
+def test_a_module_without_parameters_cannot_be_trained():
+    with pytest.raises(ValueError, match=r"also=.*'activation_fn' is neither the name of a module with parameters"):
+        train_only(bart(), "bias", also=["activation_fn"])
+
+
 @pytest.mark.parametrize("build", [moment_detr, umt, lambda: umt(encoder_layers=2, mask_decoder=True)])
 def test_prompts_act_on_both_streams_and_keep_every_shape(build):
     model, inputs = build(), batch()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 import warnings
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -229,6 +230,27 @@ def test_bad_input_is_one_line(bart_base, adapter, tmp_path, capsys):
     assert "OneOfItsOwn, which is not a class of transformers" in failure(capsys, "inspect", str(tmp_path / "own"))
 
 
+def test_damaged_files_of_an_adapter_are_one_line_that_names_them(adapter, capsys):
+    weights, old = adapter / "adapter_model.safetensors", adapter / "adapter_model.bin"
+    content = weights.read_bytes()
+    for damaged in (content[:100], content[:-10], b""):
+        weights.write_bytes(damaged)
+        assert f"{weights} holds no whole weights" in failure(capsys, "card", str(adapter))
+    weights.unlink()
+    torch.save({"a": torch.zeros(3)}, old)
+    content = old.read_bytes()
+    for damaged in (content[:100], content[: len(content) // 2], b"not a pickle", b""):
+        old.write_bytes(damaged)
+        assert f"{old} holds no whole weights" in failure(capsys, "card", str(adapter))
+    torch.save({"a": "no tensor"}, old)
+    assert f"{old} holds no whole weights" in failure(capsys, "card", str(adapter))
+    config = adapter / "adapter_config.json"
+    for damaged in (config.read_bytes()[:50], b"\xff\xfe", b""):
+        config.write_bytes(damaged)
+        for command in (["card", str(adapter)], ["inspect", "--adapter", str(adapter)]):
+            assert f"{config} is no configuration" in failure(capsys, *command)
+
+
 def test_without_a_network_the_error_says_that_there_is_no_folder_either(capsys, monkeypatch):
     def unreachable(name, **options):
         logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
@@ -275,6 +297,20 @@ def test_the_demonstration_and_the_check(capsys):
     assert main(["check"]) == 0
     out = capsys.readouterr().out
     assert "transformers " in out and "in use: on the CPU" in out
+
+
+def test_the_check_of_a_source_tree_says_that_it_is_not_installed(capsys, monkeypatch):
+    version = metadata.version
+
+    def missing(name):
+        if name == "peft-read":
+            raise metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    assert main(["check"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("peft-read of a source tree that is not installed\ntorch ")
 
 
 def test_the_module_runs_as_a_program(tmp_path, capsys, monkeypatch):

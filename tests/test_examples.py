@@ -111,6 +111,22 @@ def test_every_method_runs(method, how2, tmp_path, summarize):
     assert 0 < result["rouge_after"]["rouge_score"]["rougeL"] <= 100
 
 
+def test_a_second_run_in_the_folder_of_the_first_is_what_is_loaded(how2, tmp_path, summarize):
+    """transformers puts an adapter that lies beside `model.safetensors` on top of it."""
+    short = ("--num_train_samples", 8, "--num_test_samples", 2, "--no_pvla", "--no_measure_before")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "notes.txt").write_text("mine")
+    for method in ("read", "bias"):
+        summarize("--data_dir", how2, "--output_dir", tmp_path, *short, "--method", method)
+    saved = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert "model.safetensors" in saved and "notes.txt" in saved
+    assert not any("adapter" in name for name in saved)
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "adapter")
+    weights = load_file(tmp_path / "adapter" / "model.safetensors")
+    assert not any("readapter" in name for name, _ in model.named_modules())
+    assert all(torch.equal(model.state_dict()[name], weight) for name, weight in weights.items())
+
+
 def plain_model(kind, vocab_size):
     if kind == "bart":
         heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}

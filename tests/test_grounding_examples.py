@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -119,6 +121,25 @@ def test_a_run_trains_selects_submits_draws_and_answers_a_query(world, backbone,
     assert len(record["pred_relevant_windows"]) == 10
     with pytest.raises(ValueError, match="needs --video"):
         ground_moments.main(answer[:2])
+
+
+def test_a_second_run_in_the_folder_of_the_first_is_what_is_loaded(world, backbone, tmp_path):
+    """transformers puts an adapter that lies beside `model.safetensors` on top of it."""
+    arguments = ["--model_name_or_path", str(backbone), "--max_steps", "2", "--eval_strategy", "no"]
+    arguments += ["--save_strategy", "no", "--test_file", world["test"], "--output_dir", str(tmp_path)]
+    asked = ground_moments.ScriptArguments(predict="red dog", video="source3_0.0_40.0")
+    for method in ("read", "full"):
+        result = ground_moments.main(qvhighlights(world, *arguments, "--method", method))
+        assert result["reloaded_is_identical"], method
+    assert {path.name for path in (tmp_path / "trained").iterdir()} == {
+        *("config.json", "model.safetensors", "training_args.bin"),
+    }
+    model = ground_moments.Answer(asked, tmp_path).model
+    assert not any("readapter" in name for name, _ in model.named_modules())
+    ground_moments.main(qvhighlights(world, *arguments, "--method", "none"))
+    bare = ground_moments.Answer(asked, tmp_path).model
+    weights = load_file(backbone / "model.safetensors")
+    assert all(torch.equal(weights[name], weight) for name, weight in bare.state_dict().items())
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from faults import KILLED, PHASES, Faults, in_a_process
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -154,6 +155,79 @@ def test_files_of_a_folder_are_written_atomically(run_folder, tmp_path):
         (part / "weights").write_text("new")
     assert {path.name: path.read_text() for path in folder.iterdir()} == {"notes.txt": "mine", "weights": "new"}
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def files_of(folder):
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def fill(folder, files):
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+ADAPTER = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "README.md",
+    "training_args.bin",
+    "verify/adapter_config.json",
+)
+OLD_MODEL = dict.fromkeys((*ADAPTER, "beside_adapter.safetensors", "tokenizer_config.json", "spiece.model"), "old")
+NEW_MODEL = dict.fromkeys(("config.json", "generation_config.json", "model.safetensors", "training_args.bin"), "new")
+OF_THE_USER = {"notes.txt": "mine", "figures/curve.png": "mine", "figures/results.json": "mine"}
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_new_model_leaves_nothing_of_the_old_one_and_all_of_the_users(run_folder, linked, tmp_path):
+    """An adapter's files beside `model.safetensors` would be put on top of it by `from_pretrained`."""
+    folder = tmp_path / "trained"
+    if linked:
+        (tmp_path / "elsewhere").mkdir()
+        folder.symlink_to(tmp_path / "elsewhere")
+    fill(folder, OLD_MODEL | OF_THE_USER)
+    with run_folder.written_whole(folder) as part:
+        fill(part, NEW_MODEL)
+        assert files_of(folder) == OLD_MODEL | OF_THE_USER
+    assert files_of(folder) == NEW_MODEL | OF_THE_USER
+    assert {path.name for path in tmp_path.iterdir()} == {"trained", *(["elsewhere"] * linked)}
+    assert folder.is_symlink() == linked
+
+
+def test_a_folder_that_cannot_be_written_stays(run_folder, tmp_path):
+    fill(tmp_path, {"trained": "a file", "adapter/adapter_config.json": "old"})
+    with pytest.raises(NotADirectoryError, match="trained is a file"), run_folder.written_whole(tmp_path / "trained"):
+        pass
+    with pytest.raises(FileNotFoundError, match="nothing was written"), run_folder.written_whole(tmp_path / "adapter"):
+        pass
+    assert files_of(tmp_path) == {"trained": "a file", "adapter/adapter_config.json": "old"}
+
+
+def test_a_kill_at_any_write_leaves_the_old_or_the_new_model_whole(run_folder, tmp_path):
+    def replace(folder, files):
+        with run_folder.written_whole(folder) as part:
+            fill(part, files)
+
+    at, ends = 0, []
+    while True:
+        for phase in PHASES:
+            folder = tmp_path / f"{at}_{phase}" / "trained"
+            fill(folder, OLD_MODEL | OF_THE_USER)
+            ends.append(in_a_process(lambda: replace(folder, NEW_MODEL), Faults(folder.parent, at, phase)))  # noqa: B023
+            assert ends[-1] in (KILLED, 0)
+            whole = run_folder.where_whole(folder)
+            models = {name: text for name, text in files_of(whole).items() if name not in OF_THE_USER}
+            assert models in (OLD_MODEL, NEW_MODEL), (at, phase)
+            replace(folder, NEW_MODEL | {"adapter_config.json": "third"})
+            assert files_of(folder.parent) == {
+                f"trained/{name}": text
+                for name, text in (NEW_MODEL | {"adapter_config.json": "third"} | OF_THE_USER).items()
+            }, (at, phase)
+        at += 1
+        if ends[-1] == 0:
+            break
+    assert ends.count(KILLED) > 20
 
 
 def forked(work):

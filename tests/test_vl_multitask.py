@@ -93,6 +93,20 @@ def test_the_weights_of_every_task_are_trained_and_differ(scripts, backbone, tmp
     assert not torch.equal(up["verify"], up["ask"])
 
 
+def test_a_second_run_in_the_folder_of_the_first_is_what_is_loaded(scripts, backbone, tmp_path):
+    """One adapter, then one per task, then another method that trains nothing beside its adapter."""
+    short = ["--max_steps", "1", "--save_strategy", "no", "--eval_strategy", "no", "--no_measure_before"]
+    saved = []
+    for method in ("--method lora", "--method lora --share multiple", "--method adapter"):
+        result = run(scripts, backbone, tmp_path, *method.split(), *short)
+        assert result["reloaded_is_identical"], method
+        saved.append({path.relative_to(tmp_path / "trained").as_posix() for path in tmp_path.glob("trained/**/*.*")})
+    configs = [sorted(name for name in names if name.endswith("adapter_config.json")) for names in saved]
+    of_tasks = [f"{task}/adapter_config.json" for task in ("ask", "describe", "verify")]
+    assert configs == [["adapter_config.json"], of_tasks, ["adapter_config.json"]]
+    assert ["beside_adapter.safetensors" in names for names in saved] == [True, True, False]
+
+
 @pytest.mark.parametrize(
     "method",
     [

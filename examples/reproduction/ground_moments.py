@@ -19,6 +19,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,15 @@ from grounding_report import describe, draw
 from methods import PEFT_METHODS, MethodArguments, apply_method, check_method
 from peft import PeftModel
 from progress import show_progress
-from run_folder import KeepCheckpoints, RunFolder, run_arguments, run_script, write_json
+from run_folder import (
+    KeepCheckpoints,
+    RunFolder,
+    run_arguments,
+    run_script,
+    where_whole,
+    write_json,
+    written_whole,
+)
 from safetensors.torch import load_file
 from script_arguments import ScriptParser, check_at_least, check_numbers, check_training
 from torch import nn
@@ -306,13 +315,16 @@ class Run:
         """Saves what was trained, loads it again, and draws a few queries."""
         if self.script.method == "none":
             return {}
-        if self.script.model_name_or_path is None:
-            # The random backbone below the adapter; without it the adapter is worth nothing.
-            set_seed(self.training.seed)
-            load_backbone(self.script, self.data).save_pretrained(self.folder / "backbone")
-        trainer.save_model(str(self.folder / "trained"))
         if self.training.process_index != 0:
+            trainer.save_model(str(self.folder / "trained"))  # on all processes; the main one writes
             return {}
+        with ExitStack() as together:  # both are whole before either takes its place
+            if self.script.model_name_or_path is None:
+                # The random backbone below the adapter; without it the adapter is worth nothing.
+                set_seed(self.training.seed)
+                backbone = together.enter_context(written_whole(self.folder / "backbone"))
+                load_backbone(self.script, self.data).save_pretrained(backbone)
+            trainer.save_model(str(together.enter_context(written_whole(self.folder / "trained"))))
         rows = self.fold.test if self.fold.test is not None else self.fold.validation
         if rows is None:
             return {}
@@ -346,15 +358,24 @@ def load_backbone(script: ScriptArguments, data: GroundingData) -> nn.Module:
 
 
 def load_trained(script: ScriptArguments, folder: Path) -> nn.Module:
-    """The adapted model of an earlier run."""
+    """The adapted model of an earlier run.
+
+    Raises:
+        ValueError: the run has saved no model.
+    """
+    backbone, trained = script.model_name_or_path or where_whole(folder / "backbone"), where_whole(folder / "trained")
+    if script.method == "none":  # whatever an earlier run has left in the folder
+        if script.model_name_or_path is None:
+            raise ValueError(f"{folder} is of --method none on a random backbone, of which nothing is saved")
+        return AutoModel.from_pretrained(backbone).eval()
     if script.method in PEFT_METHODS or script.method == "prompt":
-        base = AutoModel.from_pretrained(script.model_name_or_path or folder / "backbone")
+        base = AutoModel.from_pretrained(backbone)
         if script.method in PEFT_METHODS:
-            return PeftModel.from_pretrained(base, str(folder / "trained")).eval()
+            return PeftModel.from_pretrained(base, str(trained)).eval()
         model = add_prompts(base, length=script.prompt_length)
-        model.load_state_dict(load_file(folder / "trained" / "model.safetensors"))
+        model.load_state_dict(load_file(trained / "model.safetensors"))
         return model.eval()
-    return AutoModel.from_pretrained(folder / "trained").eval()
+    return AutoModel.from_pretrained(trained).eval()
 
 
 class Answer:

@@ -28,6 +28,7 @@ from transformers import TrainerCallback
 
 from peft_read.alignment import last_whole_checkpoint
 from peft_read.files import write_whole
+from peft_read_command import own_version
 
 LOCK_SECONDS = 10  # the children of a killed parent need a moment to notice
 ENDS_WITH_STDIN = "PEFT_READ_ENDS_WITH_STDIN"
@@ -46,6 +47,11 @@ FREE_ARGUMENTS = frozenset(
 WRITTEN = (
     *("run.json", "results.json", "report.md", "learning_curve.png", "command.json"),
     *("each_test.json", "each_validation.json"),
+)
+# What peft, transformers and these scripts save of a model; everything else in its folder is the user's.
+OF_A_MODEL = re.compile(
+    r".*\.(safetensors|bin|jinja|model)|.*config\.json|.*\.index\.json|README\.md"
+    r"|(tokenizer|vocab|added_tokens|special_tokens_map)\.json|(merges|vocab)\.txt"
 )
 TIMES = re.compile(r".*(_runtime|_per_second|_preparation_time)")  # entries of the log that differ from run to run
 
@@ -226,7 +232,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
 
 def versions() -> dict[str, str]:
     """Of what computes the numbers."""
-    return {name: version(name) for name in ("torch", "transformers", "peft", "peft-read")}
+    return {name: version(name) for name in ("torch", "transformers", "peft")} | {"peft-read": own_version()}
 
 
 def run_arguments(script: Any, training: Any) -> dict[str, Any]:
@@ -271,21 +277,63 @@ def log_without_times(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
-    """A folder whose files take their places in `folder` when all of them are written.
+    """A new folder beside `folder`, to be made by the block, which takes its place when all of its files are written.
 
-    What is not written stays as it is.
+    Files of an earlier model go, also those that the new one does not have: an adapter that stayed beside a new
+    `model.safetensors` would be loaded on top of it. Files that no model consists of stay. After an error `folder` is
+    as before; after a kill `where_whole` is. A symbolic link stays one.
+
+    Raises:
+        OSError: `folder` is no folder, or the block has written nothing.
     """
-    part = folder.with_name(f".{folder.name}.part")
+    folder = Path(os.path.realpath(folder))
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file, where a folder is to be written; move it away")
+    part, before = folder.with_name(f".{folder.name}.part"), _before(folder)
+    _end_of_a_kill(folder)
     shutil.rmtree(part, ignore_errors=True)
     try:
         yield part
-        for path in sorted(part.rglob("*")):
-            if path.is_file():
-                target = folder / path.relative_to(part)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                path.replace(target)
+        if not part.is_dir():
+            raise FileNotFoundError(f"nothing was written for {folder}")
+        if folder.exists():
+            folder.replace(before)
+        try:
+            part.replace(folder)
+        except BaseException:
+            if before.exists():
+                before.replace(folder)
+            raise
+        _end_of_a_kill(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def where_whole(folder: Path) -> Path:
+    """Where the content of a folder of `written_whole` lies, also after a kill between its two renamings."""
+    real = Path(os.path.realpath(folder))
+    return _before(real) if not real.exists() and _before(real).is_dir() else folder
+
+
+def _before(folder: Path) -> Path:
+    """Where the earlier content of a folder waits until the new one is in its place."""
+    return folder.with_name(f".{folder.name}.before")
+
+
+def _end_of_a_kill(folder: Path) -> None:
+    """Takes the earlier content back where the new one is not in its place, and takes leave of it where it is."""
+    before = _before(folder)
+    if not before.is_dir():
+        return
+    if not folder.exists():
+        before.replace(folder)
+        return
+    for path in sorted(before.rglob("*")):
+        target = folder / path.relative_to(before)
+        if (path.is_symlink() or path.is_file()) and not OF_A_MODEL.fullmatch(path.name) and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def end_with_parent() -> None:

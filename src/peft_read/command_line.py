@@ -17,14 +17,14 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
-from peft_read_command import parser
+from peft_read_command import own_version, parser
 
 from . import bottleneck
 from .backends import show_backends
 from .demonstration import demonstrate
 from .inspection import Inspection, aligned_table, inspect_model
 from .peft_methods import AdapterConfig
-from .peft_methods.card import update_model_card
+from .peft_methods.card import saved_parameters, update_model_card
 from .peft_methods.settings import method_config, method_fields, read_settings, saved_config
 
 __all__ = ["main", "run"]
@@ -140,6 +140,7 @@ def _card(options: argparse.Namespace) -> int:
     config = saved_config(folder)
     if not isinstance(config, AdapterConfig):
         raise ValueError(f"{folder} holds no adapter of this package; peft writes the cards of its own methods")
+    saved_parameters(folder)  # damaged weights are those of the folder, not of a copy
     mapping = config.auto_mapping if isinstance(config.auto_mapping, dict) else None
     with tempfile.TemporaryDirectory() as scratch:
         place = folder if options.write else Path(scratch)
@@ -174,7 +175,8 @@ def _demo(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> int:
     import torch
 
-    for name in ("peft-read", "torch", "transformers", "peft", "accelerate"):
+    print(f"peft-read {own_version()}")
+    for name in ("torch", "transformers", "peft", "accelerate"):
         print(f"{name} {metadata.version(name)}")
     print(show_backends())
     script = options.checkout / GPU_CHECK

@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
-__all__ = ["FREEZING_METHODS", "HEADS", "modules_called", "train_only"]
+from ..names import near_names, own_names, without_numbers
+
+__all__ = ["FREEZING_METHODS", "HEADS", "modules_asked_for", "train_only"]
 
 FREEZING_METHODS = ("full", "bias", "partial", "proj", "none")
 # Output layers of models without a language-modelling head, by model type: module names or their ends.
@@ -35,12 +37,13 @@ def train_only(model: nn.Module, method: str, *, also: Sequence[str] = ()) -> nn
         The model.
 
     Raises:
-        ValueError: an unknown method, or one that finds nothing to train in this model.
+        ValueError: an unknown method, or one that finds nothing to train in this model; a suffix of `also` that is
+            that of no module with parameters. The model is as before then.
     """
     if method not in FREEZING_METHODS:
         raise ValueError(f"method={method!r} is not one of {FREEZING_METHODS}")
     chosen = {id(parameter) for parameter in _chosen(model, method)}
-    chosen |= {id(parameter) for module in modules_called(model, also) for parameter in module.parameters()}
+    chosen |= {id(parameter) for module in modules_asked_for(model, also) for parameter in module.parameters()}
     if not chosen and method != "none":
         raise ValueError(f"method={method!r} finds nothing to train in {type(model).__name__}")
     for parameter in model.parameters():
@@ -76,15 +79,38 @@ def _chosen(model: nn.Module, method: str) -> list[nn.Parameter]:
 
 def _known(model: nn.Module, names: Mapping[str, Sequence[str]]) -> list[nn.Module]:
     """The modules of a model whose names are known by its type."""
-    return modules_called(model, names.get(getattr(getattr(model, "config", None), "model_type", ""), ()))
+    return _called(model, names.get(getattr(getattr(model, "config", None), "model_type", ""), ()))
 
 
-def modules_called(model: nn.Module, suffixes: Sequence[str]) -> list[nn.Module]:
-    """The modules whose name is one of these, or ends with one."""
+def modules_asked_for(model: nn.Module, suffixes: Sequence[str]) -> list[nn.Module]:
+    """The modules whose name is one of these, or ends with one.
+
+    Raises:
+        ValueError: a suffix is that of no module with parameters.
+    """
+    if isinstance(suffixes, str):
+        raise ValueError(f"also={suffixes!r} is one string; write a list of names, [{suffixes!r}]")
+    found = {suffix: _called(model, [suffix]) for suffix in suffixes}
+    trainable = {suffix for suffix, modules in found.items() if any(True for m in modules for _ in m.parameters())}
+    if missing := [suffix for suffix in found if suffix not in trainable]:
+        names = without_numbers(
+            name for name in own_names(model) if any(True for _ in model.get_submodule(name).parameters())
+        )
+        ends = list(dict.fromkeys(end for name in names if not (end := name.rpartition(".")[2]).isdigit()))
+        near = near_names(missing, [*ends, *names])
+        raise ValueError(
+            f"also={list(suffixes)!r}: {', '.join(map(repr, missing))} is neither the name of a module with "
+            f"parameters in {type(model).__name__} nor the end of one; "
+            + (f"near names: {', '.join(near)}" if near else f"its modules: {', '.join(ends[:40])}")
+        )
+    return [module for modules in found.values() for module in modules]
+
+
+def _called(model: nn.Module, suffixes: Sequence[str]) -> list[nn.Module]:
     return [
         module
         for name, module in model.named_modules()
-        if any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)
+        if name and any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)
     ]
 
 

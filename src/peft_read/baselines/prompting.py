@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .freezing import modules_called
+from .freezing import modules_asked_for
 from .prompt import InputPrompts
 from .prompt_summariser import SummariserPrompts
 
@@ -32,7 +32,8 @@ def add_prompts(model: nn.Module, *, length: int = 10, also: Sequence[str] = ())
         The model.
 
     Raises:
-        ValueError: another model, one that fuses no video, a length below one, or a model that has prompts already.
+        ValueError: another model, one that fuses no video, a length below one, or a model that has prompts already; a
+            suffix of `also` that is that of no module with parameters.
     """
     config: Any = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
@@ -51,6 +52,7 @@ def add_prompts(model: nn.Module, *, length: int = 10, also: Sequence[str] = ())
             f"fusion_layer={config.fusion_layer}: this {model_type} sees no video, so that prompts before "
             "it would never be trained; for the text alone see peft's PromptTuningConfig"
         )
+    modules = modules_asked_for(model, also)
     model.requires_grad_(False)
     reference = next(model.parameters())
     if model_type in SUMMARISERS:
@@ -62,7 +64,7 @@ def add_prompts(model: nn.Module, *, length: int = 10, also: Sequence[str] = ())
         prompts = InputPrompts(model_type, length, config.d_model, has_text=has_text)
     model.prompts = prompts.to(device=reference.device, dtype=reference.dtype)
     prompts.attach(model)
-    for module in modules_called(model, also):
+    for module in modules:
         module.requires_grad_(True)
     return model
 

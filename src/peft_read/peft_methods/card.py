@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import pickle
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,14 +16,14 @@ import transformers
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ..files import write_whole
 
 if TYPE_CHECKING:
     from .configuration import AdapterConfig
 
-__all__ = ["renew_model_cards", "update_model_card"]
+__all__ = ["renew_model_cards", "saved_parameters", "update_model_card"]
 
 BEGIN, END = "<!-- peft-read: begin -->", "<!-- peft-read: end -->"
 
@@ -69,9 +70,12 @@ def update_model_card(folder: str | os.PathLike, config: AdapterConfig, auto_map
         folder: where `adapter_config.json` lies.
         config: the adapter's configuration.
         auto_mapping: the class of the base model and its library, as peft records them.
+
+    Raises:
+        ValueError: the file of the weights is damaged.
     """
     folder = Path(folder)
-    trained = _saved_parameters(folder)
+    trained = saved_parameters(folder)
     if trained is None:  # a configuration without weights needs no card
         return
     section = _section(trained, config, auto_mapping)
@@ -219,12 +223,22 @@ def _facts(trained: int, config: AdapterConfig) -> dict[str, str]:
     return facts
 
 
-def _saved_parameters(folder: Path) -> int | None:
-    """How many numbers the saved adapter holds, modules saved as a whole included."""
-    if (folder / SAFETENSORS_WEIGHTS_NAME).exists():
-        with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
-            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    if (folder / WEIGHTS_NAME).exists():
-        weights: dict[str, Any] = torch.load(folder / WEIGHTS_NAME, map_location="cpu", weights_only=True)
-        return sum(weight.numel() for weight in weights.values())
+def saved_parameters(folder: Path) -> int | None:
+    """How many numbers a saved adapter holds, modules saved as a whole included; None without weights.
+
+    Raises:
+        ValueError: the file of the weights is damaged.
+    """
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    try:
+        if path.exists():
+            with safe_open(path, framework="pt") as file:
+                return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        path = folder / WEIGHTS_NAME
+        if path.exists():
+            weights: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            return sum(weight.numel() for weight in weights.values())
+    except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, AttributeError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path} holds no whole weights of an adapter: {reason}") from error
     return None

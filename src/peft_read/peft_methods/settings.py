@@ -80,7 +80,8 @@ def saved_config(folder: Path) -> PeftConfig:
     """The configuration of a saved adapter of any method, set to be trained.
 
     Raises:
-        ValueError: there is no such folder, it holds no adapter, or one of a method that peft does not know.
+        ValueError: there is no such folder, it holds no adapter, or one of a method that peft does not know; the file
+            is damaged, or holds a value that the method does not take.
     """
     if not folder.is_dir():
         raise ValueError(f"there is no such folder: {folder}")
@@ -90,6 +91,8 @@ def saved_config(folder: Path) -> PeftConfig:
         config: PeftConfig = PeftConfig.from_pretrained(str(folder))
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG_NAME} has a peft_type that is not known here: {error!r}") from error
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{folder / CONFIG_NAME} is no configuration of an adapter: {error}") from error
     config.inference_mode = False
     return config
 
