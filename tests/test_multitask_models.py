@@ -84,9 +84,7 @@ def test_a_model_whose_own_loss_is_another_than_its_kind_tells_is_refused(tmp_pa
     sizes = {"decoder_layers": 1, "d_model": 16, "decoder_attention_heads": 2, "decoder_ffn_dim": 16}
     model = BartForCausalLM(BartConfig(vocab_size=40, max_position_embeddings=32, init_std=0.3, **sizes))
     trained = trainer_of(tmp_path, texts("caption"), model=model)
-    with pytest.raises(
-        ValueError, match=r"BartForCausalLM's own .* labels\[:, t\].*loss_shifts_labels=True"
-    ):
+    with pytest.raises(ValueError, match=r"BartForCausalLM's own .* labels\[:, t\].*loss_shifts_labels=True"):
         trained.train()
     trainer_of(tmp_path, texts("caption"), model=model, options={"loss_shifts_labels": False}).train()
 

@@ -68,7 +68,7 @@ def check_tasks_named(given: Mapping[str, Mapping[str, Any] | None], tasks: tupl
     Raises:
         ValueError: a setting names a task that no data has.
     """
-    known = [*tasks]
+    known: list[Any] = [*tasks]
     for name, part in evaluation.items() if isinstance(evaluation, Mapping) else ():
         known += part.tasks if isinstance(part, MultitaskDataset) else [getattr(part, "task", name)]
     if isinstance(evaluation, TaskView):

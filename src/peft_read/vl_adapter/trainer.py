@@ -205,6 +205,7 @@ class MultitaskMixin(_Base):
         """As in Trainer; also counts batches, examples and tokens of each task in the optimiser step."""
         batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
         counts = torch.zeros(len(self._tasks), 2, device=self.args.device)
+        assert self.model is not None
         for batch in batches:
             task = task_of(batch)
             number, (labels, shift) = self._number_of(task), self._targets(self.model, batch)
