@@ -187,7 +187,7 @@ def test_the_alignment_is_added_to_the_task_loss(tmp_path, caplog, task):
 def test_tasks_are_evaluated_one_by_one_with_their_own_losses_and_metrics(tmp_path, generates):
     train, model = data(), tiny_model()
     metrics = {task: lambda p, t=task: {f"rows_{t}": len(p.label_ids)} for task in TASKS}
-    options = {"task_metrics": metrics, "task_generation": {"vqa": {"max_length": 5}}}
+    options = {"task_metrics": metrics, "task_generation": {"vqa": {"max_length": 5}} if generates else None}
     trainer = trainer_of(
         tmp_path, train, GeneratingTrainer, model=model, evaluation=data(), per_device_eval_batch_size=3,
         predict_with_generate=generates, options=options,
@@ -250,6 +250,10 @@ def test_batches_without_a_task_or_of_several_are_refused(tmp_path):
         ({"dataloader_drop_last": True}, "dataloader_drop_last would have no effect"),
         ({"options": {"task_losses": {"vqa": "mean"}}}, "the kind of a loss must be one of"),
         ({"options": {"task_metrics": {"gqa": len}}}, r"task_metrics names tasks without data: \['gqa'\]"),
+        ({"options": {"task_losses": {"GQA": "sample_mean"}}}, r"task_losses names tasks without data: \['GQA'\]"),
+        ({"options": {"task_generation": {"vqa": {"num_beams": 2}}}}, "nothing is generated without predict_with_gen"),
+        ({"options": {"task_batch_sizes": SIZES}, "auto_find_batch_size": True}, "auto_find_batch_size would have no"),
+        ({"options": {"loss_shifts_labels": "no"}}, "loss_shifts_labels must be True, False or None"),
         ({"options": {"compute_loss_func": len}}, "compute_loss_func would have no effect"),
     ],
 )

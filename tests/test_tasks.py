@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from peft_read.tasks import TaskModule, set_task, task_modules
+from peft_read.tasks import TaskModule, name_after_tasks, set_task, task_modules
 
 
 class Scale(nn.Module, TaskModule):
@@ -46,3 +47,53 @@ def test_an_unknown_task_changes_nothing():
     with pytest.raises(ValueError, match="'nlvr' is unknown to this model, which has weights for: 'vqa'"):
         set_task(model, "nlvr")
     assert [module.task for module in task_modules(model)] == ["vqa", "vqa"]
+
+
+def with_default_and(*others, **second):
+    """Two linear layers with a LoRA "default" on the first and further ones on both, all of them random."""
+    torch.manual_seed(0)
+    lora = {"r": 2, "init_lora_weights": False}
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)), LoraConfig(**lora, target_modules=["0"])
+    )
+    for name in others:
+        model.add_adapter(name, LoraConfig(**lora, target_modules=["0", "1"], **second))
+    return model.eval()
+
+
+def test_a_task_without_an_adapter_of_its_own_is_not_served_by_that_of_another_task():
+    model, x = with_default_and("vqa", modules_to_save=["2"]), torch.randn(3, 4)
+    with torch.no_grad():
+        model.base_model.model[2].modules_to_save["vqa"].weight.mul_(2)
+    default = model(x)
+    set_task(model, "vqa")
+    vqa = model(x)
+    assert model.active_adapter == "vqa" and not torch.allclose(vqa, default)
+    with set_task(model, "gqa"):
+        assert model.active_adapter == model.base_model.active_adapter == "default"
+        torch.testing.assert_close(model(x), default, rtol=0, atol=0)
+    torch.testing.assert_close(model(x), vqa, rtol=0, atol=0)
+    set_task(model, "gqa")
+    torch.testing.assert_close(model(x), default, rtol=0, atol=0)
+    model.set_adapter("vqa")  # peft's own switch still works, and a task that is set goes before it
+    set_task(model, "nlvr")
+    torch.testing.assert_close(model(x), default, rtol=0, atol=0)
+
+
+def test_an_adapter_that_is_named_after_no_task_stays_active_until_it_is_said_to_be():
+    model, x = with_default_and("style"), torch.randn(3, 4)
+    model.set_adapter("style")
+    expected = model(x)
+    set_task(model, "gqa")
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+    name_after_tasks(model, ["style"])
+    set_task(model, "gqa")
+    assert model.active_adapter == "default" and not torch.allclose(model(x), expected)
+
+
+def test_going_back_to_a_frozen_default_in_training_is_said():
+    model = with_default_and("vqa")
+    model.set_adapter("vqa")
+    set_task(model.train(), "vqa")
+    with pytest.warns(UserWarning, match=r"'default' is frozen and 'vqa' trained.*\['default', 'vqa'\]"):
+        set_task(model, "gqa")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -76,8 +75,8 @@ class TrainingArguments(AdaptationArguments):
 class MultitaskTrainer(PVLALossMixin, MultitaskMixin, Seq2SeqTrainer):
     """Trainer of several tasks with the alignment loss.
 
-    The checkpoints of transformers' Trainer hold the adapters of a PEFT model and nothing else, and reading one
-    freezes all adapters but the first. Here they hold what is trained beside them too, and what was trained still is.
+    The checkpoints of transformers' Trainer hold the adapters of a PEFT model and nothing else; here they hold what is
+    trained beside them too.
     """
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -87,21 +86,12 @@ class MultitaskTrainer(PVLALossMixin, MultitaskMixin, Seq2SeqTrainer):
             save_beside(model, Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with self._adapters_read_from(Path(resume_from_checkpoint)):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_beside(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        with self._adapters_read_from(Path(self.state.best_model_checkpoint)):
-            super()._load_best_model()
-
-    @contextmanager
-    def _adapters_read_from(self, folder: Path) -> Iterator[None]:
-        model = self.accelerator.unwrap_model(self.model)
-        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        yield
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in trained)
-        load_beside(model, folder)
+        super()._load_best_model()
+        load_beside(self.accelerator.unwrap_model(self.model), Path(self.state.best_model_checkpoint))
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from types import TracebackType
@@ -17,7 +17,7 @@ from torch import nn
 
 from .checkpointing import as_it_was, scope_checkpoints, unscope_checkpoints
 
-__all__ = ["TaskModule", "forget_choices_in", "keep_choices_in", "set_task", "task_modules"]
+__all__ = ["TaskModule", "forget_choices_in", "keep_choices_in", "name_after_tasks", "set_task", "task_modules"]
 
 OWNER = "tasks"
 
@@ -43,7 +43,8 @@ class set_task:
     Adapters of peft that are named after tasks, one LoRA per task for example, are switched too: the one of this name
     becomes the active one. Unlike `model.set_adapter`, this freezes none of the others, so that all tasks can be
     trained in turn by one optimizer; `model.base_model.set_requires_grad(["vqa", "gqa"])` makes them all trainable
-    before that optimizer is made.
+    before that optimizer is made. A task without an adapter of its own is served by the adapter "default" if there is
+    one, and not by that of the task before; adapters with other names, which somebody has activated, stay active.
 
     From then on gradient checkpointing (transformers' own, torch's `CheckpointWrapper`) recomputes a block for the
     task that it was computed for, even if another has been set before the backward pass.
@@ -58,15 +59,17 @@ class set_task:
 
     def __init__(self, model: nn.Module, task: str) -> None:
         self._before: list[tuple[Any, str, Any]] = []
-        switched = _adapters_of(model, task)
+        name, switched = _adapters_of(model, task)
         modules = [module for module in task_modules(model) if module.task_names]
         for module in modules:
-            if task not in module.task_names and module not in switched:
+            if task not in module.task_names and not (name == task and module in switched):
                 known = ", ".join(map(repr, module.task_names))
                 raise ValueError(f"task {task!r} is unknown to this model, which has weights for: {known}")
         for adapted in switched:
             attribute = "active_adapter" if isinstance(adapted, BaseTuner | PeftModel) else "_active_adapter"
-            self._change(adapted, attribute, [task] if isinstance(adapted, BaseTunerLayer) else task)
+            self._change(adapted, attribute, _as_active(adapted, name))
+        if switched and name == task:
+            name_after_tasks(model, [task])
         for module in task_modules(model):
             self._change(module, "task", task)
         if self._before:
@@ -139,37 +142,77 @@ def task_modules(model: nn.Module) -> Iterator[TaskModule]:
     return (module for module in model.modules() if isinstance(module, TaskModule))
 
 
-def _adapters_of(model: nn.Module, task: str) -> list[nn.Module]:
-    """The parts of a model that have an adapter of peft named after a task, in the order in which they are switched.
+def name_after_tasks(model: nn.Module, tasks: Iterable[str]) -> None:
+    """Says which adapters of a model belong to one task each; `set_task` gives them to no other task.
+
+    Args:
+        model: the model.
+        tasks: the names of the adapters, which are those of the tasks.
+    """
+    for layer in _adapted_layers(model):
+        layer._adapters_of_tasks = _named_after_tasks(layer) | set(tasks)
+
+
+def _named_after_tasks(layer: Any) -> frozenset[str]:
+    return getattr(layer, "_adapters_of_tasks", frozenset())
+
+
+def _adapted_layers(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _adapters_of(model: nn.Module, task: str) -> tuple[str, list[nn.Module]]:
+    """The name of the adapter of peft that serves a task, and the parts of a model to switch to it, in order.
 
     Raises:
         ValueError: if there are several adapters, none of them "default", and none has this name.
     """
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    layers = _adapted_layers(model)
     names: dict[type, set[str]] = {}
     for layer in layers:
         names.setdefault(type(layer), set()).update(layer._get_available_adapters())
     everything = sorted(set().union(*names.values()))
-    if task not in everything:
-        # An adapter called "default" is named after no task, nor are then those beside it.
+    if task in everything:
+        # A layer without this adapter is switched with the others of its kind, or it would go on serving another task.
+        switched: list[Any] = [layer for layer in layers if task in names[type(layer)]]
+        name, wrappers = task, [module for module in _saved_modules(model) if task in module._adapters]
+    elif "default" in everything and _serves_another_task(model, layers):
+        # Nothing may go on serving the other task, not even where "default" has no weights.
+        switched, name, wrappers = list(layers), "default", _saved_modules(model)
+    else:
+        # An adapter called "default" is named after no task, nor are then those beside it that no task has used.
         named_after_tasks = len(everything) > 1 and "default" not in everything
         if named_after_tasks and not any(module.task_names for module in task_modules(model)):
             known = ", ".join(map(repr, everything))
             raise ValueError(f"task {task!r} is unknown to this model, which has adapters for: {known}")
-        return []
-    # A layer without this adapter is switched with the others of its kind, or it would go on serving another task.
-    switched: list[Any] = [layer for layer in layers if task in names[type(layer)]]
-    _warn_where_frozen(switched, task)
-    for module in model.modules():
-        if (isinstance(module, AuxiliaryTrainingWrapper) and task in module._adapters) or (
-            isinstance(module, BaseTuner | PeftModel) and task in module.peft_config
-        ):
-            switched.append(module)
-    return switched
+        return task, []
+    _warn_where_frozen(switched, name)
+    tuners = [m for m in model.modules() if isinstance(m, BaseTuner | PeftModel) and name in m.peft_config]
+    return name, [*switched, *wrappers, *tuners]
 
 
-def _warn_where_frozen(layers: list[Any], task: str) -> None:
-    """Says that a task's adapter is not trained while those of other tasks are."""
+def _as_active(adapted: Any, name: str) -> str | list[str]:
+    """The name of an adapter as a part of a model keeps it while it is active."""
+    if isinstance(adapted, BaseTunerLayer):
+        return [name]
+    if isinstance(adapted, AuxiliaryTrainingWrapper) and name not in adapted._adapters:
+        return []  # peft's own sign for the original module
+    return name
+
+
+def _saved_modules(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+
+
+def _serves_another_task(model: nn.Module, layers: list[Any]) -> bool:
+    """Whether an adapter that belongs to one task is active."""
+    of_tasks = frozenset().union(*map(_named_after_tasks, layers))
+    active = [module.active_adapters for module in (*layers, *_saved_modules(model))]
+    return any(name in of_tasks for names in active for name in names)
+
+
+def _warn_where_frozen(layers: list[Any], adapter: str) -> None:
+    """Says that an adapter is not trained while those of other tasks are."""
     for layer in layers:
         trained = {
             name: any(parameter.requires_grad for parameter in parameters.parameters())
@@ -177,11 +220,11 @@ def _warn_where_frozen(layers: list[Any], task: str) -> None:
             for name, parameters in getattr(layer, part).items()
             if isinstance(parameters, nn.Module)
         }
-        if layer.training and trained and not trained.get(task, True) and any(trained.values()):
+        if layer.training and trained and not trained.get(adapter, True) and any(trained.values()):
             others = [name for name, is_trained in trained.items() if is_trained]
             warnings.warn(
-                f"the adapter of task {task!r} is frozen while those of {', '.join(map(repr, others))} are trained; "
-                f"to train all of them, call model.base_model.set_requires_grad({sorted([*others, task])}) before "
+                f"the adapter {adapter!r} is frozen and {', '.join(map(repr, others))} trained; "
+                f"to train all of them, call model.base_model.set_requires_grad({sorted([*others, adapter])}) before "
                 "the optimizer is made",
                 stacklevel=4,
             )

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from .aligner import Aligner, PVLAConfig
 from .checkpoints import last_whole_checkpoint, seal_checkpoint
+from .evaluation import counted_rows
 from .loss import AlignmentDistance
 from .streams import ROW_PER_EXAMPLE, rows_of, unwrap_model
 from .task_loss import is_local_mean
@@ -67,6 +68,7 @@ class PVLALossMixin(_Base):
         super().__init__(*args, **kwargs)
         self.pvla_config = pvla_config
         self._aligner: Aligner | None = None
+        self._measured = 0  # batches of evaluations
         self.add_callback(_Follower(self))
         if pvla_config is None:
             return
@@ -84,6 +86,11 @@ class PVLALossMixin(_Base):
         self._note_settings(self.model)
         self._eval_sums = _Sums()
         self._begin_training()
+
+    def _add_to_evaluation(self, result: AlignmentDistance) -> None:
+        self._measured += 1
+        real = counted_rows(self, result.distance.shape[1])
+        self._eval_sums.add(examples=real, **_totals(result, real))
 
     def _begin_training(self) -> None:
         """Forgets what an earlier or an aborted run of the training loop has counted."""
@@ -148,7 +155,7 @@ class PVLALossMixin(_Base):
             )
         if not model.training:
             result = aligner.distance(recording, batch, outputs, progress=self._progress)
-            self._eval_sums.add(examples=result.distance.shape[1], **_totals(result))
+            self._add_to_evaluation(result)
             return (loss, outputs) if return_outputs else loss
 
         loss = self._exact_task_loss(loss, outputs, labels, num_items_in_batch)
@@ -185,9 +192,9 @@ class PVLALossMixin(_Base):
 
         An encoder-decoder model without labels has no such pass, and is not measured.
         """
-        before = self._eval_sums.examples if self._aligner is not None else 0
+        before = self._measured
         result = super().prediction_step(model, inputs, *args, **kwargs)
-        if self._aligner is not None and self._eval_sums.examples == before:
+        if self._aligner is not None and self._measured == before:
             given = self._inputs_of_a_pass(model, inputs)
             if given is None:
                 return result
@@ -196,7 +203,7 @@ class PVLALossMixin(_Base):
             with torch.no_grad(), self.compute_loss_context_manager(), aligner.record() as recording:
                 outputs = model(**{name: batch[name] for name in given})
             distance = aligner.distance(recording, batch, outputs, progress=self._progress)
-            self._eval_sums.add(examples=distance.distance.shape[1], **_totals(distance))
+            self._add_to_evaluation(distance)
         return result
 
     def _inputs_of_a_pass(self, model: nn.Module, batch: Mapping[str, Any]) -> list[str] | None:
@@ -374,9 +381,10 @@ class _Sums:
         return float(self.values[name]) if name in self.values else 0.0
 
 
-def _totals(result: AlignmentDistance) -> dict[str, Tensor]:
+def _totals(result: AlignmentDistance, rows: int) -> dict[str, Tensor]:
+    """The sums over the first rows."""
     distance, mass = result.over_blocks()
-    return {"pvla_loss": distance.sum(), "pvla_mass": mass.sum()}
+    return {"pvla_loss": distance[:rows].sum(), "pvla_mass": mass[:rows].sum()}
 
 
 def _failures(result: AlignmentDistance) -> dict[str, Tensor]:

@@ -43,7 +43,9 @@ class LossSum(NamedTuple):
         return self.total / self.divisor.clamp(min=1)
 
 
-def task_loss(logits: Tensor, labels: Tensor, kind: str, scores: Tensor | None = None) -> LossSum:
+def task_loss(
+    logits: Tensor, labels: Tensor, kind: str, scores: Tensor | None = None, *, shift: bool = False
+) -> LossSum:
     """Cross-entropy over the target tokens, averaged as a task has it.
 
     With c_ij the cross-entropy of token j of example i and n_i its number of target tokens:
@@ -62,6 +64,7 @@ def task_loss(logits: Tensor, labels: Tensor, kind: str, scores: Tensor | None =
         labels: (B, T) int64; -100 is ignored.
         kind: one of the above.
         scores: (B,) from 0 to 1, of the answers; of `"scored_sample_mean"` only.
+        shift: logits[:, t] predicts labels[:, t + 1], as in decoder-only models; else labels[:, t].
 
     Raises:
         ValueError: another kind, labels or scores that do not fit the logits, scores that are missing.
@@ -75,6 +78,8 @@ def task_loss(logits: Tensor, labels: Tensor, kind: str, scores: Tensor | None =
         raise ValueError(f"the kind of a loss must be one of {', '.join(map(repr, LOSS_KINDS))}, not {kind!r}")
     if logits.dim() != 3 or labels.shape != logits.shape[:2]:
         raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} must be (B, T, V) and (B, T)")
+    if shift:
+        logits, labels = logits[:, :-1], labels[:, 1:]
     labels = labels.to(logits.device)
     tokens = nn.functional.cross_entropy(
         logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
+from transformers.trainer_utils import seed_worker
 
+from ..alignment.evaluation import counted_rows
 from ..alignment.trainer import wrap_again
 from ..data.multitask import MultitaskBatchSampler, MultitaskDataset
-from ..tasks import set_task, task_modules
+from ..tasks import name_after_tasks, set_task, task_modules
 from ..values import shown
+from .checkpoints import adapter_folders, trained_as_before
 from .losses import LossSum, check_losses, task_loss
+from .settings import check_tasks_named, refuse_what_has_no_effect, task_of, tasks_of
+from .shift import check_shift, loss_shifts_labels
 
 __all__ = ["MultitaskMixin"]
 
@@ -40,7 +47,9 @@ class MultitaskMixin(_Base):
 
     Logs `loss`, and `<task>_loss` for each task that was trained since the last log, over all processes. A
     `MultitaskDataset` as `eval_dataset` is evaluated task by task: `eval_<task>_loss` and the metrics of
-    `task_metrics`. A run that is resumed equals the uninterrupted one.
+    `task_metrics`. A run that is resumed equals the uninterrupted one, with an adapter of peft for each task too.
+
+    The logits of decoder-only models predict the next label, as in their own loss.
 
     With `PVLALossMixin`, that one comes first: `class T(PVLALossMixin, MultitaskMixin, Seq2SeqTrainer)`.
 
@@ -50,13 +59,16 @@ class MultitaskMixin(_Base):
             `{"sampling": "balanced", "restart": True}`.
         task_losses: the kind of loss of tasks that `TASK_LOSSES` does not list, or lists otherwise.
         task_metrics: by task, a function from an `EvalPrediction` to a dict of numbers, in place of `compute_metrics`.
-        task_generation: by task, arguments of `generate` under `predict_with_generate`, such as `{"num_beams": 5}`.
+        task_generation: by task, arguments of `generate` under `predict_with_generate`, such as `{"num_beams": 5}`;
+            those of a call of `evaluate` or `predict` go before them.
+        loss_shifts_labels: whether logits[:, t] predicts labels[:, t + 1]; None: what the model tells.
         *args, **kwargs: of the Trainer.
 
     Raises:
         ValueError: a training dataset that is not a `MultitaskDataset`; a task without a batch size or loss, or that
             the model has no weights for; options of the Trainer that would have no effect; a mixin after this one that
-            computes a loss; in training, a batch without a task, or of several.
+            computes a loss; a model that does not tell which label its logits predict; in training, a batch without a
+            task, or of several.
 
     Example:
         ```python
@@ -81,14 +93,18 @@ class MultitaskMixin(_Base):
         task_losses: Mapping[str, str] | None = None,
         task_metrics: Mapping[str, Callable[[Any], Mapping[str, float]]] | None = None,
         task_generation: Mapping[str, Mapping[str, Any]] | None = None,
+        loss_shifts_labels: bool | None = None,
         **kwargs: Any,
     ) -> None:
         if task_metrics is not None:
             if kwargs.get("compute_metrics") is not None:
                 raise ValueError("give task_metrics or compute_metrics, not both")
             kwargs["compute_metrics"] = self._metrics_of_task
+        if loss_shifts_labels not in (None, True, False):
+            raise ValueError(f"loss_shifts_labels must be True, False or None, not {shown(loss_shifts_labels)}")
+        self._given_shift, self._shift_is_checked = loss_shifts_labels, False
         super().__init__(*args, **kwargs)
-        _refuse_what_has_no_effect(self)
+        refuse_what_has_no_effect(self, MultitaskMixin, sizes=task_batch_sizes, generation=task_generation)
         # The collator needs the whole row, of which the model takes nothing as it stands.
         self.args.remove_unused_columns = False
         # Said also to versions of transformers that know no `loss_is_scaled_for_ga`.
@@ -98,20 +114,21 @@ class MultitaskMixin(_Base):
         self._task_options = {"sampling": task_sampling} if isinstance(task_sampling, str) else dict(task_sampling)
         if isinstance(self.eval_dataset, MultitaskDataset):
             self.eval_dataset = self.eval_dataset.by_task()  # type: ignore[assignment]
-        self._tasks = _tasks_of(self.train_dataset, self.eval_dataset)
+        self._tasks = tasks_of(self.train_dataset, self.eval_dataset)
         self.task_losses = check_losses(self._tasks, task_losses)
-        for name, given in (("task_metrics", task_metrics), ("task_generation", task_generation)):
-            if self._tasks and (unknown := sorted(set(given or {}) - set(self._tasks), key=str)):
-                raise ValueError(f"{name} names tasks without data: {unknown}; there are {list(self._tasks)}")
+        named = {"task_losses": task_losses, "task_metrics": task_metrics, "task_generation": task_generation}
+        check_tasks_named(named, self._tasks, self.eval_dataset)
         if self.model is not None:
             self._check_model(self.model)
         self._given_losses = task_losses
         self._sampler: MultitaskBatchSampler | None = None
         self._evaluated_task = ""
+        self._asked: dict[str, Any] = {}  # arguments of generate, in the running call of evaluate or predict
         self._forget_counts()
         self.add_callback(_Epochs(self))
 
     def _check_model(self, model: nn.Module) -> None:
+        self._shifts_labels(model)
         modules = [module for module in task_modules(model) if module.task_names]
         for module in modules:
             if unknown := [task for task in self._tasks if task not in module.task_names]:
@@ -120,9 +137,19 @@ class MultitaskMixin(_Base):
                     "the data has: name the same tasks in both"
                 )
         adapters = set(getattr(model, "peft_config", ())) & set(self._tasks)  # one LoRA per task, for example
+        name_after_tasks(model, adapters)
         if (modules or adapters) and self.args.ddp_find_unused_parameters is None:
             # The weights of the other tasks get no gradient from a batch.
             self.args.ddp_find_unused_parameters = True
+
+    def _shifts_labels(self, model: nn.Module) -> bool:
+        return loss_shifts_labels(model) if self._given_shift is None else self._given_shift
+
+    def _targets(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, bool]:
+        """What the logits are compared with, and whether those at t with the label at t + 1."""
+        if batch.get("shift_labels") is not None:  # moved already, by the collator or for context parallelism
+            return batch["shift_labels"], False
+        return batch["labels"], self._shifts_labels(model)
 
     def _forget_counts(self) -> None:
         """Forgets what an earlier or an aborted run of the training loop has counted."""
@@ -161,6 +188,11 @@ class MultitaskMixin(_Base):
             pin_memory=arguments.dataloader_pin_memory,
             persistent_workers=arguments.dataloader_persistent_workers,
             prefetch_factor=arguments.dataloader_prefetch_factor,
+            multiprocessing_context=arguments.dataloader_multiprocessing_context,
+            in_order=arguments.dataloader_in_order,
+            worker_init_fn=partial(
+                seed_worker, num_workers=arguments.dataloader_num_workers, rank=arguments.process_index
+            ),
         )
         # The sampler has evened the batches out; older versions of accelerate refuse to do it for lengths that vary.
         before, self.accelerator.even_batches = self.accelerator.even_batches, False
@@ -173,9 +205,11 @@ class MultitaskMixin(_Base):
         """As in Trainer; also counts batches, examples and tokens of each task in the optimiser step."""
         batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
         counts = torch.zeros(len(self._tasks), 2, device=self.args.device)
+        assert self.model is not None
         for batch in batches:
-            task = _task_of(batch)
-            number, labels = self._number_of(task), batch["labels"]
+            task = task_of(batch)
+            number, (labels, shift) = self._number_of(task), self._targets(self.model, batch)
+            labels = labels[:, 1:] if shift else labels
             counts[number, 0] += 1
             token_mean = self.task_losses[task] == "token_mean"
             counts[number, 1] += labels.ne(-100).sum().to(counts.device) if token_mean else len(labels)
@@ -191,14 +225,29 @@ class MultitaskMixin(_Base):
         **kwargs: Any,
     ) -> Any:
         """The loss of the batch's task; in training, its part of the optimiser step's."""
-        task = _task_of(inputs)
+        task = task_of(inputs)
         set_task(model, task)
         outputs = model(**{name: value for name, value in inputs.items() if name not in NOT_OF_THE_MODEL})
-        summed = task_loss(outputs["logits"], inputs["labels"], self._kind_of(task), inputs.get("scores"))
+        logits, (labels, shift) = outputs["logits"], self._targets(model, inputs)
+        kind, scores = self._kind_of(task), inputs.get("scores")
+        summed = task_loss(logits, labels, kind, scores, shift=shift)
+        self._check_shift(model, outputs, inputs, shift)
         if not model.training:
-            self._evaluated += torch.stack([summed.total.detach(), summed.divisor]).to(self._evaluated)
+            real, counted = counted_rows(self, len(labels)), summed
+            if real < len(labels):
+                some = scores[:real] if scores is not None else None
+                counted = task_loss(logits[:real], labels[:real], kind, some, shift=shift)
+            self._evaluated += torch.stack([counted.total.detach(), counted.divisor]).to(self._evaluated)
         loss = self._part_of_step(summed, task) if model.training else summed.mean
         return (loss, outputs) if return_outputs else loss
+
+    def _check_shift(self, model: nn.Module, outputs: Any, batch: Mapping[str, Any], shift: bool) -> None:
+        """Compares the model's own loss of the first batch with the reading of its labels."""
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
+        if not self._shift_is_checked and self._given_shift is None and loss is not None and loss.dim() == 0:
+            self._shift_is_checked = True
+            if batch.get("shift_labels") is None:
+                check_shift(model, loss, outputs["logits"], batch["labels"], shift)
 
     def _part_of_step(self, summed: LossSum, task: str) -> Tensor:
         number = self._number_of(task)
@@ -227,14 +276,18 @@ class MultitaskMixin(_Base):
         **kwargs: Any,
     ) -> Any:
         """As in the Trainer, for the task of the batch; where it generates, the loss is the task's too."""
-        self._evaluated_task = task = _task_of(inputs)
+        self._evaluated_task = task = task_of(inputs)
         set_task(model, task)
         generates = getattr(self.args, "predict_with_generate", False) and not self.args.prediction_loss_only
         if prediction_loss_only or not generates:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         given = {name: value for name, value in inputs.items() if name not in (*NOT_OF_THE_MODEL, "labels")}
-        options = {**getattr(self, "_gen_kwargs", {}), **self._task_generation.get(task, {}), **kwargs}
+        options = {**getattr(self, "_gen_kwargs", {}), **self._task_generation.get(task, {})}
+        for length, other in (("max_length", "max_new_tokens"), ("max_new_tokens", "max_length")):
+            if length in self._asked and other not in self._asked:
+                options.pop(other, None)
+        options |= {**self._asked, **kwargs}
         _, tokens, _ = super().prediction_step(model, given, False, ignore_keys, **options)
         if inputs.get("labels") is None:
             return None, tokens, None
@@ -245,6 +298,8 @@ class MultitaskMixin(_Base):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As in the Trainer; `<prefix>_loss` is over all examples, where the Trainer takes the mean of batch means."""
         self._evaluated.zero_()
+        # Seq2SeqTrainer keeps the repetitions with which several processes fill up the last batch.
+        self.gather_function = self.accelerator.gather_for_metrics
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         total, divisor = self.accelerator.gather(self._evaluated.unsqueeze(0)).sum(0).tolist()
@@ -252,11 +307,55 @@ class MultitaskMixin(_Base):
             output.metrics[f"{prefix}_loss"] = total / divisor
         return output
 
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in the Trainer; a `MultitaskDataset` task by task."""
-        if isinstance(eval_dataset, MultitaskDataset):
-            eval_dataset = eval_dataset.by_task()
-        return super().evaluate(eval_dataset, *args, **kwargs)
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+        **kwargs: Any,
+    ) -> dict[str, float]:
+        """As in the Trainer; a `MultitaskDataset` task by task, each with the arguments of `generate` in `kwargs`."""
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(data, MultitaskDataset):
+            data = data.by_task()
+        if not isinstance(data, dict):
+            self._asked = {name: value for name, value in kwargs.items() if value is not None}
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
+        metrics: dict[str, float] = {}
+        for task, part in data.items():
+            # By its name the Trainer finds a loader of its own data that it has kept.
+            part = task if eval_dataset is None else part
+            metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{task}", **kwargs)
+        return metrics
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the Trainer."""
+        of_the_trainer = ("test_dataset", "ignore_keys", "metric_key_prefix")
+        self._asked = {name: v for name, v in kwargs.items() if name not in of_the_trainer and v is not None}
+        return super().predict(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # The Trainer leaves the active adapter trained and freezes the others.
+        own = self.accelerator.unwrap_model(self.model if model is None else model)
+        if self._has_adapters_by_name(own):
+            adapter_folders(own, resume_from_checkpoint)
+        with trained_as_before(own):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        # The Trainer looks for one adapter, in the checkpoint itself.
+        own = self.accelerator.unwrap_model(self.model)
+        with trained_as_before(own):
+            if not self._has_adapters_by_name(own):
+                super()._load_best_model()
+                return
+            for name, folder in adapter_folders(own, str(self.state.best_model_checkpoint)).items():
+                own.load_adapter(str(folder), name)
+
+    def _has_adapters_by_name(self, model: nn.Module) -> bool:
+        """Whether the Trainer writes a folder for each adapter."""
+        whole = self.is_deepspeed_enabled or self.is_fsdp_enabled  # these write the model as it is
+        return isinstance(model, PeftModel) and set(model.peft_config) != {"default"} and not whole
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds `<task>_loss` to the training log."""
@@ -295,53 +394,3 @@ class _Epochs(TrainerCallback):
         trainer = self.trainer()
         if trainer is not None and trainer._sampler is not None:
             trainer._sampler.set_epoch(int(state.epoch or 0))
-
-
-def _refuse_what_has_no_effect(trainer: MultitaskMixin) -> None:
-    args = trainer.args
-    ineffective = {
-        "train_sampling_strategy": getattr(args, "train_sampling_strategy", "random") not in ("random", None),
-        "group_by_length": getattr(args, "group_by_length", False),
-        "dataloader_drop_last": args.dataloader_drop_last,
-        "label_smoothing_factor": args.label_smoothing_factor,
-    }
-    if given := [name for name, value in ineffective.items() if value]:
-        raise ValueError(
-            f"{', '.join(given)} would have no effect: batches and losses are those of the tasks; unset it"
-        )
-    if trainer.compute_loss_func is not None:
-        raise ValueError("compute_loss_func would have no effect: the losses are those of the tasks (task_losses)")
-    order = type(trainer).__mro__
-    for later in order[order.index(MultitaskMixin) + 1 :]:
-        if "compute_loss" in vars(later) and not later.__module__.startswith("transformers."):
-            raise ValueError(
-                f"{later.__name__} comes after MultitaskMixin and its part of the loss would be lost: "
-                f"class {type(trainer).__name__}({later.__name__}, MultitaskMixin, ...)"
-            )
-
-
-def _tasks_of(training: Any, evaluation: Any) -> tuple[str, ...]:
-    if isinstance(training, MultitaskDataset):
-        return training.tasks
-    if training is not None:
-        raise ValueError(f"the train_dataset must be a MultitaskDataset, not {type(training).__name__}")
-    return tuple(evaluation) if isinstance(evaluation, Mapping) else ()
-
-
-def _task_of(batch: Mapping[str, Any]) -> str:
-    """The task of a batch.
-
-    Raises:
-        ValueError: it has none, or several.
-    """
-    task = batch.get("task")
-    if isinstance(task, list | tuple) and task and all(isinstance(name, str) for name in task):
-        if len(set(task)) > 1:
-            raise ValueError(
-                f"a batch mixes the tasks {', '.join(map(repr, sorted(set(task))))}: a model serves one at a time; "
-                "use MultitaskBatchSampler, or a dataset of one task"
-            )
-        task = task[0]
-    if not isinstance(task, str):
-        raise ValueError(f"a batch must name its task, as VLCollator does: its 'task' is {shown(task)}")
-    return task
