@@ -103,6 +103,16 @@ class Faults:
         return written
 
 
+def at_a_fault(work: Callable[[], Any], faults: Faults) -> Callable[[], Any]:
+    """The work with a fault in it, to be done in a process of its own."""
+
+    def done() -> Any:
+        faults.install()
+        return work()
+
+    return done
+
+
 class _Dying:
     """A file whose process ends when it is closed."""
 

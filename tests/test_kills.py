@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from faults import KILLED, PHASES, Faults
+from faults import KILLED, PHASES, Faults, at_a_fault
 from processes import in_a_process
 
 from peft_read.alignment import last_whole_checkpoint
@@ -109,11 +109,7 @@ def kill_and_go_on(work, at, phase, scripts, how2, folder, expected):
     """Kills one write and starts again; whether the kill came to pass."""
     faults, log = Faults(folder, at, phase), folder.with_name("log.txt")
 
-    def killed():
-        faults.install()
-        work(scripts, how2, folder)
-
-    code = in_a_process(killed, log)
+    code = in_a_process(at_a_fault(lambda: work(scripts, how2, folder), faults), log)
     assert code == (1 if phase in ("full", "read-only") else KILLED), log.read_text() if log.exists() else code
     for state in folder.rglob("run.json"):
         claimed = json.loads(state.read_text())["checkpoints"]

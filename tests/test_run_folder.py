@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from faults import KILLED, PHASES, Faults, in_a_process
+from faults import KILLED, PHASES, Faults, at_a_fault
+from processes import in_a_process
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -214,7 +215,7 @@ def test_a_kill_at_any_write_leaves_the_old_or_the_new_model_whole(run_folder, t
         for phase in PHASES:
             folder = tmp_path / f"{at}_{phase}" / "trained"
             fill(folder, OLD_MODEL | OF_THE_USER)
-            ends.append(in_a_process(lambda: replace(folder, NEW_MODEL), Faults(folder.parent, at, phase)))  # noqa: B023
+            ends.append(in_a_process(at_a_fault(lambda: replace(folder, NEW_MODEL), Faults(folder.parent, at, phase))))  # noqa: B023
             assert ends[-1] in (KILLED, 0)
             whole = run_folder.where_whole(folder)
             models = {name: text for name, text in files_of(whole).items() if name not in OF_THE_USER}
