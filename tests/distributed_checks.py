@@ -21,7 +21,8 @@ from test_alignment_trainer import (
     tiny_model,
 )
 
-from peft_read import Aligner, READConfig
+from peft_read import Aligner, READConfig, set_task
+from peft_read.vl_adapter import task_loss
 
 WORLD_SIZE = 2
 
@@ -64,6 +65,33 @@ def check_multitask(folder: Path) -> None:
     assert error < 1e-5, error
     mean = sum(log[0][f"{task}_loss"] for task in multitask.TASKS) / 3
     assert abs(log[0]["loss"] - mean) < 1e-4 * mean, log[0]
+    check_evaluation(folder / "evaluation")
+
+
+def check_evaluation(folder: Path) -> None:
+    """Two processes fill up the last batch with repetitions; losses and metrics count every example once."""
+    train = multitask.data()
+    metrics = {task: lambda p: {"rows": len(p.label_ids)} for task in multitask.TASKS}
+    for trainer_class in (multitask.PlainTrainer, multitask.GeneratingTrainer):
+        trainer = multitask.trainer_of(
+            folder,
+            train,
+            trainer_class,
+            evaluation=train,
+            options={"task_metrics": metrics},
+            per_device_eval_batch_size=3,
+            ddp_backend="gloo",
+        )
+        assert trainer.accelerator.num_processes == WORLD_SIZE
+        result = trainer.evaluate()
+        model = multitask.tiny_model().eval()
+        for task, part in train.by_task().items():
+            batch = multitask.collate([part[i] for i in range(len(part))])
+            with torch.no_grad(), set_task(model, task):
+                logits = model(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}).logits
+            loss = float(task_loss(logits, batch["labels"], multitask.TASKS[task], batch["scores"]).mean)
+            assert abs(result[f"eval_{task}_loss"] - loss) < 1e-4 * loss, (task, result, loss)
+            assert result[f"eval_{task}_rows"] == len(part), (task, result)
 
 
 class AssertingTrainer(AlignedTrainer):
