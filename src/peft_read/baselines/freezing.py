@@ -90,12 +90,9 @@ def modules_asked_for(model: nn.Module, suffixes: Sequence[str]) -> list[nn.Modu
     """
     if isinstance(suffixes, str):
         raise ValueError(f"also={suffixes!r} is one string; write a list of names, [{suffixes!r}]")
-    found = {suffix: _called(model, [suffix]) for suffix in suffixes}
-    trainable = {suffix for suffix, modules in found.items() if any(True for m in modules for _ in m.parameters())}
-    if missing := [suffix for suffix in found if suffix not in trainable]:
-        names = without_numbers(
-            name for name in own_names(model) if any(True for _ in model.get_submodule(name).parameters())
-        )
+    found = {suffix: [m for m in _called(model, [suffix]) if _has_parameters(m)] for suffix in suffixes}
+    if missing := [suffix for suffix, modules in found.items() if not modules]:
+        names = without_numbers(name for name in own_names(model) if _has_parameters(model.get_submodule(name)))
         ends = list(dict.fromkeys(end for name in names if not (end := name.rpartition(".")[2]).isdigit()))
         near = near_names(missing, [*ends, *names])
         raise ValueError(
@@ -104,6 +101,10 @@ def modules_asked_for(model: nn.Module, suffixes: Sequence[str]) -> list[nn.Modu
             + (f"near names: {', '.join(near)}" if near else f"its modules: {', '.join(ends[:40])}")
         )
     return [module for modules in found.values() for module in modules]
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
 
 
 def _called(model: nn.Module, suffixes: Sequence[str]) -> list[nn.Module]:
