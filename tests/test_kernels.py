@@ -39,7 +39,8 @@ for job in jobs:
     fixed = {name: value for name, value in job["fixed"].items() if name in kernel.arg_names}
     signature = {name: "constexpr" if name in fixed else job["types"].get(name, "*fp32") for name in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=fixed)
-    built = triton.compile(source, target=GPUTarget("cuda", job["card"], 32), options={"num_warps": job["warps"]})
+    options = {"num_warps": job["warps"], "enable_fp_fusion": True}
+    built = triton.compile(source, target=GPUTarget("cuda", job["card"], 32), options=options)
     assert "cubin" in built.asm
     loops = []
     for line in built.asm["ttir"].splitlines():
@@ -204,10 +205,10 @@ def recurrence_jobs(card):
                 if kind == half and (k, d) != (4, 768):
                     continue
                 types = SIZES | {"valid": "*u8"} | dict.fromkeys(("x", "out", "grad", "grad_x"), kind)
-                flags = ("MASKED", "SHIFTED", "BIASED", "LIFTED", "SEEN", "PASSED_ON", "UP", "DOWN")
+                flags = ("MASKED", "SHIFTED", "BIASED", "LIFTED", "SEEN", "CONTINUED", "PASSED_ON", "UP", "DOWN")
                 for name in adapter.__all__:
-                    over = launch.column_settings if name == "columns_backward" else launch.tile_settings
-                    settings = over(k, d)
+                    narrow = name == "narrow_backward"
+                    settings = launch.narrow_settings(k) if narrow else launch.tile_settings(k, d)
                     warps = settings.pop("num_warps")
                     for on in (True, False) if (k, d) == (4, 768) else (True,):
                         options = dict.fromkeys(flags, on) | settings
@@ -278,9 +279,11 @@ def test_settings_are_powers_of_two_for_every_width():
         assert settings["K"] >= k and all(value & (value - 1) == 0 for value in settings.values())
     for k in range(1, 17):
         for d in (1, 24, 768, 1024, 5120):
-            for settings in (launch.tile_settings(k, d), launch.column_settings(k, d)):
-                assert all(value & (value - 1) == 0 for value in settings.values()), (k, d)
-                assert settings["TOKENS"] * settings["K"] * settings["COLUMNS"] <= launch.TILE_NUMBERS
+            settings = launch.tile_settings(k, d)
+            assert all(value & (value - 1) == 0 for value in settings.values()), (k, d)
+            assert settings["TOKENS"] * settings["K"] * settings["COLUMNS"] <= launch.TILE_NUMBERS
+        settings = launch.narrow_settings(k)
+        assert all(value & (value - 1) == 0 for value in settings.values()), k
 
 
 def test_parts_of_the_tokens_are_whole_tiles_and_miss_no_token():

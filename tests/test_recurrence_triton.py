@@ -170,7 +170,7 @@ def counted(*arguments, run=launch._launch_scan):
     return run(*arguments)
 launch._launch_scan = counted
 for size, width, length, bias, masked, dtype in (
-    (4, 24, 7, True, True, torch.float32), (5, 16, 5, False, False, torch.float32),
+    (4, 24, 70, True, True, torch.float32), (5, 16, 5, False, False, torch.float32),  # of 70 tokens several parts
     (4, 16, 5, True, True, torch.bfloat16),
 ):
     parts = an_adapter(size, width, bias)

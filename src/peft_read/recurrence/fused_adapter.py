@@ -2,7 +2,7 @@
 
 | | CPU, `numba` | CUDA, `triton` |
 |---|---|---|
-| forward and backward | width <= 8, d a multiple of 16, loops for the two projections: 0.5 (k=4) and 0.57 (k=8) of the time of the adapter without a recurrence | width <= 16, three launches each way, parallel over tokens but for the scan: 0.81 (32x512x768, k=4) and 1.6 (8x2048x2048, k=8) of it on an H100, with an earlier scan |
+| forward and backward | width <= 8, d a multiple of 16, loops for the two projections: 0.5 (k=4) and 0.57 (k=8) of the time of the adapter without a recurrence | width <= 16, launches parallel over tokens but for the scan: 0.81 (32x512x768, k=4) and 1.6 (8x2048x2048, k=8) of it on an H100, with earlier kernels |
 
 O stays as it is where the mask is False. GRU, LSTM, both directions, dropout in training and modules that something
 hooks into run in their parts. docs/recurrence.md has the rows.
@@ -61,22 +61,15 @@ def adapt_in_one(
         and output.numel() > 0
         and output.shape[-1] == down.in_features == up.out_features
         and down.out_features == cell.size == up.in_features
+        and not (_has_hooks(down) or _has_hooks(cell) or _has_hooks(dropout) or _has_hooks(up))
     ):
         return None
-    for module in (down, cell, dropout, up):
-        if _has_hooks(module):
-            return None
     arguments = AdapterArguments(
         output, None if state is None else state.float(), mask, down.weight, down.bias, cell.weight_ih,
         cell.weight_hh, cell.bias_ih, cell.bias_hh, up.weight, up.bias,
     )  # fmt: skip
-    if not _is_whole(arguments):
-        return None
-    implementation = OPERATION.choose(arguments)
-    if implementation is None:
-        return None
-    out, hidden = OPERATION(implementation, arguments)
-    return out, hidden
+    implementation = OPERATION.choose(arguments) if _is_whole(arguments) else None
+    return None if implementation is None else OPERATION(implementation, arguments)  # type: ignore[return-value]
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -70,7 +70,7 @@ def solve_fused(
                 cost, rows.contiguous(), cols.contiguous(), total.contiguous(), scratch, left, right, bounds, n_iter,
                 done, n_rows, n_cols, *_in_halves(1 / reg), *_in_halves(penalty or 0.0), tol, floor, limit,
                 FILLS=FILL_ITERATIONS, LOWEST_PRICE=CHEAPEST, LARGEST=LARGEST_RANGE, PENALISED=penalty is not None,
-                WIDE=wide, **launch_settings(n_rows, n_cols, wide),
+                WIDE=wide, enable_fp_fusion=True, **launch_settings(n_rows, n_cols, wide),
             )  # fmt: skip
     return left, right, bounds, n_iter, done
 

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .scan import square
 
-__all__ = ["columns_backward", "down_forward", "up_backward", "up_forward"]
+__all__ = ["columns_backward", "down_forward", "narrow_backward", "up_backward", "up_forward"]
 
 
 @triton.jit
@@ -103,15 +103,49 @@ def up_backward(
 
 
 @triton.jit
+def narrow_backward(
+    inner, narrow, hidden, state, weight_ih, low, sums, tokens, length, part, k,
+    CONTINUED: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Sets the gradient of O W_down + b_down, and the sums over a `part` of the tokens of what it and `inner` give.
+
+    They lie one behind the other: the gradients of W_ih and W_hh (k, k), of b_ih, b_hh and b_down (k).
+    """
+    first = tl.program_id(0).to(tl.int64)
+    i, row = tl.arange(0, K)[None, :], tl.arange(0, K)[:, None]
+    weight = square(weight_ih, k, K)
+    by_input = tl.zeros([TOKENS, K, K], tl.float32)
+    by_state = tl.zeros([TOKENS, K, K], tl.float32)
+    by_bias = tl.zeros([TOKENS, K], tl.float32)
+    for start in tl.range(0, part, TOKENS):
+        token = (first * part + start + tl.arange(0, TOKENS))[:, None]
+        inside, place = (token < tokens) & (i < k), token * k + i
+        d = tl.load(inner + place, inside, 0.0)
+        before = tl.load(hidden + place - k, inside & (token % length > 0), 0.0)
+        if CONTINUED:
+            before += tl.load(state + token // length * k + i, inside & (token % length == 0), 0.0)
+        by_input += d[:, :, None] * tl.load(narrow + place, inside, 0.0)[:, None, :]
+        by_state += d[:, :, None] * before[:, None, :]
+        by_bias += d
+        tl.store(low + place, tl.sum(d[:, :, None] * weight[None, :, :], 1), inside)
+    sums += first * (2 * k + 3) * k
+    known, vector, biases, bias = (row < k) & (i < k), tl.arange(0, K), sums + 2 * k * k, tl.sum(by_bias, 0)
+    tl.store(sums + row * k + i, tl.sum(by_input, 0), known)
+    tl.store(sums + (k + row) * k + i, tl.sum(by_state, 0), known)
+    tl.store(biases + vector, bias, vector < k)
+    tl.store(biases + k + vector, bias, vector < k)
+    tl.store(biases + 2 * k + vector, tl.sum(bias[:, None] * weight, 0), vector < k)
+
+
+@triton.jit
 def columns_backward(
-    grad, x, low, active, down, grad_x, grad_up, grad_down, tokens, part, d, k,
+    grad, x, low, active, down, grad_x, sums, tokens, part, d, k,
     PASSED_ON: tl.constexpr, UP: tl.constexpr, DOWN: tl.constexpr,
     K: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Sets the gradient of O, its own and that of O W_down times W_down, and those of both matrices.
 
-    Of the matrices a program sets the sums over its `part` of the tokens: W_up's and its bias's as (k + 1, d),
-    W_down's as (k, d).
+    Of the matrices a program sets the sums over its `part` of the tokens: (2 k + 1, d), W_up's, its bias's, W_down's.
     """
     column = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, None, :]
     first = tl.program_id(1).to(tl.int64)
@@ -138,9 +172,9 @@ def columns_backward(
             bias_total += tl.load(active + token * (k + 1) + k, here, 0.0) * wide
         if DOWN:
             down_total += factor * tl.load(x + token * d + column, within, 0.0).to(tl.float32)
+    sums += first * (2 * k + 1) * d
     if UP:
-        grad_up += first * (k + 1) * d
-        tl.store(grad_up + place, tl.sum(up_total, 0)[None, :, :], wanted)
-        tl.store(grad_up + k * d + column, tl.sum(bias_total, 0)[None, :, :], column < d)
+        tl.store(sums + place, tl.sum(up_total, 0)[None, :, :], wanted)
+        tl.store(sums + k * d + column, tl.sum(bias_total, 0)[None, :, :], column < d)
     if DOWN:
-        tl.store(grad_down + first * k * d + place, tl.sum(down_total, 0)[None, :, :], wanted)
+        tl.store(sums + (k + 1) * d + place, tl.sum(down_total, 0)[None, :, :], wanted)
