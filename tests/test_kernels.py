@@ -208,7 +208,8 @@ def recurrence_jobs(card):
                 flags = ("MASKED", "SHIFTED", "BIASED", "LIFTED", "SEEN", "CONTINUED", "PASSED_ON", "UP", "DOWN")
                 for name in adapter.__all__:
                     narrow = name == "narrow_backward"
-                    settings = launch.narrow_settings(k) if narrow else launch.tile_settings(k, d)
+                    numbers = launch.TILE_NUMBERS // (2 if name == "columns_backward" else 1)
+                    settings = launch.narrow_settings(k) if narrow else launch.tile_settings(k, d, numbers)
                     warps = settings.pop("num_warps")
                     for on in (True, False) if (k, d) == (4, 768) else (True,):
                         options = dict.fromkeys(flags, on) | settings
@@ -279,9 +280,10 @@ def test_settings_are_powers_of_two_for_every_width():
         assert settings["K"] >= k and all(value & (value - 1) == 0 for value in settings.values())
     for k in range(1, 17):
         for d in (1, 24, 768, 1024, 5120):
-            settings = launch.tile_settings(k, d)
-            assert all(value & (value - 1) == 0 for value in settings.values()), (k, d)
-            assert settings["TOKENS"] * settings["K"] * settings["COLUMNS"] <= launch.TILE_NUMBERS
+            for numbers in (launch.TILE_NUMBERS, launch.TILE_NUMBERS // 2):
+                settings = launch.tile_settings(k, d, numbers)
+                assert all(value & (value - 1) == 0 for value in settings.values()), (k, d)
+                assert settings["TOKENS"] * settings["K"] * settings["COLUMNS"] <= numbers
         settings = launch.narrow_settings(k)
         assert all(value & (value - 1) == 0 for value in settings.values()), k
 

@@ -57,9 +57,7 @@ def naive_recurrence(
     Returns:
         The outputs (B, T, k) and the states after each token (B, T, S).
     """
-    weight_hh = weights["weight_hh"]
-    assert weight_hh is not None
-    size = weight_hh.shape[1]
+    size = weights["weight_hh"].shape[1]  # type: ignore[union-attr]
     if state is None:
         state = x.new_zeros(x.shape[0], 2 * size if cell == "lstm" else size)
     states = []

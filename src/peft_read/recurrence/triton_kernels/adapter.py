@@ -163,15 +163,15 @@ def columns_backward(
         rows = tl.load(grad + token * d + column, within, 0.0)
         wide = rows.to(tl.float32)
         factor = tl.load(low + token * k + i, here & (i < k), 0.0)
-        if PASSED_ON:
-            added = tl.sum(factor * weight, 1)[:, None, :]
-            total = wide + added.to(rows.dtype).to(tl.float32)
-            tl.store(grad_x + token * d + column, total.to(rows.dtype), within)
         if UP:
             up_total += tl.load(active + token * (k + 1) + i, here & (i < k), 0.0) * wide
             bias_total += tl.load(active + token * (k + 1) + k, here, 0.0) * wide
         if DOWN:
             down_total += factor * tl.load(x + token * d + column, within, 0.0).to(tl.float32)
+        if PASSED_ON:  # last: the loads of this step would wait for the store
+            added = tl.sum(factor * weight, 1)[:, None, :]
+            total = wide + added.to(rows.dtype).to(tl.float32)
+            tl.store(grad_x + token * d + column, total.to(rows.dtype), within)
     sums += first * (2 * k + 1) * d
     if UP:
         tl.store(sums + place, tl.sum(up_total, 0)[None, :, :], wanted)

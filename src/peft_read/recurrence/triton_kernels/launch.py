@@ -42,26 +42,23 @@ def filled(k: int) -> int:
 
 def scan_settings(k: int) -> dict[str, int]:
     """Compile-time settings of the scans; W_hh is spread over as many threads as hold it in their registers."""
-    width = filled(k)
-    return {"K": width, "num_warps": max(1, min(8, width * width // 1024))}
+    return {"K": filled(k), "num_warps": max(1, min(8, filled(k) ** 2 // 1024))}
 
 
-def tile_settings(k: int, d: int) -> dict[str, int]:
+def tile_settings(k: int, d: int, numbers: int = TILE_NUMBERS) -> dict[str, int]:
     """Compile-time settings of the launches over tokens and columns of the model's width d, by tiles of both."""
-    width = filled(k)
-    columns = min(128, max(16, filled(d)))
-    return {"K": width, "TOKENS": max(1, TILE_NUMBERS // (width * columns)), "COLUMNS": columns, "num_warps": 1}
+    columns = min(128, max(16, filled(d)), numbers // filled(k))
+    tokens = max(1, min(2, numbers // (filled(k) * columns)))  # more are slower, on an H200
+    return {"K": filled(k), "TOKENS": tokens, "COLUMNS": columns, "num_warps": 1}
 
 
 def narrow_settings(k: int) -> dict[str, int]:
     """Those of the launch over tokens that sums products of two vectors of the width."""
-    width = filled(k)
-    return {"K": width, "TOKENS": max(1, TILE_NUMBERS // 2 // (width * width)), "num_warps": 1}
+    return {"K": filled(k), "TOKENS": max(1, TILE_NUMBERS // 2 // filled(k) ** 2), "num_warps": 1}
 
 
 def token_parts(tokens: int, blocks: int, tile: int) -> tuple[int, int]:
-    """Into how many parts a launch divides the tokens, and the tokens of a part, a multiple of a tile."""
-    # A function of the sizes alone, so that sums have the same order on every card.
+    """How many parts the tokens have, and the size of one, whole tiles; sums have one order on all cards."""
     parts = max(1, min(-(-tokens // PART_TOKENS), PROGRAMS // blocks))
     part = -(-tokens // (parts * tile)) * tile
     return -(-tokens // part), part
@@ -73,13 +70,12 @@ def _kernel(name: str) -> Any:
 
 
 def _launch(name: str, grid: tuple[int, ...], *given: Any, **settings: Any) -> None:
-    """Run a kernel; masks are bytes to it, and what is absent and never read is any other tensor."""
+    """Run a kernel on the device of its tensors; masks are bytes, and what is absent, and never read, is another."""
     first, pointers = given[0], []
     for one in given:
         if isinstance(one, Tensor):
             one = one.contiguous().view(torch.uint8) if one.dtype is torch.bool else one.contiguous()
         pointers.append(first if one is None else one)
-    # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
         _kernel(name)[grid](*pointers, enable_fp_fusion=True, **settings)  # no default of all versions of Triton
 
@@ -185,7 +181,8 @@ def _adapter_backward(
         k, CONTINUED=state is not None, **narrow,
     )  # fmt: skip
     by_input, by_state, bias_ih, bias_hh, down_bias = sums.sum(0).split((k * k, k * k, k, k, k))
-    grad_x, blocks = torch.empty_like(x) if needs.x else None, -(-d // settings["COLUMNS"])
+    grad_x, settings = torch.empty_like(x) if needs.x else None, tile_settings(k, d, TILE_NUMBERS // 2)
+    blocks = -(-d // settings["COLUMNS"])
     parts, part = token_parts(tokens, blocks, settings["TOKENS"])
     sums = down.new_empty(parts, 2 * k + 1, d)
     _launch(

@@ -1,9 +1,9 @@
 """The scan of the RNN as Triton kernels: one program per sequence, the state and W_hh in its registers.
 
 The width k is filled up with zeros to a power of two. Sums and states are float32. A step of the loops is four tokens,
-and loads the next four into registers meanwhile: left to Triton's pipelining, loads go through shared memory and wait
-at barriers. k is a constant of the compiled kernel, so that rows of W_hh are loaded as vectors: the fewer threads
-share a row, the fewer exchange their sums.
+and loads those of the step after next into registers: memory takes longer to answer than a step, and with Triton's
+pipelining loads go through shared memory and wait at barriers. k is a constant of the compiled kernel, so that rows of
+W_hh are loaded as vectors: the fewer threads share a row, the fewer exchange their sums.
 
 A product with W_hh turns a state that lies along one axis of the matrix into one along the other, and threads would
 have to exchange it before the next product. So tokens are taken in pairs: the first by W_hh, the second by its
@@ -121,18 +121,20 @@ def rnn_forward(
     if CONTINUED:
         hidden = tl.load(state + b * k + i, inside, 0.0)
     x0, x1, x2, x3 = four_rows(source, inside, length, k)
+    y0, y1, y2, y3 = four_rows(source + 4 * k, inside, length - 4, k)
     r0, r1, r2, r3 = four_marks(marks, length, MASKED)
+    s0, s1, s2, s3 = four_marks(marks + 4, length - 4, MASKED)
     for t in tl.range(0, length, 4, num_stages=1):
         source += 4 * k
         marks += 4
-        next0, next1, next2, next3 = four_rows(source, inside, length - t - 4, k)
-        real0, real1, real2, real3 = four_marks(marks, length - t - 4, MASKED)
+        next0, next1, next2, next3 = four_rows(source + 4 * k, inside, length - t - 8, k)
+        real0, real1, real2, real3 = four_marks(marks + 4, length - t - 8, MASKED)
         hidden = advance(weight, hidden, x0, r0, target, inside, 1, MASKED)
         hidden = advance(turned, hidden, x1, r1, target + k, reaches(inside, length - t, 1), 0, MASKED)
         hidden = advance(weight, hidden, x2, r2, target + 2 * k, reaches(inside, length - t, 2), 1, MASKED)
         hidden = advance(turned, hidden, x3, r3, target + 3 * k, reaches(inside, length - t, 3), 0, MASKED)
-        x0, x1, x2, x3 = next0, next1, next2, next3
-        r0, r1, r2, r3 = real0, real1, real2, real3
+        x0, x1, x2, x3, y0, y1, y2, y3 = y0, y1, y2, y3, next0, next1, next2, next3
+        r0, r1, r2, r3, s0, s1, s2, s3 = s0, s1, s2, s3, real0, real1, real2, real3
         target += 4 * k
 
 
@@ -156,20 +158,23 @@ def rnn_backward(
     g0, g1, g2, g3 = four_rows(source, inside, length - last, k)
     h0, h1, h2, h3 = four_rows(states, inside, length - last, k)
     r0, r1, r2, r3 = four_marks(marks, length - last, MASKED)
+    d0, d1, d2, d3 = four_rows(source - 4 * k, inside, last, k)
+    y0, y1, y2, y3 = four_rows(states - 4 * k, inside, last, k)
+    s0, s1, s2, s3 = four_marks(marks - 4, last, MASKED)
     for back in tl.range(0, last + 1, 4, num_stages=1):
         t = last - back
         source -= 4 * k
         states -= 4 * k
         marks -= 4
-        grad0, grad1, grad2, grad3 = four_rows(source, inside, t, k)
-        state0, state1, state2, state3 = four_rows(states, inside, t, k)
-        real0, real1, real2, real3 = four_marks(marks, t, MASKED)
+        grad0, grad1, grad2, grad3 = four_rows(source - 4 * k, inside, t - 4, k)
+        state0, state1, state2, state3 = four_rows(states - 4 * k, inside, t - 4, k)
+        real0, real1, real2, real3 = four_marks(marks - 4, t - 4, MASKED)
         carried = retreat(weight, carried, g3, h3, r3, target + 3 * k, reaches(inside, length - t, 3), 0, MASKED)
         carried = retreat(turned, carried, g2, h2, r2, target + 2 * k, reaches(inside, length - t, 2), 1, MASKED)
         carried = retreat(weight, carried, g1, h1, r1, target + k, reaches(inside, length - t, 1), 0, MASKED)
         carried = retreat(turned, carried, g0, h0, r0, target, inside, 1, MASKED)
-        g0, g1, g2, g3 = grad0, grad1, grad2, grad3
-        h0, h1, h2, h3 = state0, state1, state2, state3
-        r0, r1, r2, r3 = real0, real1, real2, real3
+        g0, g1, g2, g3, d0, d1, d2, d3 = d0, d1, d2, d3, grad0, grad1, grad2, grad3
+        h0, h1, h2, h3, y0, y1, y2, y3 = y0, y1, y2, y3, state0, state1, state2, state3
+        r0, r1, r2, r3, s0, s1, s2, s3 = s0, s1, s2, s3, real0, real1, real2, real3
         target -= 4 * k
     tl.store(grad_state + b * k + i, carried, inside)
