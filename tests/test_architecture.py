@@ -15,8 +15,9 @@ FLOOR_0 = {
 MAY_IMPORT = {
     "versions": set(),
     "backends": set(),
-    "recurrence": {"backends"},
-    "transport": {"backends"},
+    "kernel_launch": set(),
+    "recurrence": {"backends", "kernel_launch"},
+    "transport": {"backends", "kernel_launch"},
     "spans": {"values"},
     "values": set(),
     "plain": set(),

@@ -190,7 +190,7 @@ def recurrence_jobs(card):
     for k in (*range(1, 9), 12, 16, 17, 24, 31, 32, 33, 48, 63, 64):
         for masked, continued in itertools.product((False, True), repeat=2):
             for name in ("rnn_forward", "rnn_backward"):
-                settings = launch.scan_settings(k)
+                settings = dict(launch.scan_settings(k))
                 key = (name, k, masked, continued and name == "rnn_forward")
                 if key not in seen:
                     seen.add(key)
@@ -209,7 +209,7 @@ def recurrence_jobs(card):
                 for name in adapter.__all__:
                     narrow = name == "narrow_backward"
                     numbers = launch.TILE_NUMBERS // (2 if name == "columns_backward" else 1)
-                    settings = launch.narrow_settings(k) if narrow else launch.tile_settings(k, d, numbers)
+                    settings = dict(launch.narrow_settings(k) if narrow else launch.tile_settings(k, d, numbers))
                     warps = settings.pop("num_warps")
                     for on in (True, False) if (k, d) == (4, 768) else (True,):
                         options = dict.fromkeys(flags, on) | settings
@@ -276,7 +276,7 @@ def test_the_comparison_sees_names_that_start_as_one_value(tmp_path):
 
 def test_settings_are_powers_of_two_for_every_width():
     for k in range(1, 65):
-        settings = launch.scan_settings(k)
+        settings = dict(launch.scan_settings(k))
         assert settings["K"] >= k and all(value & (value - 1) == 0 for value in settings.values())
     for k in range(1, 17):
         for d in (1, 24, 768, 1024, 5120):

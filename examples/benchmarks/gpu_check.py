@@ -8,19 +8,23 @@ the kernel solves by itself, times an adapter beside cuDNN, the adapter without 
 step of BART-base in bfloat16 beside LoRA's, in eager mode and compiled; counts how often a step waits for the device;
 compares gradients under DDP, checkpointing, fp16 with a GradScaler and CUDA graphs with plain ones; trains with the
 mixin, also on NaN; and generates with a static cache. "device" is the time of a CUDA graph's replay, without the host;
-"wall" that of the call. A line of the report with a limit is a check; the others only inform.
+"wall" that of the call; steps that are compared take turns. A line of the report with a limit is a check; the others
+only inform. What is not timed runs in several processes at once, which mostly compile; what is timed runs alone.
 """
 
 import argparse
+import json
 import platform
 import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,6 +66,10 @@ SMALL_BART = {
     "d_model": 32, "encoder_layers": 2, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
     "encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 99,
 }  # fmt: skip
+BART_BASE = {
+    "d_model": 768, "encoder_layers": 6, "decoder_layers": 6, "encoder_ffn_dim": 3072, "decoder_ffn_dim": 3072,
+    "encoder_attention_heads": 12, "decoder_attention_heads": 12,
+}  # fmt: skip
 WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero")
 
 
@@ -102,15 +110,32 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     torch.manual_seed(0)
     torch.backends.cudnn.allow_tf32 = False  # torch's own cells round to TF32 by default, which is not their error
+    if arguments.parts is not None:
+        checks = run([part for part in PARTS if part.__name__ in arguments.parts], arguments.repeats)
+    elif arguments.smoke:
+        checks = run(PARTS, arguments.repeats)
+    else:
+        with others(*TOGETHER[1:]) as found:
+            checks = run(TOGETHER[0], arguments.repeats)
+        checks += found + run(ALONE, arguments.repeats)
+    if arguments.smoke:  # limits of time and of waiting are those of a GPU
+        checks = [replace(c, limit=None) if re.search(r"time against|wall|^waits for", c.name) else c for c in checks]
+    report = markdown(checks)
+    print(report)
+    content = [asdict(check) | {"passed": check.passed} for check in checks]
+    write_report(arguments.output, report, content)
+    return 0 if all(check.passed for check in checks) else 1
+
+
+def run(parts: Sequence[Callable[[int], Iterator[Check]]], repeats: int) -> list[Check]:
+    """What some parts find, one after the other; an error ends its part alone."""
     checks: list[Check] = []
-    for part in PARTS:
-        if arguments.parts is not None and part.__name__ not in arguments.parts:
-            continue
+    for part in parts:
         start = time.perf_counter()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                for check in part(arguments.repeats):
+                for check in part(repeats):
                     checks.append(check)
                     print(line(check), file=sys.stderr, flush=True)
             except Exception:
@@ -121,20 +146,38 @@ def main(argv: list[str] | None = None) -> int:
         checks.append(Check(f"{part.__name__}: fast paths that failed their trial", len(fell), 0))
         for message in fell:
             print(message)
-    if arguments.smoke:  # limits of time and of waiting are those of a GPU
-        checks = [replace(c, limit=None) if re.search(r"time against|wall|^waits for", c.name) else c for c in checks]
-    report = markdown(checks)
-    print(report)
-    content = [asdict(check) | {"passed": check.passed} for check in checks]
-    write_report(arguments.output, report, content)
-    return 0 if all(check.passed for check in checks) else 1
+    return checks
+
+
+@contextmanager
+def others(*groups: Sequence[Callable[[int], Iterator[Check]]]) -> Iterator[list[Check]]:
+    """Groups of parts in a process each, beside what runs inside; what they have found is in the list afterwards."""
+    found: list[Check] = []
+    with tempfile.TemporaryDirectory() as folder:
+        processes = []
+        for number, parts in enumerate(groups):
+            names = [part.__name__ for part in parts]
+            output = Path(folder) / str(number)
+            command = [sys.executable, __file__, "--repeats", "1", "--output", str(output), "--parts", *names]
+            processes.append((names, output, subprocess.Popen(command, stdout=subprocess.DEVNULL)))
+        yield found
+        for names, output, process in processes:
+            process.wait()
+            report = output.with_suffix(".json")
+            if not report.exists():
+                found.append(Check(f"{', '.join(names)}: ended without a report", 1, 0))
+                continue
+            for content in json.loads(report.read_text()):
+                check = Check(content["name"], content["value"], content["limit"])
+                if not check.name.startswith("BART of 2 + 2 layers"):  # only compiled here, for the run alone
+                    found.append(check)
 
 
 def scans(repeats: int) -> Iterator[Check]:
-    """Values and gradients of every cell over widths, lengths and masks; the RNN beside cuDNN."""
+    """Values and gradients of every cell over widths, lengths and masks."""
     for kind in ("rnn", "gru", "lstm"):
         worst = 0.0
-        for k in (1, 4, 17) if DEVICE == "cpu" else (1, 2, 3, 4, 5, 8, 16, 17, 31, 32, 33, 64):
+        for k in (1, 4, 17) if DEVICE == "cpu" else (1, 2, 3, 4, 5, 8, 16, 17, 32, 33, 64):
             for length, masked, continued in (
                 (1, False, False),
                 (37, True, False),
@@ -143,6 +186,10 @@ def scans(repeats: int) -> Iterator[Check]:
             ):
                 worst = max(worst, scan_error(kind, k, length, masked, continued))
         yield Check(f"{kind}: largest relative error against float64, k = 1 to 64", worst, 1e-4)
+
+
+def scan_times(repeats: int) -> Iterator[Check]:
+    """The scan of the RNN beside cuDNN's."""
     for batch, length, k in sized(((4, 512, 4), (32, 512, 4), (128, 512, 4), (32, 512, 16)), ((2, 16, 4),)):
         cell, x = build_cell("rnn", k).to(DEVICE), torch.randn(batch, length, k, device=DEVICE)
         theirs = nn.RNN(k, k, batch_first=True).to(DEVICE)
@@ -174,7 +221,7 @@ def scan_error(kind: str, k: int, length: int, masked: bool, continued: bool) ->
 
 
 def adapters(repeats: int) -> Iterator[Check]:
-    """Whole adapters: against torch's own cells in values and gradients, and in time beside the others."""
+    """Whole adapters against torch's own cells, in values and gradients."""
     for dtype, limit in ((torch.float32, 1e-3), (torch.float16, 2e-2), (torch.bfloat16, 5e-2)):
         if dtype == torch.bfloat16 and not has_bfloat16():
             continue
@@ -190,6 +237,10 @@ def adapters(repeats: int) -> Iterator[Check]:
                     both.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
                 worst = max(worst, difference(*both))
         yield Check(f"adapter, {dtype}: largest relative error against torch's cells", worst, limit)
+
+
+def adapter_times(repeats: int) -> Iterator[Check]:
+    """Whole adapters beside the adapter without a recurrence and LoRA."""
     rows = (
         ((8, 2048, 2048, 8), torch.float32, 1.0),
         ((32, 512, 768, 4), torch.float32, 1.2),
@@ -221,7 +272,7 @@ def adapters(repeats: int) -> Iterator[Check]:
 
 
 def transport(repeats: int) -> Iterator[Check]:
-    """Problems solved by the kernel itself, their errors, and the time of a call."""
+    """Problems solved by the kernel itself, and their errors."""
     # 0.002 is 500 times less than the costs range over, harder than what training asks for: it only informs.
     for reg, limit in ((0.05, 0.0), (0.02, 0.0), (0.002, None)):
         unsolved, worst, count, sweeps = 0, 0.0, 0, 0
@@ -243,6 +294,10 @@ def transport(repeats: int) -> Iterator[Check]:
         yield Check(f"{row}: share of {count} problems that the kernel did not solve", unsolved / count, limit)
         yield Check(f"{row}: largest relative error of the cost of the others", worst, 1e-4)
         yield Check(f"{row}: most sweeps", sweeps)
+
+
+def transport_times(repeats: int) -> Iterator[Check]:
+    """The time of a call."""
     problems = sized(192, 4)
     cost = cosine_cost(torch.randn(problems, 75, 256), torch.randn(problems, 32, 256)).to(DEVICE).requires_grad_()
     call = lambda: torch.autograd.grad(partial_optimal_transport(cost).cost.sum(), cost)  # noqa: E731
@@ -255,29 +310,36 @@ def transport(repeats: int) -> Iterator[Check]:
 
 def training_steps(repeats: int) -> Iterator[Check]:
     """A training step of BART-base: READ beside the same without a recurrence, READ-PVLA beside LoRA."""
-    walls = {}
-    for name in ("LoRA r=4", "Adapter", "READ", "READ + PVLA"):
-        walls[name] = bart_step(name, repeats)
-        yield Check(f"BART-base, a step: {name}, wall ms", walls[name])
-    for ours, theirs in (("READ + PVLA", "LoRA r=4"), ("READ", "Adapter")):
-        yield Check(f"BART-base, a step: {ours}, time against {theirs}", walls[ours] / walls[theirs], 1.05)
+    pairs = (("READ + PVLA", "LoRA r=4", 1.05), ("READ", "Adapter", 1.05))
+    yield from compared_steps("BART-base, a step", pairs, repeats, compiled=False)
 
 
 def compiled_steps(repeats: int) -> Iterator[Check]:
     """The same compiled to CUDA graphs, with two layers each in the encoder and the decoder."""
-    walls = {}
-    for name in ("LoRA r=4", "Adapter", "READ"):
-        walls[name] = bart_step(name, repeats, compiled=True)
-        yield Check(f"BART of 2 + 2 layers, a compiled step: {name}, wall ms", walls[name])
-    for theirs, limit in (("LoRA r=4", 1.05), ("Adapter", None)):
-        ratio = walls["READ"] / walls[theirs]
-        yield Check(f"BART of 2 + 2 layers, a compiled step: READ, time against {theirs}", ratio, limit)
+    pairs = (("READ", "LoRA r=4", 1.05), ("READ", "Adapter", None))
+    yield from compared_steps("BART of 2 + 2 layers, a compiled step", pairs, repeats, compiled=True)
 
 
-def bart_step(name: str, repeats: int, compiled: bool = False) -> float:
-    """Milliseconds of a training step under autocast, 16 sequences of 512 tokens, 256 of them video for PVLA."""
+def compared_steps(
+    title: str, pairs: Sequence[tuple[str, str, float | None]], repeats: int, compiled: bool
+) -> Iterator[Check]:
+    """Steps that take turns: what else the machine does is as much in one as in the other."""
+    names = dict.fromkeys(name for *pair, _ in pairs for name in pair)
+    steps = {name: bart_step(name, compiled) for name in names}
+    times = {name: wall(step, 0) for name, step in steps.items()}  # warm
+    rounds = [{name: wall(step, 1, warm=0) for name, step in steps.items()} for _ in range(sized(repeats, 2))]
+    for name in names:
+        times[name] = statistics.median(one[name] for one in rounds)
+        yield Check(f"{title}: {name}, wall ms", times[name])
+    for ours, theirs, limit in pairs:
+        ratio = statistics.median(one[ours] / one[theirs] for one in rounds)
+        yield Check(f"{title}: {ours}, time against {theirs}", ratio, limit)
+
+
+def bart_step(name: str, compiled: bool) -> Callable[[], None]:
+    """A training step under autocast, 16 sequences of 512 tokens, 256 of them video for PVLA."""
     layers = {"encoder_layers": 2, "decoder_layers": 2} if compiled else {}
-    config = BartConfig(**sized(layers, SMALL_BART), dropout=0.0)
+    config = BartConfig(**sized(BART_BASE | layers, SMALL_BART), dropout=0.0)
     batch, length = sized((16, 512), (2, 16))
     ids = torch.randint(3, 99, (batch, length), device=DEVICE)
     video, text = slice(0, length // 2), slice(length // 2, length)
@@ -303,7 +365,7 @@ def bart_step(name: str, repeats: int, compiled: bool = False) -> float:
         optimizer.step()
         optimizer.zero_grad()
 
-    return wall(step, sized(repeats, 2))
+    return step
 
 
 def data_parallel(repeats: int) -> Iterator[Check]:
@@ -375,7 +437,9 @@ def mixin(repeats: int) -> Iterator[Check]:
         return [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
     with tempfile.TemporaryDirectory() as folder:
-        here, known = (train(folder, on_cpu, False) for on_cpu in (DEVICE == "cpu", True))
+        here = train(folder, DEVICE == "cpu", False)
+        with use_backend("torch"):  # the definition
+            known = train(folder, True, False)
         worst = max(abs(one - other) for one, other in zip(here, known, strict=True))
         yield Check("Trainer with the mixin: largest difference of a logged loss from that on the CPU", worst, 1e-3)
         try:
@@ -439,10 +503,12 @@ def generation(repeats: int) -> Iterator[Check]:
         yield Check(f"generation, {cell}: graph breaks", sum(counters["graph_break"].values()), 0)
 
 
-PARTS = (
-    scans, adapters, transport, waits, data_parallel, mixin, training_steps, ways_of_training, generation,
-    compiled_steps,
+# What is not timed, at once in a process each; compiled steps are there only compiled, into the cache on the disk.
+TOGETHER = (
+    (scans, adapters, transport, waits), (generation, mixin, data_parallel), (ways_of_training, compiled_steps),
 )  # fmt: skip
+ALONE = (scan_times, adapter_times, transport_times, training_steps, compiled_steps)
+PARTS = tuple(dict.fromkeys([part for parts in (*TOGETHER, ALONE) for part in parts]))
 
 
 def small_bart() -> BartForConditionalGeneration:
@@ -499,18 +565,18 @@ def on_device(function: Callable[[], object]) -> float:
     return wall(graph.replay, 20)
 
 
-def wall(function: Callable[[], object], repeats: int) -> float:
-    """Median milliseconds of a call, the device's work included."""
+def wall(function: Callable[[], object], repeats: int, warm: int = 3) -> float:
+    """Median milliseconds of a call, the device's work included; 0 for none."""
     times = []
     wait = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
-    for number in range(repeats + 3):
+    for number in range(repeats + warm):
         wait()
         start = time.perf_counter()
         function()
         wait()
-        if number >= 3:
+        if number >= warm:
             times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times)
+    return 1e3 * statistics.median(times) if times else 0.0
 
 
 def markdown(checks: list[Check]) -> str:

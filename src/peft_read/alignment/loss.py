@@ -199,6 +199,7 @@ def _pair_blocks(video: object, language: object, video_mask: object, language_m
     count = len(videos)
     video_masks, language_masks = _masks_as_list(video_mask, count), _masks_as_list(language_mask, count)
     blocks = []
+    unmasked: dict[tuple[torch.Size, torch.device], Tensor] = {}
     for index, (v, t, vm, tm) in enumerate(zip(videos, languages, video_masks, language_masks, strict=True)):
         where = "" if count == 1 else f"block {index}: "
         for name, states in (("video", v), ("language", t)):
@@ -208,7 +209,7 @@ def _pair_blocks(video: object, language: object, video_mask: object, language_m
         if misfit := _misfit(v, t):
             shapes = f"video states {tuple(v.shape)} and language states {tuple(t.shape)}"
             raise ValueError(f"{where}{shapes}: {misfit}")
-        blocks.append((*_masked(vm, v, "video", where), *_masked(tm, t, "language", where)))
+        blocks.append((*_masked(vm, v, "video", where, unmasked), *_masked(tm, t, "language", where, unmasked)))
     return [(v, t, vm, tm) for v, vm, t, tm in blocks]
 
 
@@ -255,11 +256,16 @@ def _masks_as_list(value: object, count: int) -> list[Tensor | None]:
     return list(value)
 
 
-def _masked(mask: Any, states: Tensor, side: str, where: str) -> tuple[Tensor, Tensor]:
-    """The states in at least float32, and their mask as booleans."""
+def _masked(
+    mask: Any, states: Tensor, side: str, where: str, unmasked: dict[tuple[torch.Size, torch.device], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The states in at least float32, and their mask as booleans; `unmasked` keeps masks without padding."""
     states = states if states.dtype == torch.float64 else states.float()
     if mask is None:
-        return states, torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+        kind = (states.shape[:2], states.device)
+        if kind not in unmasked:
+            unmasked[kind] = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+        return states, unmasked[kind]
     whose = f"{where}the {side} mask"
     mask = mask_of(mask, whose)
     if mask.shape != states.shape[:2]:
@@ -284,26 +290,35 @@ def _check_finite(blocks: list[Block]) -> None:
 
 
 def _transport_distance(blocks: list[Block], *, mass: float, reg: float, method: str) -> AlignmentDistance:
-    rows = max(v.shape[1] for v, _, _, _ in blocks)
-    columns = max(t.shape[1] for _, t, _, _ in blocks)
-    costs, row_masks, column_masks = [], [], []
-    for v, t, vm, tm in blocks:
-        cost = cosine_cost(v, t, vm, tm)  # (B, N, M)
-        costs.append(F.pad(cost, (0, columns - cost.shape[2], 0, rows - cost.shape[1])))
-        row_masks.append(F.pad(vm, (0, rows - vm.shape[1])))
-        column_masks.append(F.pad(tm, (0, columns - tm.shape[1])))
-    plan = partial_optimal_transport(
-        torch.stack(costs),  # (blocks, B, N, M)
-        mass=mass,
-        reg=reg,
-        row_mask=torch.stack(row_masks),
-        col_mask=torch.stack(column_masks),
-        method=method,
-    )
+    cost, row_mask, col_mask = _alike(blocks) or _unlike(blocks)
+    plan = partial_optimal_transport(cost, mass=mass, reg=reg, row_mask=row_mask, col_mask=col_mask, method=method)
     moved = plan.mass.detach()
     # An example without video or without words transports nothing: its cost is 0 and stays 0.
     distance = torch.where(moved > 0, plan.cost / moved.clamp_min(torch.finfo(moved.dtype).tiny), plan.cost * 0)
     return AlignmentDistance(distance, moved, plan.converged)
+
+
+Costs = tuple[Tensor, Tensor, Tensor]  # (blocks, B, N, M) and the masks, (blocks, B, N) and (blocks, B, M)
+
+
+def _alike(blocks: list[Block]) -> Costs | None:
+    """The costs of blocks of one shape and dtype, which are those of one stack; None for others."""
+    if len({(v.shape, t.shape, v.dtype, t.dtype, v.device) for v, t, _, _ in blocks}) > 1:
+        return None
+    v, t, vm, tm = (torch.stack(parts) if len(parts) > 1 else parts[0][None] for parts in zip(*blocks, strict=True))
+    return cosine_cost(v, t, vm, tm), vm, tm
+
+
+def _unlike(blocks: list[Block]) -> Costs:
+    """The costs of blocks whose lengths differ, filled up with padding."""
+    rows, columns = (max(block[side].shape[1] for block in blocks) for side in (0, 1))
+    costs, row_masks, column_masks = [], [], []
+    for v, t, vm, tm in blocks:
+        cost = cosine_cost(v, t, vm, tm)
+        costs.append(F.pad(cost, (0, columns - cost.shape[2], 0, rows - cost.shape[1])))
+        row_masks.append(F.pad(vm, (0, rows - vm.shape[1])))
+        column_masks.append(F.pad(tm, (0, columns - tm.shape[1])))
+    return torch.stack(costs), torch.stack(row_masks), torch.stack(column_masks)
 
 
 def _pooled_distance(v: Tensor, t: Tensor, vm: Tensor, tm: Tensor, *, pooling: str, metric: str) -> Tensor:

@@ -22,7 +22,7 @@ from .triton_kernels.launch import ADAPTER as BY_KERNELS
 
 __all__ = ["adapt_in_one"]
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+GLOBAL_HOOKS = tuple(f"_global_{way}{kind}" for way in ("forward", "backward") for kind in ("_hooks", "_pre_hooks"))
 
 
 def adapt_in_one(
@@ -61,7 +61,7 @@ def adapt_in_one(
         and output.numel() > 0
         and output.shape[-1] == down.in_features == up.out_features
         and down.out_features == cell.size == up.in_features
-        and not (_has_hooks(down) or _has_hooks(cell) or _has_hooks(dropout) or _has_hooks(up))
+        and not (_has_hooks(down) or _has_hooks(cell) or _has_hooks(dropout) or _has_hooks(up) or _has_global_hooks())
     ):
         return None
     arguments = AdapterArguments(
@@ -75,14 +75,14 @@ def adapt_in_one(
 def _has_hooks(module: nn.Module) -> bool:
     """Whether calling a module does more than its class says: hooks, or a `forward` put in its place."""
     own = module.__dict__
-    if "forward" in own:
-        return True
-    for name in HOOKS:
-        if own[name]:
-            return True
+    hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return bool(hooked) or "forward" in own
+
+
+def _has_global_hooks() -> bool:
     everywhere = nn.modules.module
     # The lengths, since torch.compile of torch 2.11 cannot trace bool() of a dictionary.
-    return any(len(getattr(everywhere, f"_global{name}")) > 0 for name in HOOKS)
+    return any(len(getattr(everywhere, name)) > 0 for name in GLOBAL_HOOKS)
 
 
 def _is_whole(arguments: AdapterArguments) -> bool:

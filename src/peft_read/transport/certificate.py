@@ -16,7 +16,7 @@ from torch import Tensor
 from .newton import CHEAPEST, ROUNDING
 from .problem import Problem, Scaling
 
-__all__ = ["Certificate", "keeps_promises"]
+__all__ = ["Certificate", "Finished", "keeps_promises"]
 
 LARGEST_EXCESS = 1e-5  # of a weight, relative to the mean weight of the longer side if that is more
 LARGEST_MISSING = 1e-3  # of the mass
@@ -29,6 +29,14 @@ class Certificate(NamedTuple):
     converged: Tensor  # (P,) bool
     mass: Tensor  # (P,) float64
     excess: Tensor  # (P,) float64, by how much the plan exceeds a weight at the worst place
+
+
+class Finished(NamedTuple):
+    """What a fused launch makes of the solutions of P problems."""
+
+    plan: Tensor  # (P, N, M), float32; NaN for a cost that is not finite
+    value: Tensor | None  # (P,), <T, C>, if it is known
+    certificate: Certificate  # mass and excess in float32
 
 
 def keeps_promises(problem: Problem, plan: Tensor, scaling: Scaling, tol: float) -> Certificate:

@@ -22,25 +22,30 @@ ACTIVE = 1e-9  # a log potential nearer to its bound than this is at it
 RIDGE = 1e-12  # of a matrix with diagonal 1, in float64: closes the directions that change nothing
 
 
-def envelope_cost(cost: Tensor, plan: Tensor) -> Tensor:
-    """<T, C> (P,) with the gradient T, as if the plan did not move with the cost: right once, and wrong twice."""
+def envelope_cost(cost: Tensor, plan: Tensor, value: Tensor | None = None) -> Tensor:
+    """<T, C> (P,) with the gradient T, as if the plan did not move with the cost: right once, and wrong twice.
+
+    The value may be known.
+    """
+    if not (torch.is_grad_enabled() and cost.requires_grad):
+        return (plan * cost).sum((-2, -1)) if value is None else value
     # Tells the second derivative from the first without keeping the cost: it is empty.
-    return _EnvelopeCost.apply(cost, plan, cost[:, :0].sum())
+    return _EnvelopeCost.apply(cost, plan, cost[:, :0].sum(), value)
 
 
 class _EnvelopeCost(torch.autograd.Function):
     @staticmethod
-    def forward(cost: Tensor, plan: Tensor, source: Tensor) -> Tensor:
-        return (plan * cost).sum((-2, -1))
+    def forward(cost: Tensor, plan: Tensor, source: Tensor, value: Tensor | None) -> Tensor:
+        return (plan * cost).sum((-2, -1)) if value is None else value.clone()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:3])
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         plan, source = ctx.saved_tensors
-        return _once(gradients[0][:, None, None] * plan, source), None, None
+        return _once(gradients[0][:, None, None] * plan, source), None, None, None
 
 
 class _Once(torch.autograd.Function):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import exact, fast
 from .arguments import check_device, check_size, checked_fraction, checked_options, checked_weights
-from .certificate import keeps_promises
+from .certificate import Finished, keeps_promises
 from .dykstra import solve_dykstra
 from .gradients import ImplicitPlan, envelope_cost
 from .newton import solve_newton
@@ -131,17 +131,18 @@ def partial_optimal_transport(
         if fused:
             if check and not bool(matrix.isfinite().all()):
                 raise ValueError(NOT_FINITE)
-            solved = _by_kernel(matrix, rows, cols, total, float(reg), penalty, padded, tol, gradient)
+            problem, plan, scaling, finished = _by_kernel(
+                matrix, rows, cols, total, float(reg), penalty, padded, tol, gradient
+            )
             bad = [entries for entries in (bad_rows, bad_cols, bad_mass) if entries is not None]
             poison = torch.stack(bad).any(0) if bad else None
         else:
-            solved = _by_method(
+            problem, plan, scaling = _by_method(
                 matrix, rows, cols, total, row_sums, col_sums, float(reg), penalty, padded, chosen, tol, max_iter,
                 gradient,
             )  # fmt: skip
-            poison = None
-        problem, plan, scaling = solved
-        return _result(problem, plan, scaling, unit, poison, leading, chosen, tol, warn=check)
+            poison, finished = None, None
+        return _result(problem, plan, scaling, unit, poison, leading, chosen, tol, finished, warn=check)
 
 
 NOT_FINITE = "cost must be finite on every real row and column, got NaN or infinity."
@@ -151,8 +152,9 @@ Solved = tuple[Problem, Tensor, Scaling]  # the problems, their plans with the g
 def _by_kernel(
     matrix: Tensor, rows: Tensor, cols: Tensor, total: Tensor, reg: float, penalty: float | None, padded: bool,
     tol: float, gradient: str,
-) -> Solved:  # fmt: skip
-    """By the fused kernel, without synchronising with the host."""
+) -> tuple[Problem, Tensor, Scaling, Finished]:  # fmt: skip
+    """By the fused kernels, without synchronising with the host."""
+    from .triton_finish import finish_fused
     from .triton_kernels import solve_fused
 
     turned = matrix.shape[-2] < matrix.shape[-1]
@@ -163,18 +165,17 @@ def _by_kernel(
         )
         if turned:
             left, right = right, left
-        nothing = torch.zeros_like(done, dtype=torch.bool)
+        finished = finish_fused(
+            matrix.contiguous(), rows, cols, total, left, right, bounds, done, reg, penalty, tol=tol
+        )
+        plan, scaling = finished.plan, Scaling(left, right, n_iter.long(), finished.certificate.converged)
+        nothing = scaling.converged  # which side is taken whole is for other solvers to know
         problem = Problem(
             matrix, rows, cols, total, bounds[:, 0], bounds[:, 1], reg, penalty, 0.0, padded, nothing, nothing
         )
-        scaling = Scaling(left, right, n_iter.long(), done > 0)
-        plan = Kernel.exponents(problem, torch.float64)
-        plan = (plan + left[:, :, None] + right[:, None, :]).exp().to(matrix.dtype)
-        # NaN costs must not come out as a plan.
-        plan = torch.where((done < 0)[:, None, None], math.nan, plan)
     if gradient == "implicit":
         plan = ImplicitPlan.apply(matrix, plan, left, right, problem)
-    return problem, plan, scaling
+    return problem, plan, scaling, finished
 
 
 def _by_method(
@@ -301,10 +302,12 @@ def _paper(problem: Problem, tol: float, max_iter: int) -> tuple[Tensor, Scaling
 
 def _result(
     problem: Problem, plan: Tensor, scaling: Scaling, unit: Tensor | None, poison: Tensor | None, leading: torch.Size,
-    method: str, tol: float, *, warn: bool,
+    method: str, tol: float, finished: Finished | None, *, warn: bool,
 ) -> TransportPlan:  # fmt: skip
     """The result; whether a problem converged is computed from the plan, not taken from its solver."""
-    certificate = keeps_promises(problem, plan.detach(), scaling, tol)
+    if finished is None:
+        finished = Finished(plan, None, keeps_promises(problem, plan.detach(), scaling, tol))
+    value, certificate = finished.value, finished.certificate
     converged, mass, excess = certificate.converged, certificate.mass, certificate.excess
     if unit is not None:
         plan = (plan.double() * unit[:, None, None]).to(plan.dtype)
@@ -312,7 +315,10 @@ def _result(
     if poison is not None:
         plan, converged = torch.where(poison[:, None, None], math.nan, plan), converged & ~poison
     # A plan that carries a gradient brings its own part of the derivative.
-    value = (plan * problem.cost).sum((-2, -1)) if plan.requires_grad else envelope_cost(problem.cost, plan)
+    if plan.requires_grad:
+        value = (plan * problem.cost).sum((-2, -1))
+    else:
+        value = envelope_cost(problem.cost, plan, value if unit is None and poison is None else None)
     if warn and method != "paper" and not bool(converged.all()):
         _warn_once(int((~converged).sum()), len(converged))
     return TransportPlan(

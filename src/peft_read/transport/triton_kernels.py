@@ -8,17 +8,16 @@ is read tile by tile, from the cache after the first sweep. Optional: needs trit
 """
 
 # mypy: allow-untyped-defs
-from contextlib import nullcontext
-
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..kernel_launch import launch
 from .newton import CHEAPEST, ROUNDING
 
-__all__ = ["launch_settings", "solve_fused"]
+__all__ = ["in_halves", "launch_settings", "log_or_zero", "solve_fused"]
 
 SWEEPS, MORE_SWEEPS = 300, 2_000
 # Sweeps without progress until the mixing starts anew, and how often that happens until it mixes one change instead of
@@ -64,18 +63,17 @@ def solve_fused(
     bounds = cost.new_empty(count, 2, dtype=torch.float64)
     n_iter, done = torch.zeros(2, count, dtype=torch.int32, device=cost.device).unbind()
     floor = ROUNDING[torch.float32] * (1 + n_rows / 128)
-    with torch.cuda.device(cost.device) if cost.is_cuda else nullcontext():
-        for wide, limit in ((False, SWEEPS), (True, MORE_SWEEPS)):
-            sweeps[(count,)](
-                cost, rows.contiguous(), cols.contiguous(), total.contiguous(), scratch, left, right, bounds, n_iter,
-                done, n_rows, n_cols, *_in_halves(1 / reg), *_in_halves(penalty or 0.0), tol, floor, limit,
-                FILLS=FILL_ITERATIONS, LOWEST_PRICE=CHEAPEST, LARGEST=LARGEST_RANGE, PENALISED=penalty is not None,
-                WIDE=wide, enable_fp_fusion=True, **launch_settings(n_rows, n_cols, wide),
-            )  # fmt: skip
+    for wide, limit in ((False, SWEEPS), (True, MORE_SWEEPS)):
+        launch(
+            sweeps, (count,), cost, rows, cols, total, scratch, left, right, bounds, n_iter, done, n_rows, n_cols,
+            *in_halves(1 / reg), *in_halves(penalty or 0.0), tol, floor, limit, FILLS=FILL_ITERATIONS,
+            LOWEST_PRICE=CHEAPEST, LARGEST=LARGEST_RANGE, PENALISED=penalty is not None, WIDE=wide,
+            **launch_settings(n_rows, n_cols, wide),
+        )  # fmt: skip
     return left, right, bounds, n_iter, done
 
 
-def _in_halves(number: float) -> tuple[float, float]:
+def in_halves(number: float) -> tuple[float, float]:
     """A float64 as two float32, which is how Triton passes numbers."""
     first = float(np.float32(number))
     return first, number - first

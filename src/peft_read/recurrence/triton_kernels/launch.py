@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...kernel_launch import launch
 from ..arguments import GATES, PLAIN, Adapted, AdapterArguments, ScanArguments, Scanned, unfit, unfit_scan
 from ..gates import gradients_of_gates
 from ..operation import Implementation
@@ -40,11 +40,13 @@ def filled(k: int) -> int:
     return max(2, 1 << (k - 1).bit_length())
 
 
+@cache
 def scan_settings(k: int) -> dict[str, int]:
     """Compile-time settings of the scans; W_hh is spread over as many threads as hold it in their registers."""
     return {"K": filled(k), "num_warps": max(1, min(8, filled(k) ** 2 // 1024))}
 
 
+@cache
 def tile_settings(k: int, d: int, numbers: int = TILE_NUMBERS) -> dict[str, int]:
     """Compile-time settings of the launches over tokens and columns of the model's width d, by tiles of both."""
     columns = min(128, max(16, filled(d)), numbers // filled(k))
@@ -52,6 +54,7 @@ def tile_settings(k: int, d: int, numbers: int = TILE_NUMBERS) -> dict[str, int]
     return {"K": filled(k), "TOKENS": tokens, "COLUMNS": columns, "num_warps": 1}
 
 
+@cache
 def narrow_settings(k: int) -> dict[str, int]:
     """Those of the launch over tokens that sums products of two vectors of the width."""
     return {"K": filled(k), "TOKENS": max(1, TILE_NUMBERS // 2 // filled(k) ** 2), "num_warps": 1}
@@ -70,14 +73,7 @@ def _kernel(name: str) -> Any:
 
 
 def _launch(name: str, grid: tuple[int, ...], *given: Any, **settings: Any) -> None:
-    """Run a kernel on the device of its tensors; masks are bytes, and what is absent, and never read, is another."""
-    first, pointers = given[0], []
-    for one in given:
-        if isinstance(one, Tensor):
-            one = one.contiguous().view(torch.uint8) if one.dtype is torch.bool else one.contiguous()
-        pointers.append(first if one is None else one)
-    with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
-        _kernel(name)[grid](*pointers, enable_fp_fusion=True, **settings)  # no default of all versions of Triton
+    launch(_kernel(name), grid, *given, **settings)
 
 
 def _place(x: Tensor) -> str:
