@@ -161,15 +161,26 @@ def carried_by_source(kernel, constants):
 
 
 SIZES = dict.fromkeys(("n", "m", "limit", "length", "k", "d", "tokens", "part"), "i32")
-NUMBERS = ("inverse_first", "inverse_rest", "penalty_first", "penalty_rest", "tol", "floor")
+NUMBERS = (
+    "inverse_first", "inverse_rest", "penalty_first", "penalty_rest", "tol", "floor", "reg_first", "reg_rest", "noise",
+)  # fmt: skip
 TRANSPORT_TYPES = SIZES | dict.fromkeys(NUMBERS, "fp32") | dict.fromkeys(("n_iter", "converged"), "*i32")
+FINISH_TYPES = {"done": "*i32", "converged": "*u8"}
 TRANSPORT_TYPES |= dict.fromkeys(("rows", "cols", "totals", "scratch", "left", "right", "bounds"), "*fp64")
 
 
 def transport_jobs(card):
+    from peft_read.transport import triton_finish
     from peft_read.transport import triton_kernels as transport
 
     jobs = []
+    for n, m in ((75, 32), (9, 1), (1024, 1024)):
+        for penalised in (False, True):
+            settings = triton_finish.finish_settings(n, m)
+            warps = settings.pop("num_warps")
+            fixed = {"GAP": 4.0, "LOWEST_PRICE": 0.01, "EXCESS": 1e-5, "MISSING": 1e-3, "PENALISED": penalised}
+            jobs.append({"module": triton_finish.__name__, "name": "finish", "source": None, "fixed": fixed | settings,
+                         "types": TRANSPORT_TYPES | FINISH_TYPES, "card": card, "warps": warps})  # fmt: skip
     for n, m in ((75, 32), (256, 256), (9, 1), (1024, 1024)):
         for wide in (False, True):
             for penalised in (False, True):
@@ -223,7 +234,7 @@ def compare_loops(jobs, found):
 
     for job, built in zip(jobs, found, strict=True):
         kernel = getattr(importlib.import_module(job["module"]), job["name"])
-        unread = set() if job["fixed"].get("MASKED") else {"marks", "r0", "r1", "r2", "r3"}  # without a mask
+        unread = set() if job["fixed"].get("MASKED") else {"marks", *(f"{name}{n}" for name in "rs" for n in range(4))}
         expected = [set(names) - unread for names in carried_by_source(kernel, job["fixed"]) if names]
         if job["name"] in ("down_forward", "up_backward"):  # their loop is that of a function that they call
             expected.append({"total"})

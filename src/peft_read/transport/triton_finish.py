@@ -14,9 +14,20 @@ from .certificate import GAP, LARGEST_EXCESS, LARGEST_MISSING, Certificate, Fini
 from .newton import CHEAPEST, ROUNDING
 from .triton_kernels import in_halves, log_or_zero
 
-__all__ = ["finish_fused"]
+__all__ = ["finish_fused", "finish_settings"]
 
 TILE_NUMBERS = 2048  # of the plan in registers at a time
+
+
+def finish_settings(n_rows: int, n_cols: int) -> dict[str, int]:
+    """Compile-time settings for problems of a size."""
+    block_cols = triton.next_power_of_2(n_cols)
+    return {
+        "BLOCK_ROWS": triton.next_power_of_2(n_rows),
+        "BLOCK_COLS": block_cols,
+        "TILE": max(1, TILE_NUMBERS // block_cols),
+        "num_warps": 4,
+    }
 
 
 def finish_fused(
@@ -41,14 +52,12 @@ def finish_fused(
     count, n_rows, n_cols = cost.shape
     plan, (value, mass, excess) = torch.empty_like(cost), cost.new_empty(3, count).unbind()
     converged = torch.empty(count, dtype=torch.bool, device=cost.device)
-    block_cols = triton.next_power_of_2(n_cols)
     noise = ROUNDING[torch.float32] * (1 + (n_rows + n_cols) / 128)
     launch(
         finish, (count,), cost, rows, cols, total, left, right, bounds, done, plan, value, mass, excess, converged,
         n_rows, n_cols, *in_halves(reg), *in_halves(penalty or 0.0), tol, noise, GAP=GAP, LOWEST_PRICE=CHEAPEST,
         EXCESS=LARGEST_EXCESS, MISSING=LARGEST_MISSING, PENALISED=penalty is not None,
-        BLOCK_ROWS=triton.next_power_of_2(n_rows), BLOCK_COLS=block_cols,
-        TILE=max(1, TILE_NUMBERS // block_cols), num_warps=4,
+        **finish_settings(n_rows, n_cols),
     )  # fmt: skip
     return Finished(plan, value, Certificate(converged, mass, excess))
 
