@@ -219,8 +219,8 @@ def recurrence_jobs(card):
                 flags = ("MASKED", "SHIFTED", "BIASED", "LIFTED", "SEEN", "CONTINUED", "PASSED_ON", "UP", "DOWN")
                 for name in adapter.__all__:
                     narrow = name == "narrow_backward"
-                    numbers = launch.TILE_NUMBERS // (2 if name == "columns_backward" else 1)
-                    settings = dict(launch.narrow_settings(k) if narrow else launch.tile_settings(k, d, numbers))
+                    most = 4 if name == "columns_backward" else 2
+                    settings = dict(launch.narrow_settings(k) if narrow else launch.tile_settings(k, d, most))
                     warps = settings.pop("num_warps")
                     for on in (True, False) if (k, d) == (4, 768) else (True,):
                         options = dict.fromkeys(flags, on) | settings
@@ -234,7 +234,7 @@ def compare_loops(jobs, found):
 
     for job, built in zip(jobs, found, strict=True):
         kernel = getattr(importlib.import_module(job["module"]), job["name"])
-        unread = set() if job["fixed"].get("MASKED") else {"marks", *(f"{name}{n}" for name in "rs" for n in range(4))}
+        unread = set() if job["fixed"].get("MASKED") else {"marks", *(f"{name}{n}" for name in "rs" for n in range(8))}
         expected = [set(names) - unread for names in carried_by_source(kernel, job["fixed"]) if names]
         if job["name"] in ("down_forward", "up_backward"):  # their loop is that of a function that they call
             expected.append({"total"})
@@ -291,10 +291,10 @@ def test_settings_are_powers_of_two_for_every_width():
         assert settings["K"] >= k and all(value & (value - 1) == 0 for value in settings.values())
     for k in range(1, 17):
         for d in (1, 24, 768, 1024, 5120):
-            for numbers in (launch.TILE_NUMBERS, launch.TILE_NUMBERS // 2):
-                settings = launch.tile_settings(k, d, numbers)
+            for most in (2, 4):
+                settings = launch.tile_settings(k, d, most)
                 assert all(value & (value - 1) == 0 for value in settings.values()), (k, d)
-                assert settings["TOKENS"] * settings["K"] * settings["COLUMNS"] <= numbers
+                assert settings["TOKENS"] * settings["K"] * settings["COLUMNS"] <= launch.TILE_NUMBERS
         settings = launch.narrow_settings(k)
         assert all(value & (value - 1) == 0 for value in settings.values()), k
 

@@ -153,9 +153,9 @@ def columns_backward(
     wanted, place = (i < k) & (column < d), i * d + column
     weight = tl.load(down + place, wanted, 0.0)
     # One array per name: Triton takes names that start as the same value for one, which the loop does not carry.
-    up_total = tl.zeros([TOKENS, K, COLUMNS], tl.float32)
-    bias_total = tl.zeros([TOKENS, 1, COLUMNS], tl.float32)
-    down_total = tl.zeros([TOKENS, K, COLUMNS], tl.float32)
+    up_total = tl.zeros([1, K, COLUMNS], tl.float32)
+    bias_total = tl.zeros([1, 1, COLUMNS], tl.float32)
+    down_total = tl.zeros([1, K, COLUMNS], tl.float32)
     for start in tl.range(0, part, TOKENS):
         token = (first * part + start + tl.arange(0, TOKENS))[:, None, None]
         here = token < tokens
@@ -164,17 +164,18 @@ def columns_backward(
         wide = rows.to(tl.float32)
         factor = tl.load(low + token * k + i, here & (i < k), 0.0)
         if UP:
-            up_total += tl.load(active + token * (k + 1) + i, here & (i < k), 0.0) * wide
-            bias_total += tl.load(active + token * (k + 1) + k, here, 0.0) * wide
+            up_total += tl.sum(tl.load(active + token * (k + 1) + i, here & (i < k), 0.0) * wide, 0)[None, :, :]
+            bias_total += tl.sum(tl.load(active + token * (k + 1) + k, here, 0.0) * wide, 0)[None, :, :]
         if DOWN:
-            down_total += factor * tl.load(x + token * d + column, within, 0.0).to(tl.float32)
+            rows_of_x = tl.load(x + token * d + column, within, 0.0)
+            down_total += tl.sum(factor * rows_of_x.to(tl.float32), 0)[None, :, :]
         if PASSED_ON:  # last: the loads of this step would wait for the store
             added = tl.sum(factor * weight, 1)[:, None, :]
             total = wide + added.to(rows.dtype).to(tl.float32)
             tl.store(grad_x + token * d + column, total.to(rows.dtype), within)
     sums += first * (2 * k + 1) * d
     if UP:
-        tl.store(sums + place, tl.sum(up_total, 0)[None, :, :], wanted)
-        tl.store(sums + k * d + column, tl.sum(bias_total, 0)[None, :, :], column < d)
+        tl.store(sums + place, up_total, wanted)
+        tl.store(sums + k * d + column, bias_total, column < d)
     if DOWN:
-        tl.store(sums + (k + 1) * d + place, tl.sum(down_total, 0)[None, :, :], wanted)
+        tl.store(sums + (k + 1) * d + place, down_total, wanted)

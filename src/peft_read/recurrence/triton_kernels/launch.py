@@ -29,8 +29,7 @@ LARGEST_SCAN_WIDTH = 64
 LARGEST_ADAPTER_WIDTH = 16  # wider ones are matrix products that cuBLAS does well
 LARGEST_GRID = 2**31 - 1
 WIDE = (torch.float32, torch.bfloat16, torch.float16)
-# Tokens x width x columns that a program multiplies at a time. It is one warp: threads of several would exchange their
-# parts of a tile in every step.
+# Tokens x width x columns of a tile. A program is one warp: several would exchange their parts of it in every step.
 TILE_NUMBERS = 2048
 PROGRAMS, PART_TOKENS = 2048, 64  # over columns: parts of so many tokens, or fewer and larger ones
 
@@ -47,10 +46,10 @@ def scan_settings(k: int) -> dict[str, int]:
 
 
 @cache
-def tile_settings(k: int, d: int, numbers: int = TILE_NUMBERS) -> dict[str, int]:
-    """Compile-time settings of the launches over tokens and columns of the model's width d, by tiles of both."""
-    columns = min(128, max(16, filled(d)), numbers // filled(k))
-    tokens = max(1, min(2, numbers // (filled(k) * columns)))  # more are slower, on an H200
+def tile_settings(k: int, d: int, most: int = 2) -> dict[str, int]:
+    """Compile-time settings of the launches over tokens, at most so many, and columns of the model's width d."""
+    columns = min(128, max(16, filled(d)))
+    tokens = max(1, min(most, TILE_NUMBERS // (filled(k) * columns)))
     return {"K": filled(k), "TOKENS": tokens, "COLUMNS": columns, "num_warps": 1}
 
 
@@ -70,10 +69,6 @@ def token_parts(tokens: int, blocks: int, tile: int) -> tuple[int, int]:
 @cache
 def _kernel(name: str) -> Any:
     return getattr(importlib.import_module(".scan" if name.startswith("rnn") else ".adapter", __package__), name)
-
-
-def _launch(name: str, grid: tuple[int, ...], *given: Any, **settings: Any) -> None:
-    launch(_kernel(name), grid, *given, **settings)
 
 
 def _place(x: Tensor) -> str:
@@ -98,8 +93,8 @@ def _scan(arguments: ScanArguments) -> Scanned:
 def _launch_scan(inner: Tensor, state: Tensor | None, mask: Tensor | None, weight_hh: Tensor) -> Tensor:
     outputs = torch.empty_like(inner, memory_format=torch.contiguous_format)
     batch, length, k = inner.shape
-    _launch(
-        "rnn_forward", (batch,), inner, weight_hh, state, mask, outputs, length, k,
+    launch(
+        _kernel("rnn_forward"), (batch,), inner, weight_hh, state, mask, outputs, length, k,
         CONTINUED=state is not None, MASKED=mask is not None, **scan_settings(k),
     )  # fmt: skip
     return outputs
@@ -111,8 +106,8 @@ def _launch_scan_backward(
     """The gradients of what is inside tanh, zero at padding, and of the state before the first token."""
     batch, length, k = outputs.shape
     inner, grad_state = torch.empty_like(outputs), outputs.new_empty(batch, k)
-    _launch(
-        "rnn_backward", (batch,), grad, weight_hh, mask, outputs, inner, grad_state, length, k,
+    launch(
+        _kernel("rnn_backward"), (batch,), grad, weight_hh, mask, outputs, inner, grad_state, length, k,
         MASKED=mask is not None, **scan_settings(k),
     )  # fmt: skip
     return inner, grad_state
@@ -145,13 +140,13 @@ def _adapter(arguments: AdapterArguments) -> Adapted:
     k, settings = len(down), tile_settings(len(down), d)
     grid = (-(-batch * length // settings["TOKENS"]),)
     narrow, inner = down.new_empty(2, batch, length, k).unbind()
-    _launch(
-        "down_forward", grid, x, down, down_bias, weight_ih, bias_ih, bias_hh, narrow, inner, batch * length, d, k,
-        SHIFTED=down_bias is not None, BIASED=bias_ih is not None, **settings,
+    launch(
+        _kernel("down_forward"), grid, x, down, down_bias, weight_ih, bias_ih, bias_hh, narrow, inner, batch * length,
+        d, k, SHIFTED=down_bias is not None, BIASED=bias_ih is not None, **settings,
     )  # fmt: skip
     hidden, out = _launch_scan(inner, state, mask, weight_hh), torch.empty_like(x)
-    _launch(
-        "up_forward", grid, x, hidden, up.T, up_bias, mask, out, batch * length, d, k,
+    launch(
+        _kernel("up_forward"), grid, x, hidden, up.T, up_bias, mask, out, batch * length, d, k,
         LIFTED=up_bias is not None, MASKED=mask is not None, **settings,
     )  # fmt: skip
     return Adapted(out, hidden, narrow)
@@ -165,24 +160,24 @@ def _adapter_backward(
     tokens, settings, narrow = batch * length, tile_settings(k, d), narrow_settings(k)
     grad = torch.zeros_like(x) if grads[0] is None else grads[0].contiguous()
     carried, low, active = torch.empty_like(hidden), torch.empty_like(hidden), hidden.new_empty(tokens, k + 1)
-    _launch(
-        "up_backward", (-(-tokens // settings["TOKENS"]),), grad, hidden, up.T, grads[1], mask, carried, active,
-        tokens, d, k, SEEN=grads[1] is not None, MASKED=mask is not None, **settings,
+    launch(
+        _kernel("up_backward"), (-(-tokens // settings["TOKENS"]),), grad, hidden, up.T, grads[1], mask, carried,
+        active, tokens, d, k, SEEN=grads[1] is not None, MASKED=mask is not None, **settings,
     )  # fmt: skip
     inner, grad_state = _launch_scan_backward(carried, mask, weight_hh, hidden)
     parts, part = token_parts(tokens, 1, narrow["TOKENS"])
     sums = hidden.new_empty(parts, (2 * k + 3) * k)
-    _launch(
-        "narrow_backward", (parts,), inner, results.narrow, hidden, state, weight_ih, low, sums, tokens, length, part,
-        k, CONTINUED=state is not None, **narrow,
+    launch(
+        _kernel("narrow_backward"), (parts,), inner, results.narrow, hidden, state, weight_ih, low, sums, tokens,
+        length, part, k, CONTINUED=state is not None, **narrow,
     )  # fmt: skip
     by_input, by_state, bias_ih, bias_hh, down_bias = sums.sum(0).split((k * k, k * k, k, k, k))
-    grad_x, settings = torch.empty_like(x) if needs.x else None, tile_settings(k, d, TILE_NUMBERS // 2)
+    grad_x, settings = torch.empty_like(x) if needs.x else None, tile_settings(k, d, 4)
     blocks = -(-d // settings["COLUMNS"])
     parts, part = token_parts(tokens, blocks, settings["TOKENS"])
     sums = down.new_empty(parts, 2 * k + 1, d)
-    _launch(
-        "columns_backward", (blocks, parts), grad, x, low, active, down, grad_x, sums, tokens, part, d, k,
+    launch(
+        _kernel("columns_backward"), (blocks, parts), grad, x, low, active, down, grad_x, sums, tokens, part, d, k,
         PASSED_ON=needs.x, UP=bool(needs.up or needs.up_bias), DOWN=needs.down, **settings,
     )  # fmt: skip
     wide = sums.sum(0)

@@ -1,9 +1,9 @@
 """The scan of the RNN as Triton kernels: one program per sequence, the state and W_hh in its registers.
 
-The width k is filled up with zeros to a power of two. Sums and states are float32. A step of the loops is four tokens,
-and loads those of the step after next into registers: memory takes longer to answer than a step, and with Triton's
-pipelining loads go through shared memory and wait at barriers. k is a constant of the compiled kernel, so that rows of
-W_hh are loaded as vectors: the fewer threads share a row, the fewer exchange their sums.
+The width k is filled up with zeros to a power of two. Sums and states are float32. A step of the loops is eight tokens
+and loads the next eight meanwhile. They are moved at its end, which waits for them: steps of four waited a third of
+their time, and with Triton's pipelining loads go through shared memory and wait at barriers. k is a constant of the
+compiled kernel, so that rows of W_hh are loaded as vectors: the fewer threads share a row, the fewer exchange sums.
 
 A product with W_hh turns a state that lies along one axis of the matrix into one along the other, and threads would
 have to exchange it before the next product. So tokens are taken in pairs: the first by W_hh, the second by its
@@ -54,23 +54,27 @@ def reaches(inside, left, n: tl.constexpr):
 
 
 @triton.jit
-def four_rows(rows, inside, left, k: tl.constexpr):
+def eight_rows(rows, inside, left, k: tl.constexpr):
     """Rows of k numbers from an address on, zero from the row `left` on."""
     return (
         tl.load(rows, reaches(inside, left, 0), 0.0), tl.load(rows + k, reaches(inside, left, 1), 0.0),
         tl.load(rows + 2 * k, reaches(inside, left, 2), 0.0), tl.load(rows + 3 * k, reaches(inside, left, 3), 0.0),
+        tl.load(rows + 4 * k, reaches(inside, left, 4), 0.0), tl.load(rows + 5 * k, reaches(inside, left, 5), 0.0),
+        tl.load(rows + 6 * k, reaches(inside, left, 6), 0.0), tl.load(rows + 7 * k, reaches(inside, left, 7), 0.0),
     )  # fmt: skip
 
 
 @triton.jit
-def four_marks(marks, left, MASKED: tl.constexpr):
-    """Whether each of four tokens is real."""
+def eight_marks(marks, left, MASKED: tl.constexpr):
+    """Whether each of eight tokens is real."""
     if MASKED:
         return (
             tl.load(marks, left > 0, 0) != 0, tl.load(marks + 1, left > 1, 0) != 0,
             tl.load(marks + 2, left > 2, 0) != 0, tl.load(marks + 3, left > 3, 0) != 0,
+            tl.load(marks + 4, left > 4, 0) != 0, tl.load(marks + 5, left > 5, 0) != 0,
+            tl.load(marks + 6, left > 6, 0) != 0, tl.load(marks + 7, left > 7, 0) != 0,
         )  # fmt: skip
-    return left > 0, left > 1, left > 2, left > 3
+    return left > 0, left > 1, left > 2, left > 3, left > 4, left > 5, left > 6, left > 7
 
 
 @triton.jit
@@ -83,27 +87,27 @@ def product(matrix, vector, real, AXIS: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
-def advance(matrix, hidden, x, real, target, inside, AXIS: tl.constexpr, MASKED: tl.constexpr):
-    """Sets h of a token, which at padding is the one before, and returns it."""
-    moved = product(matrix, hidden, real, AXIS, MASKED)
+def advance(matrix, hidden, x, real, target, inside, left, n: tl.constexpr, k: tl.constexpr, MASKED: tl.constexpr):
+    """Sets h of token n of a step, which at padding is the one before, and returns it."""
+    moved = product(matrix, hidden, real, 1 - n % 2, MASKED)
     new = tanh(x + moved)
     if MASKED:
         new = tl.where(real, new, moved)
-    tl.store(target, new, inside)
+    tl.store(target + n * k, new, reaches(inside, left, n))
     return new
 
 
 @triton.jit
-def retreat(matrix, carried, grad, h, real, target, inside, AXIS: tl.constexpr, MASKED: tl.constexpr):
-    """Sets the gradient of what is inside tanh, zero at padding, and returns that of h of the token before."""
+def retreat(
+    matrix, carried, grad, h, real, target, inside, left, n: tl.constexpr, k: tl.constexpr, MASKED: tl.constexpr
+):
+    """Sets token n's gradient of what is inside tanh, zero at padding, and returns that of h of the token before."""
     total = carried + grad
     inner = total * (1 - h * h)
+    tl.store(target + n * k, tl.where(real, inner, 0.0), reaches(inside, left, n))
     if MASKED:
-        tl.store(target, tl.where(real, inner, 0.0), inside)
         inner = tl.where(real, inner, total)
-    else:
-        tl.store(target, inner, inside)
-    return product(matrix, inner, real, AXIS, MASKED)
+    return product(matrix, inner, real, 1 - n % 2, MASKED)
 
 
 @triton.jit
@@ -120,22 +124,25 @@ def rnn_forward(
     hidden = tl.zeros([K], tl.float32)
     if CONTINUED:
         hidden = tl.load(state + b * k + i, inside, 0.0)
-    x0, x1, x2, x3 = four_rows(source, inside, length, k)
-    y0, y1, y2, y3 = four_rows(source + 4 * k, inside, length - 4, k)
-    r0, r1, r2, r3 = four_marks(marks, length, MASKED)
-    s0, s1, s2, s3 = four_marks(marks + 4, length - 4, MASKED)
-    for t in tl.range(0, length, 4, num_stages=1):
-        source += 4 * k
-        marks += 4
-        next0, next1, next2, next3 = four_rows(source + 4 * k, inside, length - t - 8, k)
-        real0, real1, real2, real3 = four_marks(marks + 4, length - t - 8, MASKED)
-        hidden = advance(weight, hidden, x0, r0, target, inside, 1, MASKED)
-        hidden = advance(turned, hidden, x1, r1, target + k, reaches(inside, length - t, 1), 0, MASKED)
-        hidden = advance(weight, hidden, x2, r2, target + 2 * k, reaches(inside, length - t, 2), 1, MASKED)
-        hidden = advance(turned, hidden, x3, r3, target + 3 * k, reaches(inside, length - t, 3), 0, MASKED)
-        x0, x1, x2, x3, y0, y1, y2, y3 = y0, y1, y2, y3, next0, next1, next2, next3
-        r0, r1, r2, r3, s0, s1, s2, s3 = s0, s1, s2, s3, real0, real1, real2, real3
-        target += 4 * k
+    x0, x1, x2, x3, x4, x5, x6, x7 = eight_rows(source, inside, length, k)
+    r0, r1, r2, r3, r4, r5, r6, r7 = eight_marks(marks, length, MASKED)
+    for t in tl.range(0, length, 8, num_stages=1):
+        left = length - t
+        source += 8 * k
+        marks += 8
+        y0, y1, y2, y3, y4, y5, y6, y7 = eight_rows(source, inside, left - 8, k)
+        s0, s1, s2, s3, s4, s5, s6, s7 = eight_marks(marks, left - 8, MASKED)
+        hidden = advance(weight, hidden, x0, r0, target, inside, left, 0, k, MASKED)
+        hidden = advance(turned, hidden, x1, r1, target, inside, left, 1, k, MASKED)
+        hidden = advance(weight, hidden, x2, r2, target, inside, left, 2, k, MASKED)
+        hidden = advance(turned, hidden, x3, r3, target, inside, left, 3, k, MASKED)
+        hidden = advance(weight, hidden, x4, r4, target, inside, left, 4, k, MASKED)
+        hidden = advance(turned, hidden, x5, r5, target, inside, left, 5, k, MASKED)
+        hidden = advance(weight, hidden, x6, r6, target, inside, left, 6, k, MASKED)
+        hidden = advance(turned, hidden, x7, r7, target, inside, left, 7, k, MASKED)
+        x0, x1, x2, x3, x4, x5, x6, x7 = y0, y1, y2, y3, y4, y5, y6, y7
+        r0, r1, r2, r3, r4, r5, r6, r7 = s0, s1, s2, s3, s4, s5, s6, s7
+        target += 8 * k
 
 
 @triton.jit
@@ -145,36 +152,37 @@ def rnn_backward(
 ):  # fmt: skip
     """The gradients of `inner`, zero at padding, and of the state before the first token.
 
-    Tokens that are missing to the last four come first and have no gradient, so that nothing is carried on from them.
+    Tokens that are missing to the last eight come first and have no gradient, so that nothing is carried on from them.
     """
     b = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, K)
     inside = i < k
-    last = (length - 1) // 4 * 4
+    last = (length - 1) // 8 * 8
     place = (b * length + last) * k + i
     source, states, target, marks = grads + place, outputs + place, grad_inner + place, valid + b * length + last
     weight, turned = square(weight_hh, k, K), square(weight_hh, k, K, True)
     carried = tl.zeros([K], tl.float32)
-    g0, g1, g2, g3 = four_rows(source, inside, length - last, k)
-    h0, h1, h2, h3 = four_rows(states, inside, length - last, k)
-    r0, r1, r2, r3 = four_marks(marks, length - last, MASKED)
-    d0, d1, d2, d3 = four_rows(source - 4 * k, inside, last, k)
-    y0, y1, y2, y3 = four_rows(states - 4 * k, inside, last, k)
-    s0, s1, s2, s3 = four_marks(marks - 4, last, MASKED)
-    for back in tl.range(0, last + 1, 4, num_stages=1):
+    g0, g1, g2, g3, g4, g5, g6, g7 = eight_rows(source, inside, length - last, k)
+    h0, h1, h2, h3, h4, h5, h6, h7 = eight_rows(states, inside, length - last, k)
+    r0, r1, r2, r3, r4, r5, r6, r7 = eight_marks(marks, length - last, MASKED)
+    for back in tl.range(0, last + 1, 8, num_stages=1):
         t = last - back
-        source -= 4 * k
-        states -= 4 * k
-        marks -= 4
-        grad0, grad1, grad2, grad3 = four_rows(source - 4 * k, inside, t - 4, k)
-        state0, state1, state2, state3 = four_rows(states - 4 * k, inside, t - 4, k)
-        real0, real1, real2, real3 = four_marks(marks - 4, t - 4, MASKED)
-        carried = retreat(weight, carried, g3, h3, r3, target + 3 * k, reaches(inside, length - t, 3), 0, MASKED)
-        carried = retreat(turned, carried, g2, h2, r2, target + 2 * k, reaches(inside, length - t, 2), 1, MASKED)
-        carried = retreat(weight, carried, g1, h1, r1, target + k, reaches(inside, length - t, 1), 0, MASKED)
-        carried = retreat(turned, carried, g0, h0, r0, target, inside, 1, MASKED)
-        g0, g1, g2, g3, d0, d1, d2, d3 = d0, d1, d2, d3, grad0, grad1, grad2, grad3
-        h0, h1, h2, h3, y0, y1, y2, y3 = y0, y1, y2, y3, state0, state1, state2, state3
-        r0, r1, r2, r3, s0, s1, s2, s3 = s0, s1, s2, s3, real0, real1, real2, real3
-        target -= 4 * k
+        source -= 8 * k
+        states -= 8 * k
+        marks -= 8
+        d0, d1, d2, d3, d4, d5, d6, d7 = eight_rows(source, inside, t, k)
+        y0, y1, y2, y3, y4, y5, y6, y7 = eight_rows(states, inside, t, k)
+        s0, s1, s2, s3, s4, s5, s6, s7 = eight_marks(marks, t, MASKED)
+        carried = retreat(weight, carried, g7, h7, r7, target, inside, length - t, 7, k, MASKED)
+        carried = retreat(turned, carried, g6, h6, r6, target, inside, length - t, 6, k, MASKED)
+        carried = retreat(weight, carried, g5, h5, r5, target, inside, length - t, 5, k, MASKED)
+        carried = retreat(turned, carried, g4, h4, r4, target, inside, length - t, 4, k, MASKED)
+        carried = retreat(weight, carried, g3, h3, r3, target, inside, length - t, 3, k, MASKED)
+        carried = retreat(turned, carried, g2, h2, r2, target, inside, length - t, 2, k, MASKED)
+        carried = retreat(weight, carried, g1, h1, r1, target, inside, length - t, 1, k, MASKED)
+        carried = retreat(turned, carried, g0, h0, r0, target, inside, length - t, 0, k, MASKED)
+        g0, g1, g2, g3, g4, g5, g6, g7 = d0, d1, d2, d3, d4, d5, d6, d7
+        h0, h1, h2, h3, h4, h5, h6, h7 = y0, y1, y2, y3, y4, y5, y6, y7
+        r0, r1, r2, r3, r4, r5, r6, r7 = s0, s1, s2, s3, s4, s5, s6, s7
+        target -= 8 * k
     tl.store(grad_state + b * k + i, carried, inside)
