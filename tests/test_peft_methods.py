@@ -6,10 +6,11 @@ import pickle
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tiny_models import build, padded_batch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from peft_read import BottleneckConfig, CompacterConfig, HyperformerConfig, READConfig, set_task
 from peft_read.adapter.layer import Linear, READLayer
@@ -182,6 +183,59 @@ def test_after_a_refused_file_the_right_one_is_loaded_with_its_own_configuration
     assert set(base.state_dict()) == names == trained(base) and not hasattr(base, "peft_config")
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in base.modules())
     assert not base._load_state_dict_pre_hooks
+
+
+# Wrapped models
+
+WRAPPERS = {
+    "checkpointed": checkpoint_wrapper,
+    "compiled": lambda block: torch.compile(block, backend="eager"),
+}
+
+
+def wrapped(model, kind):
+    """The same model, each of whose blocks is inside a wrapper."""
+    blocks = model.get_base_model().layers
+    for index, block in enumerate(blocks):
+        blocks[index] = WRAPPERS[kind](block)
+    return model
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_wrapped_blocks_are_saved_and_loaded_like_unwrapped_ones(tmp_path, method, kind):
+    plain = adapted(method)
+    plain.save_pretrained(tmp_path / "plain")
+    wrapped(adapted(method), kind).save_pretrained(tmp_path / "wrapped")
+    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "wrapped")]
+    assert files[0].keys() == files[1].keys() and len(files[0]) == len(get_peft_model_state_dict(plain)) > 2
+    assert all(torch.equal(weight, files[1][key]) for key, weight in files[0].items())
+    torch.manual_seed(2)
+    other = wrapped(get_peft_model(encoder(), METHODS[method](target_modules=["linear2"])), kind)
+    assert not torch.equal(next(p for p in other.parameters() if p.requires_grad), next(iter(files[0].values())))
+    other.load_adapter(tmp_path / "plain", "default")
+    other.load_adapter(tmp_path / "plain", "second", low_cpu_mem_usage=True)
+    for name in ("default", "second"):
+        loaded = get_peft_model_state_dict(other, adapter_name=name)
+        assert loaded.keys() == files[0].keys()
+        assert all(torch.equal(weight, loaded[key]) for key, weight in files[0].items())
+
+
+def test_names_that_a_compiled_block_had_in_older_files_are_known(tmp_path):
+    adapted("bottleneck").save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    weights = load_file(file)
+    save_file({key.replace("layers.0.", "layers.0._orig_mod."): weight for key, weight in weights.items()}, file)
+    loaded = get_peft_model_state_dict(PeftModel.from_pretrained(encoder(), tmp_path))
+    assert loaded.keys() == weights.keys() and all(torch.equal(loaded[key], weights[key]) for key in weights)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_among_which_none_is_of_the_adapter_are_not_saved_as_nothing(tmp_path, method):
+    model = adapted(method)
+    with pytest.raises(ValueError, match=r"none of the 1 weights, such as 'elsewhere\.weight', is one of the adapter"):
+        model.save_pretrained(tmp_path, state_dict={"elsewhere.weight": torch.zeros(1)})
+    assert get_peft_model_state_dict(model, state_dict={}) == {}
 
 
 # Mixed batches
