@@ -449,6 +449,32 @@ def test_checkpointed_blocks_are_recomputed_with_the_adapter_of_their_task(confi
         torch.testing.assert_close(found[0][key], gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["half", "compacter over tasks", "hyperformer", "lora"])
+def test_a_stack_that_is_called_by_itself_is_recomputed_for_its_task(name, reentrant):
+    inputs = {key: value for key, value in inputs_of("bart").items() if not key.startswith("decoder")}
+    found = []
+    for checkpointed in (False, True):
+        torch.manual_seed(1)
+        config = PER_TASK["lora"]() if name == "lora" else CONFIGS[name](**RANDOM)
+        model = get_peft_model(build("bart", dropout=0.0), config, adapter_name="vqa" if name == "lora" else "default")
+        if name == "lora":
+            model.add_adapter("nlvr", PER_TASK["lora"]())
+            model.base_model.set_requires_grad(["vqa", "nlvr"])
+        if checkpointed:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        set_task(model.train(), "vqa")
+        loss = model.get_base_model().get_encoder()(**inputs).last_hidden_state.square().mean()
+        set_task(model, "nlvr")
+        found.append(gradients(model, loss))
+    plain, checkpointed = found
+    assert plain.keys() == checkpointed.keys() and not [key for key in plain if "nlvr" in key]
+    for key, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[key], gradient, rtol=1e-4, atol=1e-6)
+
+
 def test_what_a_block_was_computed_with_is_forgotten_with_the_adapters():
     model = adapted("bottleneck")
     model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from peft_read.checkpointing import stacks_in
 from peft_read.tasks import TaskModule, name_after_tasks, set_task, task_modules
 
 
@@ -89,6 +90,13 @@ def test_an_adapter_that_is_named_after_no_task_stays_active_until_it_is_said_to
     name_after_tasks(model, ["style"])
     set_task(model, "gqa")
     assert model.active_adapter == "default" and not torch.allclose(model(x), expected)
+
+
+def test_stacks_are_what_owns_blocks_wherever_it_stands():
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 1, 4), 2, enable_nested_tensor=False)
+    model = nn.Sequential(nn.ModuleDict({"encoder": encoder}), nn.Linear(4, 4))
+    model[0]["experts"] = nn.ModuleList([nn.Sequential(nn.Linear(4, 4))])
+    assert stacks_in(model) == [model[0], encoder]
 
 
 def test_going_back_to_a_frozen_default_in_training_is_said():

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .checkpointing import as_it_was, scope_checkpoints, unscope_checkpoints
+from .checkpointing import as_it_was, scope_checkpoints, stacks_in, unscope_checkpoints
 
 __all__ = ["TaskModule", "forget_choices_in", "keep_choices_in", "name_after_tasks", "set_task", "task_modules"]
 
@@ -28,10 +28,12 @@ class TaskModule:
     Attributes:
         task_names: the tasks it has weights for; a module without any does not depend on the task.
         task: the one that the next forward passes serve; None before the first `set_task`.
+        depends_on: modules elsewhere in the model whose task it reads.
     """
 
     task_names: tuple[str, ...] = ()
     task: str | None = None
+    depends_on: tuple[nn.Module, ...] = ()
 
 
 class set_task:
@@ -92,7 +94,7 @@ class set_task:
 
 
 class _KeepChoices:
-    """Forward pre-hook of a model in training: its checkpointed blocks are recomputed with the choices of a pass."""
+    """Forward pre-hook of a model, or a stack, in training: its checkpointed blocks keep the choices of a pass."""
 
     def __call__(self, module: nn.Module, args: tuple) -> None:
         if not module.training or torch.compiler.is_compiling():
@@ -107,7 +109,9 @@ class _KeepChoices:
 def _choices_in(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """What chooses the weights of a forward pass: the attributes of modules that hold the task and the adapters."""
     choices: list[tuple[nn.Module, str]] = []
-    for module in model.modules():
+    modules = dict.fromkeys(model.modules())
+    modules |= {part: None for module in modules if isinstance(module, TaskModule) for part in module.depends_on}
+    for module in modules:
         if isinstance(module, TaskModule):
             choices.append((module, "task"))
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
@@ -124,16 +128,19 @@ def keep_choices_in(model: nn.Module) -> None:
     """Let a model's checkpointed blocks be recomputed for the task, and with the adapters, of their computation.
 
     Args:
-        model: the module that is called, without peft's wrappers.
+        model: the module that is called, without peft's wrappers; its stacks may be called by themselves.
     """
-    if not any(isinstance(hook, _KeepChoices) for hook in model._forward_pre_hooks.values()):
-        model.register_forward_pre_hook(_KeepChoices())
+    for module in (model, *stacks_in(model)):
+        has_hook = any(isinstance(hook, _KeepChoices) for hook in module._forward_pre_hooks.values())
+        if not has_hook and (module is model or _choices_in(module)):
+            module.register_forward_pre_hook(_KeepChoices())
 
 
 def forget_choices_in(model: nn.Module) -> None:
     """Take back what `keep_choices_in` did, also in a copied model."""
-    for number in [n for n, hook in model._forward_pre_hooks.items() if isinstance(hook, _KeepChoices)]:
-        del model._forward_pre_hooks[number]
+    for module in model.modules():
+        for number in [n for n, hook in module._forward_pre_hooks.items() if isinstance(hook, _KeepChoices)]:
+            del module._forward_pre_hooks[number]
     unscope_checkpoints(model, OWNER)
 
 

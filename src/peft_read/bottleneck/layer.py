@@ -315,6 +315,12 @@ class HyperformerLayer(BottleneckLayer):
         super().__init__(base_layer, **kwargs)
         self.__dict__["shared"] = shared  # not a submodule: it is one of the adapted model
 
+    @property
+    def depends_on(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
+        """What generates the weights."""
+        shared: Any = self.shared
+        return (shared,)
+
     def _delta(self, adapter: str, y: Tensor) -> Tensor:
         bottleneck: Any = self.parts[adapter]
         shared: Any = self.shared
