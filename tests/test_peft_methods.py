@@ -6,11 +6,12 @@ import pickle
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tiny_models import build, padded_batch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from transformers import BertForSequenceClassification
 
 from peft_read import BottleneckConfig, CompacterConfig, HyperformerConfig, READConfig, set_task
 from peft_read.adapter.layer import Linear, READLayer
@@ -388,6 +389,32 @@ def test_beams_of_the_models_own_generation_configuration(method):
     assert torch.equal(mixed[[0, 2]], expected[[0, 2]])
     with torch.no_grad(), pytest.raises(ValueError, match="same as the number of inputs, but got 3 and 6"):
         model(input_ids=torch.cat([ids, ids]), adapter_names=["b", "default", "b"])
+
+
+# All linear layers
+
+
+@pytest.mark.parametrize("method", FAMILY)
+def test_all_linear_names_what_peft_names_also_where_adapters_are(method):
+    everything = METHODS[method](target_modules="all-linear")
+    for base in (build("bart"), build("gpt2"), BertForSequenceClassification(build("bert").config)):
+        task_type = "SEQ_CLS" if isinstance(base, BertForSequenceClassification) else None
+        lora = LoraConfig(target_modules="all-linear", task_type=task_type)
+        expected = get_peft_model(copy.deepcopy(base), lora).base_model.targeted_module_names
+        config = METHODS[method](target_modules="all-linear", task_type=task_type)
+        assert get_peft_model(base, config).base_model.targeted_module_names == expected
+    model = get_peft_model(build("bart"), METHODS[method]())
+    model.add_adapter("second", everything)
+    paths = [layer.path for layer in model.modules() if isinstance(layer, BottleneckLayer) and "second" in layer.parts]
+    assert len(paths) == 2 * 6 + 2 * 10 and "lm_head" not in paths
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_without_linear_layers_has_none_of_all_linear(method):
+    with pytest.raises(
+        ValueError, match="`target_modules` is 'all-linear', and Sequential has no linear layer beside"
+    ):
+        get_peft_model(nn.Sequential(nn.Conv1d(3, 3, 1)), METHODS[method](target_modules="all-linear"))
 
 
 # Adding and deleting

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..peft_methods import AdapterModel
-from ..peft_methods.default_targets import default_targets
+from ..peft_methods.default_targets import all_linear, default_targets
 from ..peft_methods.endings import (
     PARTS,
     attention_endings,
@@ -137,6 +137,8 @@ class BottleneckModel(AdapterModel):
             )
             if as_list:  # peft matches a name that is a whole path in every layer, layers_to_transform or not
                 peft_config.target_modules = in_layers(self._injected, peft_config)
+        elif isinstance(chosen, str) and chosen.lower() == "all-linear":
+            peft_config.target_modules = all_linear(self._injected, peft_config.task_type)
         return super()._prepare_adapter_config(peft_config, {"model_type": None, **model_config})
 
     def _check_new_adapter_config(self, config: Any) -> None:
