@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file, save_file
 from tiny_models import build, padded_batch
 from torch import nn
@@ -450,6 +451,18 @@ def test_a_further_adapter_has_the_dtype_that_the_model_has_by_now(settings):
 class Cast(nn.Module):
     def forward(self, x):
         return x.float()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_peft_can_turn_the_casting_of_inputs_off(method):
+    model = adapted(method)  # float32 throughout: there is nothing to cast
+    x, low = torch.randn(2, 5, 8), torch.randn(3, dtype=torch.bfloat16)
+    layer = next(module for module in model.modules() if isinstance(module, BottleneckLayer | READLayer))
+    expected = model(x)
+    with disable_input_dtype_casting(model):
+        assert layer._cast_input_dtype(low, torch.float32).dtype == torch.bfloat16
+        torch.testing.assert_close(model(x), expected)
+    assert layer._cast_input_dtype(low, torch.float32).dtype == torch.float32
 
 
 def test_one_rule_for_layers_of_several_dtypes():

@@ -98,6 +98,7 @@ class _Shared(nn.Module, BottleneckState):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter: list[str] = []
+        self.cast_input_dtype_enabled = True  # peft.helpers switches it in everything that is a layer to peft
         self.task = None
 
     def add(self, adapter_name: str, part: nn.Module, *, like: torch.Tensor | None) -> None:
