@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file, save_file
 from tiny_models import build, padded_batch
@@ -108,6 +108,28 @@ def test_a_refused_configuration_leaves_the_model_as_it_was(base, refused, right
     again.add_adapter("b", right())
     expected.add_adapter("b", right())
     assert trained(again) == trained(expected) and set(again.state_dict()) == set(expected.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+@pytest.mark.parametrize("second", FAMILY)
+@pytest.mark.parametrize("first", FAMILY)
+def test_a_second_method_of_the_family_is_refused_and_changes_nothing(first, second):
+    if first == second:
+        return
+    model = adapted(first)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    whole, message = trained(model), f"has adapters of {first.title()} already, and {second.title()} cannot be added"
+    for name in ("default", "further"):
+        config = METHODS[second](target_modules=["linear1"] if name == "further" else ["linear2"])
+        with pytest.raises(ValueError, match=rf"{message}.*`unload\(\)`"):
+            get_peft_model(model, config, adapter_name=name)
+        with pytest.raises(ValueError, match=message):
+            inject_adapter_in_model(config, model.get_base_model(), adapter_name=name)
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert trained(model) == whole
+    assert {name: config.peft_type for name, config in model.peft_config.items()} == {"default": first.upper()}
+    get_peft_model(model.unload(), METHODS[second](target_modules=["linear2"]))
 
 
 def test_what_is_put_back_includes_containers_hooks_and_what_is_trained():

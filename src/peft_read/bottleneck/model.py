@@ -143,11 +143,24 @@ class BottleneckModel(AdapterModel):
 
     def _check_new_adapter_config(self, config: Any) -> None:
         super()._check_new_adapter_config(config)
+        self._check_other_methods()
         name = config.adapter_name
         tasks = {f"task_{task}" for other in self.peft_config.values() for task in getattr(other, "tasks", None) or ()}
         if name in RESERVED | tasks:
             raise ValueError(
                 f"an adapter of {self.method} cannot be called {name!r}, the name of a part of its weights"
+            )
+
+    def _check_other_methods(self) -> None:
+        """Refuse a model that has adapters of another method of the family, which looks for its layers as this one."""
+        states = [module for module in self._injected.modules() if isinstance(module, BottleneckState)]
+        other = next((state.prefix for state in states if state.prefix != self.prefix), None)
+        if other is not None:
+            methods = {cls.prefix: cls.method for cls in (BottleneckModel, CompacterModel, HyperformerModel)}
+            raise ValueError(
+                f"this model has adapters of {methods[other]} already, and {self.method} cannot be added to them: the "
+                "two would take each other's layers for their own. Take the first off with `unload()`, or adapt a "
+                "second base model"
             )
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:

@@ -50,6 +50,17 @@ class AdapterModel(BaseTuner):
     cannot_add: ClassVar[str]
     target_words: ClassVar[tuple[str, ...]]
 
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        configs = getattr(model, "peft_config", None)
+        before = dict(configs) if isinstance(configs, dict) else {}
+        try:
+            super().__init__(model, *args, **kwargs)
+        except Exception:
+            if before:  # peft puts the new one among them, in the place of one of its name, before anything is checked
+                configs.clear()  # type: ignore[union-attr]
+                configs.update(before)  # type: ignore[union-attr]
+            raise
+
     def _weights_check(self) -> Callable[..., None]:
         """The hook that looks at weights before they are loaded."""
         return WeightsCheck(self.prefix, self.tuner_layer_cls)
