@@ -76,7 +76,7 @@ def test_the_formula_by_hand():
 
 
 def test_a_sum_of_kronecker_products_by_hand():
-    layer = PHMLinear(4, 2, n=2, rank=None, rule=None)
+    layer = PHMLinear(4, 2, n=2, rank=None)
     with torch.no_grad():
         layer.rule.weight.copy_(torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[0.0, 1.0], [0.0, 0.0]]]))
         layer.weight.copy_(torch.tensor([[[1.0], [10.0]], [[100.0], [1000.0]]]))
@@ -89,7 +89,7 @@ def test_a_sum_of_kronecker_products_by_hand():
 
 @pytest.mark.parametrize("rank", [None, 1, 3])
 def test_kronecker_products_equal_torchs(rank):
-    layer = PHMLinear(12, 8, n=4, rank=rank, rule=None)
+    layer = PHMLinear(12, 8, n=4, rank=rank)
     layer.reset_parameters(False, zero=False)
     factor = layer.weight if rank is None else layer.left @ layer.right
     expected = sum(torch.kron(a, b) for a, b in zip(layer.rule.weight, factor, strict=True))

@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload
 from packaging.version import Version
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model, inject_adapter_in_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
@@ -23,6 +24,7 @@ from tiny_models import build
 from torch import nn
 
 from peft_read import BottleneckConfig, CompacterConfig, HyperformerConfig, set_task
+from peft_read.bottleneck.hypernetwork import Generated
 from peft_read.bottleneck.shared import BottleneckState
 from peft_read.checkpointing import ScopedCheckpoint
 from peft_read.tasks import TaskModule
@@ -521,9 +523,26 @@ def test_a_compiled_model_serves_one_task_after_the_other(name):
             torch.testing.assert_close(ours[key], gradient, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", [*CONFIGS, "low rank compacter"])
+def test_weights_that_are_offloaded_are_there_when_they_are_needed(name):
+    settings = {"factorized_rank": 1, "shared_rule": "model"} if name == "low rank compacter" else {}
+    model = adapted(name.removeprefix("low rank ") if settings else name, **settings)
+    expected = logits(model)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    torch.testing.assert_close(logits(model), expected)
+
+
+def test_generated_weights_go_to_the_device_of_the_layer():
+    weights = Generated(*[(torch.ones(2, 2), torch.ones(2))] * 3, None)
+    moved = weights.on(torch.device("meta"))
+    assert all(tensor.is_meta for pair in moved[:3] for tensor in pair) and moved.norm_after is None
+    assert weights.on(torch.device("cpu")) is weights
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_gradients_of_one():
-    """DDP with and without a search for unused parameters, accumulation, tasks that differ by process; and FSDP2."""
+    """DDP with and without a search for unused parameters, accumulation, tasks by process; FSDP1 and FSDP2."""
     script = Path(__file__).with_name("distributed_tasks.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", script]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

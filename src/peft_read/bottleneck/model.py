@@ -28,6 +28,7 @@ from .hooks import generate_in, keep_tasks_in, remove_hooks
 from .hypernetwork import Hypernetworks
 from .layer import Bottleneck, BottleneckLayer, CompacterLayer, GeneratedBottleneck, HyperformerLayer
 from .positions import positions_of, stacks_of
+from .samplers import LentRule
 from .shared import NAME, BottleneckState, CompacterShared, HyperformerShared, SharedRule
 
 __all__ = ["BottleneckModel", "CompacterModel", "HyperformerModel"]
@@ -300,7 +301,7 @@ class CompacterModel(BottleneckModel):
         rule = None
         if config.shared_rule == "model":
             shared = self._shared(adapter_name, CompacterShared, lambda: self._new_rule(config))
-            rule = shared.parts[adapter_name].rule
+            rule = LentRule(shared.parts[adapter_name], "rule")
         bottleneck = Bottleneck(layer.out_features, r, config, rule)
         bottleneck.reset_parameters(config.init_weights, self._deviation())
         return bottleneck

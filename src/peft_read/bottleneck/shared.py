@@ -161,7 +161,7 @@ class HyperformerShared(_Shared):
         task = needed_task(self.task, self.tasks_of(adapter))
         embeddings = self.hypernetworks(adapter).task_embeddings
         others = [embedding for key, embedding in embeddings.items() if key != f"task_{task}"]
-        return keep_in_graph(embeddings[f"task_{task}"], others)
+        return keep_in_graph(embeddings(task), others)
 
     def generate(self, stack: str) -> None:
         """Generate the adapters of a stack, whose forward pass begins."""
