@@ -482,6 +482,39 @@ def test_tasks_and_layers_get_different_weights(name):
     assert (torch.cdist(flat, flat) + torch.eye(len(flat)) > 1e-3).all()
 
 
+class TwoHalves(nn.Module):
+    """A block with two feed-forward parts of the same names, as those of DaViT, and a third one without names."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("spatial_block", "channel_block"):
+            half = nn.Module()
+            half.ffn = nn.ModuleDict({"fc1": nn.Linear(8, 16), "fc2": nn.Linear(16, 8)})
+            setattr(self, name, half)
+        self.mlp = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.last = nn.Linear(8, 8)
+
+
+def test_no_two_modules_of_a_layer_have_the_same_generated_weights():
+    model = nn.Module()
+    model.layers = nn.ModuleList([TwoHalves(), TwoHalves()])
+    config = HyperformerConfig(r=2, tasks=["a"], target_modules=["fc2", "mlp.0", "mlp.2", "last"])
+    adapted = get_peft_model(model, config)
+    places = {layer.path: layer.parts["default"].position
+              for layer in adapted.modules() if isinstance(layer, BottleneckLayer)}  # fmt: skip
+    assert len(places) == 2 * 5 == len({(place.stack, place.kind, place.layer) for place in places.values()})
+    for number in (0, 1):
+        kinds = {path.removeprefix(f"layers.{number}."): place.kind for path, place in places.items()
+                 if path.startswith(f"layers.{number}")}  # fmt: skip
+        assert kinds == {
+            "spatial_block.ffn.fc2": "feed_forward_spatial_block_ffn_fc2",
+            "channel_block.ffn.fc2": "feed_forward_channel_block_ffn_fc2",
+            "mlp.0": "feed_forward_mlp_0",
+            "mlp.2": "feed_forward_mlp_2",
+            "last": "feed_forward_layers_last",  # it needs no more than two names, and has the key that it had
+        }
+
+
 def test_the_rule_of_a_whole_model_is_stored_once(tmp_path):
     from safetensors.torch import load_file
 
