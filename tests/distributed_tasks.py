@@ -1,4 +1,4 @@
-"""Run by torchrun on two CPU processes: adapters with weights per task under DDP and FSDP2 against one process.
+"""Run by torchrun on two CPU processes: adapters with weights per task under DDP and FSDP against one process.
 
 torchrun --nproc_per_node 2 tests/distributed_tasks.py
 """
@@ -8,13 +8,14 @@ from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
-from peft import get_peft_model
+from peft import get_peft_model, get_peft_model_state_dict
+from peft.utils.other import fsdp_auto_wrap_policy
 from tiny_models import build
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from peft_read import BottleneckConfig, HyperformerConfig, set_task
+from peft_read import BottleneckConfig, CompacterConfig, HyperformerConfig, READConfig, set_task
 
 WORLD_SIZE = 2
 TASKS = ["vqa", "gqa", "nlvr"]
@@ -79,6 +80,33 @@ def check_ddp(rank: int) -> None:
                 compare(actual, expected[step], (name, search, step))
 
 
+def check_fsdp1(rank: int) -> None:
+    """With the wrappers that peft's policy puts around leaves; gradients, and what is saved."""
+    compacters = {
+        f"compacter {rule}": CompacterConfig(r=4, phm_dim=2, tasks=TASKS, shared_rule=rule, init_weights=False)
+        for rule in ("model", "tasks", None)
+    }
+    for name, config in {"read": READConfig(r=4, init_weights=False), **CONFIGS, **compacters}.items():
+        expected, plain = in_one_process(config, SAME), adapted(config)
+        model = adapted(config)
+        wrapped = FullyShardedDataParallel(
+            model, auto_wrap_policy=fsdp_auto_wrap_policy(model), use_orig_params=True, device_id=torch.device("cpu")
+        )
+        with FullyShardedDataParallel.state_dict_type(wrapped, StateDictType.FULL_STATE_DICT):
+            saved = get_peft_model_state_dict(model, state_dict=wrapped.state_dict())
+        weights = get_peft_model_state_dict(plain)
+        assert saved.keys() == weights.keys() and all(torch.equal(saved[key], weights[key]) for key in weights), name
+        for step, micros in enumerate(SAME):
+            wrapped.zero_grad()
+            for micro, tasks in enumerate(micros):
+                set_task(wrapped, tasks[rank])
+                wrapped(**batch_of(step, micro, rank)).loss.backward()
+            with FullyShardedDataParallel.summon_full_params(wrapped, with_grads=True):
+                gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            actual = {n.replace("_fsdp_wrapped_module.", ""): gradient for n, gradient in gradients.items()}
+            compare(actual, expected[step], (name, "fsdp1", step))
+
+
 def check_fsdp2(rank: int) -> None:
     """Each process serves the same task in a step: weights without a gradient on one side cannot be reduced."""
     for name, config in CONFIGS.items():
@@ -106,5 +134,6 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     assert dist.get_world_size() == WORLD_SIZE
     check_ddp(dist.get_rank())
+    check_fsdp1(dist.get_rank())
     check_fsdp2(dist.get_rank())
     dist.destroy_process_group()

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from tiny_models import DECODERS, FAMILIES, VOCABULARY, adapted, build, padded_batch, read_layers
 from torch import nn
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
@@ -502,7 +502,7 @@ def test_what_was_moved_is_moved_once():
     assert moved.longest == 1 and segments.mask.device == ids.device
 
 
-def test_torchs_checkpoint_wrapper():
+def test_torchs_checkpoint_wrapper(tmp_path):
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
     model = adapted("llama").train()
@@ -515,6 +515,11 @@ def test_torchs_checkpoint_wrapper():
     wrapped = gradients_of(model, batch)
     for name, gradient in wrapped.items():
         torch.testing.assert_close(gradient, plain[name.replace("_checkpoint_wrapped_module.", "")])
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build("llama"), tmp_path)
+    batch = {"input_ids": ids, "attention_mask": mask}
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(**batch).logits, model.eval()(**batch).logits)
 
 
 def test_a_checkpoint_that_read_does_not_know_is_an_error():

@@ -76,7 +76,7 @@ def test_the_formula_by_hand():
 
 
 def test_a_sum_of_kronecker_products_by_hand():
-    layer = PHMLinear(4, 2, n=2, rank=None, rule=None)
+    layer = PHMLinear(4, 2, n=2, rank=None)
     with torch.no_grad():
         layer.rule.weight.copy_(torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[0.0, 1.0], [0.0, 0.0]]]))
         layer.weight.copy_(torch.tensor([[[1.0], [10.0]], [[100.0], [1000.0]]]))
@@ -89,7 +89,7 @@ def test_a_sum_of_kronecker_products_by_hand():
 
 @pytest.mark.parametrize("rank", [None, 1, 3])
 def test_kronecker_products_equal_torchs(rank):
-    layer = PHMLinear(12, 8, n=4, rank=rank, rule=None)
+    layer = PHMLinear(12, 8, n=4, rank=rank)
     layer.reset_parameters(False, zero=False)
     factor = layer.weight if rank is None else layer.left @ layer.right
     expected = sum(torch.kron(a, b) for a, b in zip(layer.rule.weight, factor, strict=True))
@@ -480,6 +480,39 @@ def test_tasks_and_layers_get_different_weights(name):
     assert len(generated_down) == 2 * 3 * 2
     flat = torch.stack([weight.flatten() for weight in generated_down.values()])
     assert (torch.cdist(flat, flat) + torch.eye(len(flat)) > 1e-3).all()
+
+
+class TwoHalves(nn.Module):
+    """A block with two feed-forward parts of the same names, as those of DaViT, and a third one without names."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("spatial_block", "channel_block"):
+            half = nn.Module()
+            half.ffn = nn.ModuleDict({"fc1": nn.Linear(8, 16), "fc2": nn.Linear(16, 8)})
+            setattr(self, name, half)
+        self.mlp = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.last = nn.Linear(8, 8)
+
+
+def test_no_two_modules_of_a_layer_have_the_same_generated_weights():
+    model = nn.Module()
+    model.layers = nn.ModuleList([TwoHalves(), TwoHalves()])
+    config = HyperformerConfig(r=2, tasks=["a"], target_modules=["fc2", "mlp.0", "mlp.2", "last"])
+    adapted = get_peft_model(model, config)
+    places = {layer.path: layer.parts["default"].position
+              for layer in adapted.modules() if isinstance(layer, BottleneckLayer)}  # fmt: skip
+    assert len(places) == 2 * 5 == len({(place.stack, place.kind, place.layer) for place in places.values()})
+    for number in (0, 1):
+        kinds = {path.removeprefix(f"layers.{number}."): place.kind for path, place in places.items()
+                 if path.startswith(f"layers.{number}")}  # fmt: skip
+        assert kinds == {
+            "spatial_block.ffn.fc2": "feed_forward_spatial_block_ffn_fc2",
+            "channel_block.ffn.fc2": "feed_forward_channel_block_ffn_fc2",
+            "mlp.0": "feed_forward_mlp_0",
+            "mlp.2": "feed_forward_mlp_2",
+            "last": "feed_forward_layers_last",  # it needs no more than two names, and has the key that it had
+        }
 
 
 def test_the_rule_of_a_whole_model_is_stored_once(tmp_path):

@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload
 from packaging.version import Version
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model, inject_adapter_in_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
@@ -23,6 +24,7 @@ from tiny_models import build
 from torch import nn
 
 from peft_read import BottleneckConfig, CompacterConfig, HyperformerConfig, set_task
+from peft_read.bottleneck.hypernetwork import Generated
 from peft_read.bottleneck.shared import BottleneckState
 from peft_read.checkpointing import ScopedCheckpoint
 from peft_read.tasks import TaskModule
@@ -449,6 +451,32 @@ def test_checkpointed_blocks_are_recomputed_with_the_adapter_of_their_task(confi
         torch.testing.assert_close(found[0][key], gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["half", "compacter over tasks", "hyperformer", "lora"])
+def test_a_stack_that_is_called_by_itself_is_recomputed_for_its_task(name, reentrant):
+    inputs = {key: value for key, value in inputs_of("bart").items() if not key.startswith("decoder")}
+    found = []
+    for checkpointed in (False, True):
+        torch.manual_seed(1)
+        config = PER_TASK["lora"]() if name == "lora" else CONFIGS[name](**RANDOM)
+        model = get_peft_model(build("bart", dropout=0.0), config, adapter_name="vqa" if name == "lora" else "default")
+        if name == "lora":
+            model.add_adapter("nlvr", PER_TASK["lora"]())
+            model.base_model.set_requires_grad(["vqa", "nlvr"])
+        if checkpointed:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        set_task(model.train(), "vqa")
+        loss = model.get_base_model().get_encoder()(**inputs).last_hidden_state.square().mean()
+        set_task(model, "nlvr")
+        found.append(gradients(model, loss))
+    plain, checkpointed = found
+    assert plain.keys() == checkpointed.keys() and not [key for key in plain if "nlvr" in key]
+    for key, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[key], gradient, rtol=1e-4, atol=1e-6)
+
+
 def test_what_a_block_was_computed_with_is_forgotten_with_the_adapters():
     model = adapted("bottleneck")
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -495,9 +523,26 @@ def test_a_compiled_model_serves_one_task_after_the_other(name):
             torch.testing.assert_close(ours[key], gradient, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", [*CONFIGS, "low rank compacter"])
+def test_weights_that_are_offloaded_are_there_when_they_are_needed(name):
+    settings = {"factorized_rank": 1, "shared_rule": "model"} if name == "low rank compacter" else {}
+    model = adapted(name.removeprefix("low rank ") if settings else name, **settings)
+    expected = logits(model)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    torch.testing.assert_close(logits(model), expected)
+
+
+def test_generated_weights_go_to_the_device_of_the_layer():
+    weights = Generated(*[(torch.ones(2, 2), torch.ones(2))] * 3, None)
+    moved = weights.on(torch.device("meta"))
+    assert all(tensor.is_meta for pair in moved[:3] for tensor in pair) and moved.norm_after is None
+    assert weights.on(torch.device("cpu")) is weights
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_gradients_of_one():
-    """DDP with and without a search for unused parameters, accumulation, tasks that differ by process; and FSDP2."""
+    """DDP with and without a search for unused parameters, accumulation, tasks by process; FSDP1 and FSDP2."""
     script = Path(__file__).with_name("distributed_tasks.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", script]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

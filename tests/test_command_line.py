@@ -17,7 +17,7 @@ from tiny_models import build
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, BartConfig, BertConfig, MambaConfig
 
 import peft_read_command
-from peft_read import BottleneckConfig, CompacterConfig, HyperformerConfig, READConfig
+from peft_read import BottleneckConfig, CompacterConfig, HyperformerConfig, READConfig, set_task
 from peft_read.command_line import main
 from peft_read.inspection import inspect_model
 from peft_read.recurrence import CELLS
@@ -85,6 +85,16 @@ def test_an_inspection_of_any_method_says_what_peft_counts(name):
     model = get_peft_model(build("bart"), CONFIGS[name])
     inspection = inspect_model(build("bart"), copy.deepcopy(CONFIGS[name]))
     assert (inspection.trained, inspection.parameters) == model.get_nb_trainable_parameters()
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_with_weights_has_an_adapter_with_weights_after_it_was_inspected(name):
+    model = build("bart")
+    inspect_model(model, copy.deepcopy(CONFIGS[name]))
+    assert not any(weight.is_meta for weight in model.state_dict().values())
+    set_task(model, "vqa")
+    assert model(input_ids=torch.tensor([[3, 4]])).logits.isfinite().all()
 
 
 def test_the_counts_of_other_methods_on_bart_base_are_those_of_their_formulas(bart_base, capsys):

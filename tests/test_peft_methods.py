@@ -6,10 +6,13 @@ import pickle
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
+from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file, save_file
 from tiny_models import build, padded_batch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from transformers import BertForSequenceClassification
 
 from peft_read import BottleneckConfig, CompacterConfig, HyperformerConfig, READConfig, set_task
 from peft_read.adapter.layer import Linear, READLayer
@@ -107,6 +110,28 @@ def test_a_refused_configuration_leaves_the_model_as_it_was(base, refused, right
     assert trained(again) == trained(expected) and set(again.state_dict()) == set(expected.state_dict())
 
 
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+@pytest.mark.parametrize("second", FAMILY)
+@pytest.mark.parametrize("first", FAMILY)
+def test_a_second_method_of_the_family_is_refused_and_changes_nothing(first, second):
+    if first == second:
+        return
+    model = adapted(first)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    whole, message = trained(model), f"has adapters of {first.title()} already, and {second.title()} cannot be added"
+    for name in ("default", "further"):
+        config = METHODS[second](target_modules=["linear1"] if name == "further" else ["linear2"])
+        with pytest.raises(ValueError, match=rf"{message}.*`unload\(\)`"):
+            get_peft_model(model, config, adapter_name=name)
+        with pytest.raises(ValueError, match=message):
+            inject_adapter_in_model(config, model.get_base_model(), adapter_name=name)
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert trained(model) == whole
+    assert {name: config.peft_type for name, config in model.peft_config.items()} == {"default": first.upper()}
+    get_peft_model(model.unload(), METHODS[second](target_modules=["linear2"]))
+
+
 def test_what_is_put_back_includes_containers_hooks_and_what_is_trained():
     model = nn.Sequential(nn.Linear(2, 2), nn.ModuleDict({"a": nn.Linear(2, 2)}))
     model.notes, model.names = {"a": 1}, ["a"]
@@ -182,6 +207,59 @@ def test_after_a_refused_file_the_right_one_is_loaded_with_its_own_configuration
     assert set(base.state_dict()) == names == trained(base) and not hasattr(base, "peft_config")
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in base.modules())
     assert not base._load_state_dict_pre_hooks
+
+
+# Wrapped models
+
+WRAPPERS = {
+    "checkpointed": checkpoint_wrapper,
+    "compiled": lambda block: torch.compile(block, backend="eager"),
+}
+
+
+def wrapped(model, kind):
+    """The same model, each of whose blocks is inside a wrapper."""
+    blocks = model.get_base_model().layers
+    for index, block in enumerate(blocks):
+        blocks[index] = WRAPPERS[kind](block)
+    return model
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_wrapped_blocks_are_saved_and_loaded_like_unwrapped_ones(tmp_path, method, kind):
+    plain = adapted(method)
+    plain.save_pretrained(tmp_path / "plain")
+    wrapped(adapted(method), kind).save_pretrained(tmp_path / "wrapped")
+    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "wrapped")]
+    assert files[0].keys() == files[1].keys() and len(files[0]) == len(get_peft_model_state_dict(plain)) > 2
+    assert all(torch.equal(weight, files[1][key]) for key, weight in files[0].items())
+    torch.manual_seed(2)
+    other = wrapped(get_peft_model(encoder(), METHODS[method](target_modules=["linear2"])), kind)
+    assert not torch.equal(next(p for p in other.parameters() if p.requires_grad), next(iter(files[0].values())))
+    other.load_adapter(tmp_path / "plain", "default")
+    other.load_adapter(tmp_path / "plain", "second", low_cpu_mem_usage=True)
+    for name in ("default", "second"):
+        loaded = get_peft_model_state_dict(other, adapter_name=name)
+        assert loaded.keys() == files[0].keys()
+        assert all(torch.equal(weight, loaded[key]) for key, weight in files[0].items())
+
+
+def test_names_that_a_compiled_block_had_in_older_files_are_known(tmp_path):
+    adapted("bottleneck").save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    weights = load_file(file)
+    save_file({key.replace("layers.0.", "layers.0._orig_mod."): weight for key, weight in weights.items()}, file)
+    loaded = get_peft_model_state_dict(PeftModel.from_pretrained(encoder(), tmp_path))
+    assert loaded.keys() == weights.keys() and all(torch.equal(loaded[key], weights[key]) for key in weights)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_among_which_none_is_of_the_adapter_are_not_saved_as_nothing(tmp_path, method):
+    model = adapted(method)
+    with pytest.raises(ValueError, match=r"none of the 1 weights, such as 'elsewhere\.weight', is one of the adapter"):
+        model.save_pretrained(tmp_path, state_dict={"elsewhere.weight": torch.zeros(1)})
+    assert get_peft_model_state_dict(model, state_dict={}) == {}
 
 
 # Mixed batches
@@ -336,6 +414,32 @@ def test_beams_of_the_models_own_generation_configuration(method):
         model(input_ids=torch.cat([ids, ids]), adapter_names=["b", "default", "b"])
 
 
+# All linear layers
+
+
+@pytest.mark.parametrize("method", FAMILY)
+def test_all_linear_names_what_peft_names_also_where_adapters_are(method):
+    everything = METHODS[method](target_modules="all-linear")
+    for base in (build("bart"), build("gpt2"), BertForSequenceClassification(build("bert").config)):
+        task_type = "SEQ_CLS" if isinstance(base, BertForSequenceClassification) else None
+        lora = LoraConfig(target_modules="all-linear", task_type=task_type)
+        expected = get_peft_model(copy.deepcopy(base), lora).base_model.targeted_module_names
+        config = METHODS[method](target_modules="all-linear", task_type=task_type)
+        assert get_peft_model(base, config).base_model.targeted_module_names == expected
+    model = get_peft_model(build("bart"), METHODS[method]())
+    model.add_adapter("second", everything)
+    paths = [layer.path for layer in model.modules() if isinstance(layer, BottleneckLayer) and "second" in layer.parts]
+    assert len(paths) == 2 * 6 + 2 * 10 and "lm_head" not in paths
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_without_linear_layers_has_none_of_all_linear(method):
+    with pytest.raises(
+        ValueError, match="`target_modules` is 'all-linear', and Sequential has no linear layer beside"
+    ):
+        get_peft_model(nn.Sequential(nn.Conv1d(3, 3, 1)), METHODS[method](target_modules="all-linear"))
+
+
 # Adding and deleting
 
 
@@ -369,6 +473,18 @@ def test_a_further_adapter_has_the_dtype_that_the_model_has_by_now(settings):
 class Cast(nn.Module):
     def forward(self, x):
         return x.float()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_peft_can_turn_the_casting_of_inputs_off(method):
+    model = adapted(method)  # float32 throughout: there is nothing to cast
+    x, low = torch.randn(2, 5, 8), torch.randn(3, dtype=torch.bfloat16)
+    layer = next(module for module in model.modules() if isinstance(module, BottleneckLayer | READLayer))
+    expected = model(x)
+    with disable_input_dtype_casting(model):
+        assert layer._cast_input_dtype(low, torch.float32).dtype == torch.bfloat16
+        torch.testing.assert_close(model(x), expected)
+    assert layer._cast_input_dtype(low, torch.float32).dtype == torch.float32
 
 
 def test_one_rule_for_layers_of_several_dtypes():

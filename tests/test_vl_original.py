@@ -407,10 +407,14 @@ def test_a_penalty_without_a_gradient_is_an_error(reentrant):
     model.enable_input_require_grads()
     inputs = {"input_ids": torch.randint(3, 40, (2, 6)), "decoder_input_ids": torch.randint(3, 40, (2, 4))}
 
-    def gradients():
+    def gradients(inside=True):
         with BottleneckPenalty(model) as penalty:
             model(**inputs)
-            torch.autograd.backward(penalty.value())
+            value = penalty.value()
+            if inside:
+                torch.autograd.backward(value)
+        if not inside:  # as in the example of its docstring
+            torch.autograd.backward(value)
         return [p.grad.clone() for n, p in model.named_parameters() if "down_sampler" in n and p.requires_grad]
 
     plain = gradients()
@@ -418,6 +422,8 @@ def test_a_penalty_without_a_gradient_is_an_error(reentrant):
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     if not reentrant:
         torch.testing.assert_close(gradients(), plain)
+        model.zero_grad()
+        torch.testing.assert_close(gradients(inside=False), plain)
         return
     with pytest.raises(RuntimeError, match=r"bottleneck '.*' ran where gradients are .*'use_reentrant': False"):
         gradients()

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["ScopedCheckpoint", "as_it_was", "scope_checkpoints", "unscope_checkpoints", "with_gradient"]
+__all__ = [
+    "ScopedCheckpoint", "as_it_was", "scope_checkpoints", "stacks_in", "unscope_checkpoints", "with_gradient",
+]  # fmt: skip
 
 NAMES = ("_gradient_checkpointing_func", "checkpoint_fn")  # transformers; torch's CheckpointWrapper
 
@@ -46,6 +48,25 @@ class ScopedCheckpoint:
                 return function(*inner, **named)
 
         return self.checkpoint(scoped, *args, **kwargs)
+
+
+def stacks_in(model: nn.Module) -> list[nn.Module]:
+    """The modules below a model that own blocks and may be called by themselves, such as its encoder.
+
+    Blocks themselves, and what is inside of them, do not count. Whether a block is checkpointed is not asked, since
+    that is switched on and off.
+
+    Args:
+        model: the model.
+    """
+    children = [] if isinstance(model, nn.ModuleList) else model.children()
+    return [stack for child in children for stack in [*([child] if _owns_blocks(child) else []), *stacks_in(child)]]
+
+
+def _owns_blocks(module: nn.Module) -> bool:
+    if hasattr(module, "gradient_checkpointing") or isinstance(module, nn.Sequential):
+        return True
+    return any(isinstance(child, nn.ModuleList) for child in module.children())
 
 
 def scope_checkpoints(model: nn.Module, capture: Capture, owner: object) -> None:

@@ -234,7 +234,9 @@ def inspect_model(model: str | nn.Module, config: PeftConfig) -> Inspection:
     if config.is_prompt_learning and config.task_type is None:
         raise ValueError(f"{method} puts its vectors before a model's text and needs a task_type, such as CAUSAL_LM")
     try:
-        adapted: Any = get_peft_model(model, config, low_cpu_mem_usage=True)  # type: ignore[arg-type]
+        # A model with weights is used afterwards, and needs an adapter that has them too.
+        empty = any(parameter.is_meta for parameter in model.parameters())
+        adapted: Any = get_peft_model(model, config, low_cpu_mem_usage=empty)  # type: ignore[arg-type]
     except UNFIT as error:
         raise ValueError(f"{method} does not fit {kind}: {error or type(error).__name__}") from error
     modules = _trained_modules(adapted)

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .checkpointing import as_it_was, scope_checkpoints, unscope_checkpoints
+from .checkpointing import as_it_was, scope_checkpoints, stacks_in, unscope_checkpoints
 
 __all__ = ["TaskModule", "forget_choices_in", "keep_choices_in", "name_after_tasks", "set_task", "task_modules"]
 
@@ -28,10 +28,12 @@ class TaskModule:
     Attributes:
         task_names: the tasks it has weights for; a module without any does not depend on the task.
         task: the one that the next forward passes serve; None before the first `set_task`.
+        depends_on: modules elsewhere in the model whose task it reads.
     """
 
     task_names: tuple[str, ...] = ()
     task: str | None = None
+    depends_on: tuple[nn.Module, ...] = ()
 
 
 class set_task:
@@ -44,7 +46,11 @@ class set_task:
     becomes the active one. Unlike `model.set_adapter`, this freezes none of the others, so that all tasks can be
     trained in turn by one optimizer; `model.base_model.set_requires_grad(["vqa", "gqa"])` makes them all trainable
     before that optimizer is made. A task without an adapter of its own is served by the adapter "default" if there is
-    one, and not by that of the task before; adapters with other names, which somebody has activated, stay active.
+    one, and not by that of the task before. An adapter of another name that somebody has activated stays active where
+    no adapter has the task's name, and where it is active together with one of a task:
+    `model.base_model.set_adapter(["style", "vqa"])`, then `set_task(model, "gqa")` leaves "style" and "gqa" active.
+    Which adapters are named after tasks is known of "default", of those that `set_task` has switched to, and of those
+    that `name_after_tasks` was told of.
 
     From then on gradient checkpointing (transformers' own, torch's `CheckpointWrapper`) recomputes a block for the
     task that it was computed for, even if another has been set before the backward pass.
@@ -65,9 +71,11 @@ class set_task:
             if task not in module.task_names and not (name == task and module in switched):
                 known = ", ".join(map(repr, module.task_names))
                 raise ValueError(f"task {task!r} is unknown to this model, which has weights for: {known}")
+        of_tasks = _of_tasks(_adapted_layers(model)) | {"default", name}
+        _warn_where_others_are_dropped(switched, name, of_tasks)
         for adapted in switched:
             attribute = "active_adapter" if isinstance(adapted, BaseTuner | PeftModel) else "_active_adapter"
-            self._change(adapted, attribute, _as_active(adapted, name))
+            self._change(adapted, attribute, _as_active(adapted, name, of_tasks))
         if switched and name == task:
             name_after_tasks(model, [task])
         for module in task_modules(model):
@@ -92,7 +100,7 @@ class set_task:
 
 
 class _KeepChoices:
-    """Forward pre-hook of a model in training: its checkpointed blocks are recomputed with the choices of a pass."""
+    """Forward pre-hook of a model, or a stack, in training: its checkpointed blocks keep the choices of a pass."""
 
     def __call__(self, module: nn.Module, args: tuple) -> None:
         if not module.training or torch.compiler.is_compiling():
@@ -107,7 +115,9 @@ class _KeepChoices:
 def _choices_in(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """What chooses the weights of a forward pass: the attributes of modules that hold the task and the adapters."""
     choices: list[tuple[nn.Module, str]] = []
-    for module in model.modules():
+    modules = dict.fromkeys(model.modules())
+    modules |= {part: None for module in modules if isinstance(module, TaskModule) for part in module.depends_on}
+    for module in modules:
         if isinstance(module, TaskModule):
             choices.append((module, "task"))
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
@@ -124,16 +134,19 @@ def keep_choices_in(model: nn.Module) -> None:
     """Let a model's checkpointed blocks be recomputed for the task, and with the adapters, of their computation.
 
     Args:
-        model: the module that is called, without peft's wrappers.
+        model: the module that is called, without peft's wrappers; its stacks may be called by themselves.
     """
-    if not any(isinstance(hook, _KeepChoices) for hook in model._forward_pre_hooks.values()):
-        model.register_forward_pre_hook(_KeepChoices())
+    for module in (model, *stacks_in(model)):
+        has_hook = any(isinstance(hook, _KeepChoices) for hook in module._forward_pre_hooks.values())
+        if not has_hook and (module is model or _choices_in(module)):
+            module.register_forward_pre_hook(_KeepChoices())
 
 
 def forget_choices_in(model: nn.Module) -> None:
     """Take back what `keep_choices_in` did, also in a copied model."""
-    for number in [n for n, hook in model._forward_pre_hooks.items() if isinstance(hook, _KeepChoices)]:
-        del model._forward_pre_hooks[number]
+    for module in model.modules():
+        for number in [n for n, hook in module._forward_pre_hooks.items() if isinstance(hook, _KeepChoices)]:
+            del module._forward_pre_hooks[number]
     unscope_checkpoints(model, OWNER)
 
 
@@ -155,6 +168,10 @@ def name_after_tasks(model: nn.Module, tasks: Iterable[str]) -> None:
 
 def _named_after_tasks(layer: Any) -> frozenset[str]:
     return getattr(layer, "_adapters_of_tasks", frozenset())
+
+
+def _of_tasks(layers: list[Any]) -> frozenset[str]:
+    return frozenset().union(*map(_named_after_tasks, layers))
 
 
 def _adapted_layers(model: nn.Module) -> list[Any]:
@@ -191,13 +208,25 @@ def _adapters_of(model: nn.Module, task: str) -> tuple[str, list[nn.Module]]:
     return name, [*switched, *wrappers, *tuners]
 
 
-def _as_active(adapted: Any, name: str) -> str | list[str]:
-    """The name of an adapter as a part of a model keeps it while it is active."""
-    if isinstance(adapted, BaseTunerLayer):
-        return [name]
-    if isinstance(adapted, AuxiliaryTrainingWrapper) and name not in adapted._adapters:
-        return []  # peft's own sign for the original module
-    return name
+def _as_active(adapted: Any, name: str, of_tasks: frozenset[str]) -> str | list[str]:
+    """The adapters that are active with that of a task, as a part of a model keeps them.
+
+    Args:
+        adapted: the part.
+        name: of the task's adapter, which takes the place of those of other tasks.
+        of_tasks: the names of all of those.
+    """
+    active = list(adapted.active_adapters)
+    if isinstance(adapted, AuxiliaryTrainingWrapper):  # one at a time; an empty list is peft's sign for none
+        others = [other for other in active if other not in of_tasks and other in adapted._adapters]
+        return name if name in adapted._adapters else others[0] if others else []
+    if of_tasks.isdisjoint(active):
+        active = []
+    place = next((index for index, other in enumerate(active) if other in of_tasks), 0)
+    after = [other for other in active[place:] if other not in of_tasks]
+    names = [*active[:place], name, *after]
+    is_list = isinstance(adapted, BaseTunerLayer) or (isinstance(adapted, BaseTuner) and len(names) > 1)
+    return names if is_list else name
 
 
 def _saved_modules(model: nn.Module) -> list[Any]:
@@ -206,9 +235,22 @@ def _saved_modules(model: nn.Module) -> list[Any]:
 
 def _serves_another_task(model: nn.Module, layers: list[Any]) -> bool:
     """Whether an adapter that belongs to one task is active."""
-    of_tasks = frozenset().union(*map(_named_after_tasks, layers))
+    of_tasks = _of_tasks(layers)
     active = [module.active_adapters for module in (*layers, *_saved_modules(model))]
     return any(name in of_tasks for names in active for name in names)
+
+
+def _warn_where_others_are_dropped(adapted: list[Any], name: str, of_tasks: frozenset[str]) -> None:
+    """Says that several active adapters, none of which is known to belong to a task, give way to that of a task."""
+    for layer in adapted:
+        active = layer.active_adapters if isinstance(layer, BaseTunerLayer) else []
+        if len(active) > 1 and of_tasks.isdisjoint(active):
+            warnings.warn(
+                f"the adapter {name!r} takes the place of {', '.join(map(repr, active))}, since none of them is known "
+                "to belong to a task; call name_after_tasks(model, [...]) with those that do, and the others stay",
+                stacklevel=3,
+            )
+            return
 
 
 def _warn_where_frozen(layers: list[Any], adapter: str) -> None:

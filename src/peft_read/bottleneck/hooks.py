@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpointing import as_it_was, scope_checkpoints, unscope_checkpoints
-from ..tasks import forget_choices_in, keep_choices_in
+from ..checkpointing import as_it_was, scope_checkpoints, stacks_in, unscope_checkpoints
+from ..tasks import TaskModule, forget_choices_in, keep_choices_in
 from .shared import HyperformerShared
 
 __all__ = ["generate_in", "keep_tasks_in", "remove_hooks"]
@@ -46,13 +46,20 @@ class _Forget:
 
 
 class _KeepGenerated:
-    """Forward pre-hook of a model in training: its checkpointed blocks are recomputed with the weights of a pass."""
+    """Forward pre-hook of a model, or a stack, in training: its checkpointed blocks keep the weights of a pass."""
 
     def __call__(self, module: nn.Module, args: tuple) -> None:
         if module.training and not torch.compiler.is_compiling():
-            shared = [part for part in module.modules() if isinstance(part, HyperformerShared)]
+            shared = _shared_by(module)
             if shared:
                 scope_checkpoints(module, partial(_capture, shared), OWNER)
+
+
+def _shared_by(model: nn.Module) -> list[HyperformerShared]:
+    """What generates weights for the layers in a model or a stack."""
+    layers = [part for part in model.modules() if isinstance(part, TaskModule)]
+    parts = dict.fromkeys(part for layer in layers for part in layer.depends_on)
+    return [part for part in parts if isinstance(part, HyperformerShared)]
 
 
 def _capture(shared: list[HyperformerShared]) -> Callable[[bool], AbstractContextManager[None]]:
@@ -86,8 +93,10 @@ def generate_in(stack: nn.Module, shared: HyperformerShared, key: str) -> None:
 def keep_tasks_in(model: nn.Module) -> None:
     """Let a model's checkpointed blocks be recomputed for the task, and with the weights, of their computation."""
     keep_choices_in(model)
-    if not any(isinstance(hook, _KeepGenerated) for hook in model._forward_pre_hooks.values()):
-        model.register_forward_pre_hook(_KeepGenerated())
+    for module in (model, *stacks_in(model)):
+        has_hook = any(isinstance(hook, _KeepGenerated) for hook in module._forward_pre_hooks.values())
+        if not has_hook and _shared_by(module):
+            module.register_forward_pre_hook(_KeepGenerated())
 
 
 def remove_hooks(model: nn.Module) -> None:

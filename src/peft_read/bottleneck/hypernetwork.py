@@ -44,6 +44,12 @@ class Generated(NamedTuple):
     norm_before: tuple[Tensor, Tensor] | None
     norm_after: tuple[Tensor, Tensor] | None
 
+    def on(self, device: torch.device) -> Generated:
+        """The same on the device of the layer, which may not be that of what generates (`device_map`)."""
+        if self.down[0].device == device:
+            return self
+        return Generated(*(part and (part[0].to(device), part[1].to(device)) for part in self))  # type: ignore[arg-type]
+
 
 class Generator(nn.Module):
     """e (L, p) -> the weights (L, rows, columns) and biases (L, rows) of L linear layers, or (L, rows) of L norms."""
@@ -137,14 +143,16 @@ class StackHypernetwork(nn.Module):
             only: the kind and the layer of the one adapter that is wanted; all of them if absent.
         """
         generated: dict[tuple[str, int], Generated] = {}
-        layers = range(self.layers) if only is None else (only[1],)
-        per_layer = self.layer_embedding.weight if only is None else self.layer_embedding.weight[only[1]][None]
+        layers = range(self.layers) if only is None else range(only[1], only[1] + 1)
+        # Embeddings are called, not read: FSDP and offloading put weights in their place for the time of a call.
+        per_layer = self.layer_embedding(torch.arange(layers.start, layers.stop, device=task.device))
         inputs = torch.cat([task.expand(len(layers), -1), per_layer], dim=-1)
         embeddings = self.norm(self.mlp(inputs)) if self.kind_embedding is None else None
         for kind in self.used if only is None else (only[0],):
             generators: Any = self.generators[kind if self.kind_embedding is None else "shared"]
             if self.kind_embedding is not None:
-                of_kind = self.kind_embedding.weight[self.kinds.index(kind)].expand(len(layers), -1)
+                index = torch.full((len(layers),), self.kinds.index(kind), device=task.device)
+                of_kind = self.kind_embedding(index)
                 embeddings = self.norm(self.mlp(torch.cat([inputs, of_kind], dim=-1)))
             parts = {name: zip(*(t.unbind(0) for t in generator(embeddings)), strict=True)
                      for name, generator in generators.items()}  # fmt: skip
@@ -159,6 +167,16 @@ class StackHypernetwork(nn.Module):
         return generated
 
 
+class TaskEmbeddings(nn.ParameterDict):
+    """The embeddings (D,) of tasks, by "task_<name>"."""
+
+    def forward(self, task: str) -> Tensor:
+        """The embedding of a task, by a call: offloading puts it in its place for the time of a call."""
+        return self[f"task_{task}"]
+
+    __call__ = nn.Module.__call__  # torch's own dictionary refuses to be called
+
+
 class Hypernetworks(nn.Module):
     """One adapter's embeddings of tasks, shared by the stacks, and a hypernetwork per stack.
 
@@ -169,7 +187,7 @@ class Hypernetworks(nn.Module):
 
     def __init__(self, config: HyperformerConfig, positions: list[Position]) -> None:
         super().__init__()
-        self.task_embeddings = nn.ParameterDict()
+        self.task_embeddings = TaskEmbeddings()
         for task in config.tasks or ():
             self.task_embeddings[f"task_{task}"] = nn.Parameter(torch.empty(config.task_embedding_dim))
         stacks: dict[str, list[Position]] = {}

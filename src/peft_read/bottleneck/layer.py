@@ -13,7 +13,7 @@ from ..peft_methods.endings import device_of, in_and_out
 from ..peft_methods.mixed import mixed_rows
 from .config import BottleneckConfig, CompacterConfig
 from .hypernetwork import Generated, Position
-from .samplers import LowRankLinear, PHMLinear, Rule, reset_linear
+from .samplers import LentRule, LowRankLinear, PHMLinear, Rule, reset_linear
 from .shared import BottleneckState, HyperformerShared, keep_in_graph, needed_task
 
 __all__ = ["Bottleneck", "BottleneckLayer", "CompacterLayer", "GeneratedBottleneck", "HyperformerLayer"]
@@ -41,7 +41,7 @@ class Bottleneck(nn.Module):
         rule: the rules of the whole model, if Compacter shares them.
     """
 
-    def __init__(self, width: int, r: int, config: BottleneckConfig, rule: Rule | None = None) -> None:
+    def __init__(self, width: int, r: int, config: BottleneckConfig, rule: LentRule | None = None) -> None:
         super().__init__()
         self.tasks = None if config.tasks is None else list(config.tasks)
         self.settings = (width, r, config, rule)
@@ -63,8 +63,8 @@ class Bottleneck(nn.Module):
     def _sampler(self, half: str, inputs: int, outputs: int) -> nn.Module:
         _, _, config, rule = self.settings
         if isinstance(config, CompacterConfig):
-            rule = getattr(self, f"{half}_rule", rule)
-            return PHMLinear(inputs, outputs, n=config.phm_dim, rank=config.factorized_rank, rule=rule)
+            lent = LentRule(self, f"{half}_rule") if hasattr(self, f"{half}_rule") else rule
+            return PHMLinear(inputs, outputs, n=config.phm_dim, rank=config.factorized_rank, lent=lent)
         if config.low_rank is not None:
             return LowRankLinear(inputs, outputs, rank=config.low_rank)
         return nn.Linear(inputs, outputs)
@@ -315,8 +315,14 @@ class HyperformerLayer(BottleneckLayer):
         super().__init__(base_layer, **kwargs)
         self.__dict__["shared"] = shared  # not a submodule: it is one of the adapted model
 
+    @property
+    def depends_on(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
+        """What generates the weights."""
+        shared: Any = self.shared
+        return (shared,)
+
     def _delta(self, adapter: str, y: Tensor) -> Tensor:
         bottleneck: Any = self.parts[adapter]
         shared: Any = self.shared
-        weights = shared.weights_of(adapter, bottleneck.position)
+        weights = shared.weights_of(adapter, bottleneck.position).on(y.device)
         return bottleneck(self._cast_input_dtype(y, weights.down[0].dtype), weights)

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..peft_methods import AdapterModel
-from ..peft_methods.default_targets import default_targets
+from ..peft_methods.default_targets import all_linear, default_targets
 from ..peft_methods.endings import (
     PARTS,
     attention_endings,
@@ -28,6 +28,7 @@ from .hooks import generate_in, keep_tasks_in, remove_hooks
 from .hypernetwork import Hypernetworks
 from .layer import Bottleneck, BottleneckLayer, CompacterLayer, GeneratedBottleneck, HyperformerLayer
 from .positions import positions_of, stacks_of
+from .samplers import LentRule
 from .shared import NAME, BottleneckState, CompacterShared, HyperformerShared, SharedRule
 
 __all__ = ["BottleneckModel", "CompacterModel", "HyperformerModel"]
@@ -137,15 +138,30 @@ class BottleneckModel(AdapterModel):
             )
             if as_list:  # peft matches a name that is a whole path in every layer, layers_to_transform or not
                 peft_config.target_modules = in_layers(self._injected, peft_config)
+        elif isinstance(chosen, str) and chosen.lower() == "all-linear":
+            peft_config.target_modules = all_linear(self._injected, peft_config.task_type)
         return super()._prepare_adapter_config(peft_config, {"model_type": None, **model_config})
 
     def _check_new_adapter_config(self, config: Any) -> None:
         super()._check_new_adapter_config(config)
+        self._check_other_methods()
         name = config.adapter_name
         tasks = {f"task_{task}" for other in self.peft_config.values() for task in getattr(other, "tasks", None) or ()}
         if name in RESERVED | tasks:
             raise ValueError(
                 f"an adapter of {self.method} cannot be called {name!r}, the name of a part of its weights"
+            )
+
+    def _check_other_methods(self) -> None:
+        """Refuse a model that has adapters of another method of the family, which looks for its layers as this one."""
+        states = [module for module in self._injected.modules() if isinstance(module, BottleneckState)]
+        other = next((state.prefix for state in states if state.prefix != self.prefix), None)
+        if other is not None:
+            methods = {cls.prefix: cls.method for cls in (BottleneckModel, CompacterModel, HyperformerModel)}
+            raise ValueError(
+                f"this model has adapters of {methods[other]} already, and {self.method} cannot be added to them: the "
+                "two would take each other's layers for their own. Take the first off with `unload()`, or adapt a "
+                "second base model"
             )
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -285,7 +301,7 @@ class CompacterModel(BottleneckModel):
         rule = None
         if config.shared_rule == "model":
             shared = self._shared(adapter_name, CompacterShared, lambda: self._new_rule(config))
-            rule = shared.parts[adapter_name].rule
+            rule = LentRule(shared.parts[adapter_name], "rule")
         bottleneck = Bottleneck(layer.out_features, r, config, rule)
         bottleneck.reset_parameters(config.init_weights, self._deviation())
         return bottleneck

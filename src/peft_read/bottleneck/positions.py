@@ -96,15 +96,43 @@ def _kinds_of(places: dict[str, tuple[str, int, int]], model: nn.Module) -> dict
         for path, place in places.items()
         if sum(kinds[other] == kinds[path] and places[other][:2] == place[:2] for other in places) > 1
     }
-    keys = {}
+    candidates: dict[str, list[str]] = {}
     for path, (stack, _, width) in places.items():
-        key = kinds[path]
-        if (stack, key) in several:
-            key = "_".join((key, *_numberless(path.split("."))[-2:]))
-        if len(widths[stack, kinds[path]]) > 1:
-            key = f"{key}_{width}"
-        keys[path] = key
-    return keys
+        kind = kinds[path]
+        end = f"_{width}" if len(widths[stack, kind]) > 1 else ""
+        names = _names_within(model, path) if (stack, kind) in several else [()]
+        candidates[path] = ["_".join((kind, *name)) + end for name in names]
+    return _unique_in_their_layers(candidates, {path: place[:2] for path, place in places.items()})
+
+
+def _names_within(model: nn.Module, path: str) -> list[tuple[str, ...]]:
+    """What may tell a path from others of its layer: its last two names, more of them, all below the block."""
+    names = _numberless(path.split("."))
+    block = block_of(model, path)
+    below = path if block is None else path[len(block) + 1 :]
+    return [*(names[-count:] for count in range(2, max(len(names), 2) + 1)), tuple(below.split("."))]
+
+
+def _unique_in_their_layers(candidates: dict[str, list[str]], layers: dict[str, tuple[str, int]]) -> dict[str, str]:
+    """The first key of each path, or the first later one that no other path of its layer has.
+
+    Paths of a stack that have a key in common change it together, since those of one place in all layers share it.
+
+    Args:
+        candidates: the keys of each path, in order.
+        layers: the stack and the layer of each.
+    """
+    chosen = dict.fromkeys(candidates, 0)
+    while True:
+        keys = {path: candidates[path][count] for path, count in chosen.items()}
+        counts = Counter((*layers[path], key) for path, key in keys.items())
+        shared = {(stack, key) for (stack, _, key), count in counts.items() if count > 1}
+        longer = [path for path, key in keys.items()
+                  if (layers[path][0], key) in shared and chosen[path] + 1 < len(candidates[path])]  # fmt: skip
+        if not longer:
+            return keys
+        for path in longer:
+            chosen[path] += 1
 
 
 def _numberless(parts: list[str]) -> tuple[str, ...]:

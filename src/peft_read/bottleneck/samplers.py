@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["LowRankLinear", "PHMLinear", "Rule", "reset_linear"]
+__all__ = ["LentRule", "LowRankLinear", "PHMLinear", "Rule", "reset_linear"]
 
 RULE_DEVIATION = 0.01  # of the original's rules
 
@@ -25,6 +25,36 @@ class Rule(nn.Module):
         """N(0, 0.01) as the original draws them, or N(0, 1/√n), which makes the sum as large as one B_i."""
         nn.init.normal_(self.weight, std=RULE_DEVIATION if init_weights == "original" else len(self.weight) ** -0.5)
 
+    def forward(self, factor: Tensor) -> Tensor:
+        """H (d, e) = Σ_i A_i ⊗ B_i, in a call: for its time alone FSDP and offloading put the weight in its place.
+
+        Args:
+            factor: the B_i (n, d/n, e/n).
+        """
+        rule = self.weight.to(factor)  # a shared rule has one dtype, the layers of the base may have several
+        n, inputs, outputs = factor.shape
+        products = rule.flatten(1).T @ factor.flatten(1)  # Σ_i A_i[p, q] B_i[a, c] at (p, q), (a, c)
+        return products.view(n, n, inputs, outputs).transpose(1, 2).reshape(n * inputs, n * outputs)
+
+
+class LentRule:
+    """Rules that another module holds and several share.
+
+    They are looked up at each use, since FSDP puts a wrapper in the place of a module.
+
+    Args:
+        owner: the module that holds them.
+        name: of its child.
+    """
+
+    def __init__(self, owner: nn.Module, name: str) -> None:
+        self.owner = owner
+        self.name = name
+
+    def module(self) -> Any:
+        """The rules, or a wrapper around them."""
+        return getattr(self.owner, self.name)
+
 
 class PHMLinear(nn.Module):
     """x (..., d) -> x H + b with H = Σ_i A_i ⊗ B_i (d, e), the parameterised hypercomplex multiplication.
@@ -37,10 +67,12 @@ class PHMLinear(nn.Module):
         out_features: e.
         n: the number of products, which divides both.
         rank: of the B_i, which are then products left (d/n, rank) right (rank, e/n); full if None.
-        rule: the rules, if they are shared and stored elsewhere; its own if None.
+        lent: the rules, if they are shared and stored elsewhere; its own if None.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, n: int, rank: int | None, rule: Rule | None) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, *, n: int, rank: int | None, lent: LentRule | None = None
+    ) -> None:
         super().__init__()
         inputs, outputs = in_features // n, out_features // n
         if rank is None:
@@ -49,14 +81,18 @@ class PHMLinear(nn.Module):
             self.left = nn.Parameter(torch.empty(n, inputs, rank))
             self.right = nn.Parameter(torch.empty(n, rank, outputs))
         self.bias = nn.Parameter(torch.empty(out_features))
-        if rule is None:
-            self.rule = Rule(n)
-        else:
-            self.__dict__["rule"] = rule  # not a submodule: it is stored, moved and saved once, where it belongs
+        self.lent = lent
+        if lent is None:
+            self._modules["rule"] = Rule(n)  # lent ones are stored, moved and saved once, where they belong
+
+    @property
+    def rule(self) -> Any:
+        """Its own rules, or the lent ones."""
+        return self._modules["rule"] if self.lent is None else self.lent.module()
 
     def reset_parameters(self, init_weights: bool | str, *, zero: bool) -> None:
         """B_i Glorot uniform times √2, biases zero, rules as `Rule` says; the last factor is zero where asked."""
-        if isinstance(self._modules.get("rule"), Rule):
+        if self.lent is None:
             self.rule.reset_parameters(init_weights)
         factors: list[Any] = [self.left, self.right] if "left" in self._parameters else [self.weight]
         for factor in factors:
@@ -67,11 +103,8 @@ class PHMLinear(nn.Module):
 
     def matrix(self) -> Tensor:
         """H (d, e)."""
-        factor = self.left @ self.right if "left" in self._parameters else self.weight
-        rule = self.rule.weight.to(factor)  # a shared rule has one dtype, the layers of the base may have several
-        n, inputs, outputs = factor.shape
-        products = rule.flatten(1).T @ factor.flatten(1)  # Σ_i A_i[p, q] B_i[a, c] at (p, q), (a, c)
-        return products.view(n, n, inputs, outputs).transpose(1, 2).reshape(n * inputs, n * outputs)
+        matrix: Tensor = self.rule(self.left @ self.right if "left" in self._parameters else self.weight)
+        return matrix
 
     def forward(self, x: Tensor) -> Tensor:
         """X H + b."""

@@ -98,6 +98,7 @@ class _Shared(nn.Module, BottleneckState):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter: list[str] = []
+        self.cast_input_dtype_enabled = True  # peft.helpers switches it in everything that is a layer to peft
         self.task = None
 
     def add(self, adapter_name: str, part: nn.Module, *, like: torch.Tensor | None) -> None:
@@ -160,7 +161,7 @@ class HyperformerShared(_Shared):
         task = needed_task(self.task, self.tasks_of(adapter))
         embeddings = self.hypernetworks(adapter).task_embeddings
         others = [embedding for key, embedding in embeddings.items() if key != f"task_{task}"]
-        return keep_in_graph(embeddings[f"task_{task}"], others)
+        return keep_in_graph(embeddings(task), others)
 
     def generate(self, stack: str) -> None:
         """Generate the adapters of a stack, whose forward pass begins."""

@@ -6,12 +6,17 @@ import re
 from collections import Counter
 from collections.abc import Callable
 
+from peft import TaskType
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .endings import Ending, config_around, feed_forward_endings, in_and_out, is_inside_an_adapter
 from .stacks import is_causal
 
-__all__ = ["default_targets", "linear_layers", "names_of"]
+__all__ = ["all_linear", "default_targets", "linear_layers", "names_of"]
 
 
 def default_targets(
@@ -79,6 +84,40 @@ def _nothing_found(model: nn.Module, part: str | None, parts: set[str], blocks: 
         f"Please specify `target_modules` in `peft_config`: {family!r} {reason}. Its linear layers are "
         f"{linear_layers(model)}; name those that end {block}."
     )
+
+
+def all_linear(model: nn.Module, task_type: str | None = None) -> set[str]:
+    """The linear layers that peft's "all-linear" names in a model without adapters, also where some have adapters.
+
+    peft itself knows an adapted layer by the word "Linear" in the name of its class, which not every method has.
+
+    Args:
+        model: the model.
+        task_type: of the configuration; with "SEQ_CLS" the classifier is left out, as output embeddings always are.
+
+    Returns:
+        Names that select these layers and nothing else; none if there are no such layers.
+    """
+    chosen = []
+    heads = _heads(model, task_type)
+    for name, module in model.named_modules():
+        layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        adapted = isinstance(module, BaseTunerLayer) and "Linear" in type(module).__name__  # a quantised one, by peft
+        is_linear = isinstance(layer, nn.Linear | Conv1D) or adapted
+        if is_linear and not any(module is head for head in heads) and not is_inside_an_adapter(model, name):
+            chosen.append(name)
+    return set(names_of(chosen, [name for name, _ in model.named_modules()], as_list=True))
+
+
+def _heads(model: nn.Module, task_type: str | None) -> list[nn.Module]:
+    """What "all-linear" leaves out: the layer that puts out tokens, or else that which puts out classes."""
+    if not isinstance(model, PreTrainedModel):
+        return []
+    embeddings = model.get_output_embeddings()
+    if embeddings is not None:
+        return [embeddings]
+    heads = [getattr(model, name, None) for name in SEQ_CLS_HEAD_NAMES] if task_type == TaskType.SEQ_CLS else []
+    return [head for head in heads if head is not None][:1]
 
 
 def linear_layers(model: nn.Module) -> str:

@@ -18,6 +18,7 @@ from .loaded import WeightsCheck
 from .mixed import copies_in_generate, mixed_batch
 from .undo import undone_on_error
 from .unmatched import absent_names, check_layers, nothing_matched
+from .wrapped import AsUnwrapped, without_wrappers
 
 __all__ = ["AdapterModel", "in_layers"]
 
@@ -49,6 +50,17 @@ class AdapterModel(BaseTuner):
     cannot_add: ClassVar[str]
     target_words: ClassVar[tuple[str, ...]]
 
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        configs = getattr(model, "peft_config", None)
+        before = dict(configs) if isinstance(configs, dict) else {}
+        try:
+            super().__init__(model, *args, **kwargs)
+        except Exception:
+            if before:  # peft puts the new one among them, in the place of one of its name, before anything is checked
+                configs.clear()  # type: ignore[union-attr]
+                configs.update(before)  # type: ignore[union-attr]
+            raise
+
     def _weights_check(self) -> Callable[..., None]:
         """The hook that looks at weights before they are loaded."""
         return WeightsCheck(self.prefix, self.tuner_layer_cls)
@@ -61,6 +73,35 @@ class AdapterModel(BaseTuner):
             weights: those below it.
         """
         self._weights_check()(self.model, weights, prefix)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        given = {without_wrappers(key): value for key, value in state_dict.items()}
+        view: Any = AsUnwrapped(model)
+        chosen = super()._get_adapter_state_dict(view, config, adapter_name, given, unwanted_adapter_names)
+        if given and not chosen:  # processes that hold no part of a gathered model are given an empty dictionary
+            raise ValueError(
+                f"none of the {len(given)} weights, such as {next(iter(given))!r}, is one of the adapter "
+                f"{adapter_name!r}, so nothing would be saved: the modules around it are renamed by a wrapper that is "
+                "not known here, or these are the weights of another model. Save the model that is inside the wrapper"
+            )
+        return chosen
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        given = {without_wrappers(key): value for key, value in state_dict.items()}
+        view: Any = AsUnwrapped(model)
+        placed = super()._remap_adapter_state_dict_for_load(view, config, adapter_name, given)
+        return view.own_keys(placed)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put the adapter's layers into the model; a configuration that is refused leaves the model as it was.

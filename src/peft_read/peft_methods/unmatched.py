@@ -85,6 +85,8 @@ def nothing_matched(model: nn.Module, config: Any, words: Sequence[str]) -> str 
         )
         if _matching(model, [targets]):
             return f"{text}A list stands for the modules whose names end so: target_modules=[{targets!r}]"
+    elif not targets and config.layers_to_transform is None:
+        return f"`target_modules` is 'all-linear', and {kind} has no linear layer beside its output layer"
     elif not targets:
         chosen = _layers(_indices(config))
         return f"`layers_to_transform` names {chosen}, where {kind} has no module that {config.peft_type.value} adapts"

@@ -18,8 +18,8 @@ class BottleneckPenalty:
     """The mean over adapters of mean(z²), where z = act(Down(y)) is what an adapter has in its bottleneck.
 
     A context: while it is open, forward passes of the model are watched. Of an adapter that runs several times, the
-    last run counts; adapters that did not run are left out. Source: the option `track_z` of VL-Adapter's published
-    code, whose weight is 0.001 by default.
+    last run counts; adapters that did not run are left out. The backward pass may come in the context or after it.
+    Source: the option `track_z` of VL-Adapter's published code, whose weight is 0.001 by default.
 
     Args:
         model: a model with adapters of the bottleneck family, wrapped or not.
@@ -31,6 +31,7 @@ class BottleneckPenalty:
         ```python
         with BottleneckPenalty(model) as penalty:
             loss = model(**batch).loss + 0.001 * penalty.value()
+        loss.backward()
         ```
     """
 
@@ -43,11 +44,12 @@ class BottleneckPenalty:
         self._generators = [module for module in model.modules() if isinstance(module, HyperformerShared)]
         if not self._bottlenecks:
             raise ValueError(f"{type(model).__name__} has no adapters with a bottleneck")
-        self._squares: dict[int, Tensor] = {}
+        # z itself: what is computed of it inside a checkpointed block would have to be computed again with it.
+        self._states: dict[int, Tensor] = {}
         self._hooks: list[Any] = []
 
     def __enter__(self) -> BottleneckPenalty:
-        self._squares.clear()
+        self._states.clear()
         self._hooks = [module.activation.register_forward_hook(self._keep) for _, module in self._bottlenecks.values()]
         return self
 
@@ -58,7 +60,7 @@ class BottleneckPenalty:
             hook.remove()
 
     def _keep(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        self._squares[id(module)] = output.float().pow(2).mean()
+        self._states[id(module)] = output
 
     def value(self) -> Tensor:
         """The penalty of the forward passes so far: a float32 scalar.
@@ -67,18 +69,18 @@ class BottleneckPenalty:
             RuntimeError: an adapter in training has run where gradients are switched off, and they are on now.
             ValueError: no adapter has run.
         """
-        if not self._squares:
+        if not self._states:
             raise ValueError("no adapter with a bottleneck has run while the penalty was watching")
-        for key, square in self._squares.items():
+        for key, state in self._states.items():
             name, bottleneck = self._bottlenecks[key]
-            if torch.is_grad_enabled() and not square.requires_grad and self._is_trained(bottleneck):
+            if torch.is_grad_enabled() and not state.requires_grad and self._is_trained(bottleneck):
                 raise RuntimeError(
                     f"the bottleneck {name!r} ran where gradients are switched off (inside a reentrant gradient "
                     "checkpoint, or under no_grad), so the penalty would silently have no gradient. Use "
                     "gradient_checkpointing_kwargs={'use_reentrant': False}; for its value alone, call value() under "
                     "torch.no_grad()"
                 )
-        return torch.stack(list(self._squares.values())).mean()
+        return torch.stack([state.float().pow(2).mean() for state in self._states.values()]).mean()
 
     def _is_trained(self, bottleneck: Any) -> bool:
         """Whether z of a bottleneck must have a gradient: everything that makes it Down is trained."""
