@@ -19,6 +19,7 @@ from peft_read.recurrence import RNN, adapt_in_one, build_cell, scan
 from peft_read.recurrence.arguments import GATES, ScanArguments
 from peft_read.recurrence.fused_adapter import OPERATION as ADAPTER
 from peft_read.recurrence.naive import naive_recurrence
+from peft_read.recurrence.numba_kernels import launch
 
 KINDS = ("rnn", "gru")  # an LSTM runs on torch
 
@@ -307,6 +308,11 @@ def test_freed_weights_are_an_error_not_a_crash():
     cell.weight_hh.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match=r"shape \(4, 4\), has no memory"):
         cell(torch.randn(1, 5, 4))
+
+
+def test_loops_are_not_handed_copies_of_what_they_set():
+    with pytest.raises(AssertionError, match="would set a copy"):
+        launch._addresses((torch.zeros(2, 3).T,), (torch.zeros(2, 3).T,))
 
 
 @pytest.mark.parametrize("kind", KINDS)
