@@ -171,6 +171,29 @@ def test_packed_is_separate(family, cell):
         torch.testing.assert_close(one, run(model, family, sequence[None], None)[0], rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+def test_the_last_of_packed_sequences_goes_on_after_padding(cell):
+    """On a cache, with padding behind the prompt: the new tokens follow the last real one."""
+    model = adapted("llama", cell=cell)
+    numbers = torch.tensor([0, 0, 0, 1, 1, 1, 1, -1, 1, -1, 1, 1])  # of the sequences, -1 at padding
+    real = numbers == 1
+    four = (numbers[:, None] == numbers) & (numbers >= 0) & torch.ones(12, 12, dtype=torch.bool).tril()
+    four = torch.zeros(four.shape).masked_fill(~four, torch.finfo(torch.float32).min)[None, None]
+    ids, positions = torch.randint(3, VOCABULARY, (1, 12)), torch.zeros(1, 12, dtype=torch.long)
+    positions[:, :3], positions[:, real] = torch.arange(3), torch.arange(7)
+    found, cache = [], None
+    with torch.no_grad():
+        for first, last in ((0, 10), (10, 11), (11, 12)):
+            result = model(
+                input_ids=ids[:, first:last], attention_mask=four[:, :, first:last, :last],
+                position_ids=positions[:, first:last], past_key_values=cache, use_cache=True,
+            )  # fmt: skip
+            cache = result.past_key_values
+            found.append(result.logits)
+    alone = run(model, "llama", ids[:, real], None)
+    torch.testing.assert_close(torch.cat(found, dim=1)[:, real], alone, rtol=0, atol=TOLERANCE)
+
+
 def test_packed_by_the_text_row_of_multimodal_positions():
     """Positions (4, B, T): in the text, by which transformers separates the sequences, then time, height, width."""
     text = {
@@ -570,6 +593,18 @@ def test_segments_are_run_as_sequences_of_their_own(name):
     assert not joined[~mask].any()
     joined.sum().backward()
     assert x.grad[mask].abs().sum(-1).gt(0).all() and not x.grad[~mask].any()
+
+
+@pytest.mark.parametrize("pattern", PADDING)
+@pytest.mark.parametrize("name", ["rnn", "gru", "lstm"])
+def test_states_of_segments_are_carried_over_padding(name, pattern):
+    """One segment a row is the row itself."""
+    cell, mask = build_cell(name, 4).double(), torch.tensor(PADDING[pattern], dtype=torch.bool)
+    x = torch.randn(3, 8, 4, dtype=torch.float64)
+    segments = Segments(torch.full((3, 8), 5), mask)
+    _, states = cell(segments.split(x), None, segments.mask, keep_states=True)
+    _, expected = cell(x, None, mask, keep_states=True)
+    torch.testing.assert_close(segments.carried(states), expected, rtol=0, atol=1e-14)
 
 
 def test_segments_of_nothing_but_padding():

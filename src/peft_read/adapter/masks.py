@@ -191,7 +191,8 @@ def block_diagonal_segments(attention_mask: Any, batch: int | None, length: int 
         # Most masks are of one sequence per row, and asking which this is would break the graph of every encoder.
         torch._assert_async(~breaks.any(), PACKED_IN_A_GRAPH)
         return None
-    if not breaks.is_cuda and not bool(breaks.any()):
+    # On CUDA this waits for the device once, and splitting rows into segments would wait several times.
+    if not bool(breaks.any()):
         return None
     return torch.nn.functional.pad(breaks, (1, 0)).cumsum(-1).expand(batch, length)
 
