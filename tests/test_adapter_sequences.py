@@ -9,7 +9,7 @@ import torch
 from peft import get_peft_model
 from tiny_models import DECODERS, FAMILIES, VOCABULARY, adapted, build, padded_batch, read_layers
 from torch import nn
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from peft_read import READConfig
 from peft_read.adapter import sequence_scope
@@ -169,6 +169,28 @@ def test_packed_is_separate(family, cell):
     packed = run(model, family, ids, None, positions)[0].split(LENGTHS)
     for one, sequence in zip(packed, sequences, strict=True):
         torch.testing.assert_close(one, run(model, family, sequence[None], None)[0], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("kinds", [("full_attention", "sliding_attention"), ("sliding_attention",)])
+def test_packed_by_a_dictionary_of_masks(kinds):
+    """One for each kind of attention, as Gemma 2 and 3 and gpt-oss take them."""
+    text = Gemma3TextConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, sliding_window=6, initializer_range=0.2,
+        layer_types=[kinds[0], kinds[-1]],
+    )  # fmt: skip
+    model = get_peft_model(Gemma3ForCausalLM(text), READConfig(init_weights=False)).eval()
+    sequences = [torch.randint(3, VOCABULARY, (length,)) for length in LENGTHS]
+    ids, positions = pack(sequences)
+    numbers = torch.repeat_interleave(torch.arange(4), torch.tensor(LENGTHS))
+    packed = (numbers[:, None] == numbers) & torch.ones(13, 13, dtype=torch.bool).tril()
+    masks = {"full_attention": packed, "sliding_attention": packed & torch.ones(13, 13, dtype=torch.bool).triu(-5)}
+    with torch.no_grad():
+        given = {kind: masks[kind][None, None] for kind in kinds}
+        found = model(input_ids=ids, position_ids=positions, attention_mask=given, use_cache=False).logits[0]
+        for one, sequence in zip(found.split(LENGTHS), sequences, strict=True):
+            alone = model(input_ids=sequence[None], use_cache=False).logits[0]
+            torch.testing.assert_close(one, alone, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
