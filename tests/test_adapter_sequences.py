@@ -9,13 +9,21 @@ import torch
 from peft import get_peft_model
 from tiny_models import DECODERS, FAMILIES, VOCABULARY, adapted, build, padded_batch, read_layers
 from torch import nn
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import (
+    FunnelConfig,
+    FunnelModel,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
 
 from peft_read import READConfig
-from peft_read.adapter import sequence_scope
+from peft_read.adapter import masks, sequence_scope
 from peft_read.adapter.masks import as_mask, packed_segments, segments_of_lengths
-from peft_read.adapter.scope import Scope, current_scope
+from peft_read.adapter.scope import Scope, Tower, current_scope
 from peft_read.adapter.segments import Segments
+from peft_read.adapter.sequences import Notice, as_sequences
 from peft_read.recurrence import LSTM, build_cell
 
 TOLERANCE = 1e-5
@@ -634,3 +642,45 @@ def test_segments_of_nothing_but_padding():
     x = torch.randn(2, 3, 4)
     cell = build_cell("rnn", 4)
     assert not segments.join(cell(segments.split(x), None, segments.mask)[0]).any()
+
+
+@pytest.fixture
+def unasked(monkeypatch):
+    """As on CUDA: whether a mask has any padding is not asked when it is read."""
+    monkeypatch.setattr(masks, "_none_without_padding", lambda mask: mask)
+
+
+def test_a_mask_without_padding_is_no_error_where_padding_would_be(unasked):
+    class Pooled(Blocks):
+        def forward(self, inputs_embeds, attention_mask=None):
+            return self.layers[0](inputs_embeds[:, ::2])
+
+    class Bare(Blocks):
+        def forward(self, inputs_embeds, attention_mask=None):
+            return self.layers[0].fc2(torch.nn.functional.pad(inputs_embeds, (0, 6))[:, ::2])
+
+    x, ones = torch.randn(2, 6, 6), torch.ones(2, 6)
+    for kind in (Pooled, Bare):  # a block with rows of its own, and a layer
+        model = get_peft_model(kind(), READConfig(target_modules=["fc2"], init_weights=False))
+        assert torch.equal(model(x, attention_mask=ones), model(x))
+        with pytest.raises(ValueError, match="some of them padd"):
+            model(x, attention_mask=torch.tensor([[1] * 6, [1] * 4 + [0] * 2]))
+
+
+def test_pooled_blocks_of_funnel_take_a_mask_without_padding(unasked):
+    settings = {"block_sizes": [1, 1], "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 32, "num_decoder_layers": 1}
+    base = FunnelModel(FunnelConfig(vocab_size=VOCABULARY, **settings)).eval()
+    model = get_peft_model(base, READConfig(init_weights=False)).eval()
+    ids = torch.randint(3, VOCABULARY, (2, 9))
+    with torch.no_grad():
+        found, expected = (model(ids, attention_mask=mask).last_hidden_state for mask in (torch.ones_like(ids), None))
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_frames_with_a_mask_without_padding_are_one_sequence():
+    ones, output = torch.ones(6, 4, dtype=torch.bool), torch.randn(6, 4, 5)
+    for mask, rows in ((ones, 2), (ones.tril(), 6)):
+        scope = Scope(batch=6, length=4, mask=mask, tower=Tower(rows=6, frames=(2, 3)))
+        found = as_sequences(output, output, scope, path="layers.0.fc2", batch_first=True, notice=Notice())
+        assert len(found.tensor) == rows
+        assert torch.equal(found.restore(found.tensor), output)
