@@ -133,6 +133,23 @@ def test_nan_stays_nan():
     assert outputs[1, 1].abs().max() <= 1
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_second_derivatives_are_not_those_of_cudnn(enabled, monkeypatch):
+    """On CUDA torch's recurrences are cuDNN's, whose backward pass cannot be differentiated."""
+    seen, reference = [], scan.SCANS["rnn"].reference
+
+    def looking(arguments):
+        seen.append(torch.backends.cudnn.enabled)
+        return reference(arguments)
+
+    cell, x = a_cell("rnn", 3), torch.randn(2, 5, 3, requires_grad=True)
+    cell(x)  # the trial calls the definition too
+    monkeypatch.setattr(scan.SCANS["rnn"], "reference", looking)
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", enabled)
+    torch.autograd.grad(cell(x)[0].square().sum(), x, create_graph=True)
+    assert seen == [False] and torch.backends.cudnn.enabled is enabled
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_second_derivatives_go_through_torch(kind):
     cell, x = a_cell(kind, 3), torch.randn(2, 5, 3, requires_grad=True)

@@ -85,8 +85,7 @@ def _scan_backward(
 ) -> ScanArguments:
     x, state, mask, weight_ih, weight_hh, _, _ = arguments
     outputs = results.outputs
-    batch, length, width = outputs.shape
-    gates, inputs = weight_ih.shape
+    (batch, length, width), (gates, inputs) = outputs.shape, weight_ih.shape
     slopes, kept = (None, None) if gates == width else slopes_of_gru(arguments, outputs)
     outer = outputs.new_empty(batch, length, width) if slopes is None else slopes.new_empty(slopes.shape)
     grad_state = outputs.new_empty(batch, width)
@@ -99,12 +98,10 @@ def _scan_backward(
         outer = outer[..., : 3 * width]
     if inputs > NARROW or width > NARROW:
         return gradients_of_gates(inner, outer, grad_state, arguments, outputs, needs)
-    grad_x, grad_ih, grad_hh = x.new_empty(x.shape), x.new_empty(gates, inputs), x.new_empty(gates, width)
-    bias_ih, bias_hh = x.new_empty(gates), x.new_empty(gates)
-    found = grad_x, grad_ih, grad_hh, bias_ih, bias_hh
+    found = [x.new_empty(shape) for shape in (x.shape, (gates, inputs), (gates, width), (gates,), (gates,))]
     _kept, addresses = _addresses((inner, outer, x, weight_ih, state, outputs), found)
     _loops("scan").gradients_of_gates(*addresses, batch, length, inputs, width, gates)
-    return ScanArguments(grad_x, grad_state, None, *found[1:])
+    return ScanArguments(found[0], grad_state, None, *found[1:])
 
 
 def _scan_of(kind: str) -> Implementation[ScanArguments, Scanned]:
