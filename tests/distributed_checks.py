@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from peft import get_peft_model
 from test_alignment_trainer import (
+    BLOCKS,
     AlignedTrainer,
     collate,
     items,
@@ -21,7 +22,7 @@ from test_alignment_trainer import (
     tiny_model,
 )
 
-from peft_read import Aligner, READConfig, set_task
+from peft_read import Aligner, READConfig, Stream, set_task
 from peft_read.vl_adapter import task_loss
 
 WORLD_SIZE = 2
@@ -47,7 +48,46 @@ def check_ddp(folder: Path) -> None:
             assert abs(log[0]["pvla_loss"] - pvla) < 1e-4 * pvla, (family, log[0], pvla)
             if family != "bart":
                 break
+    check_what_only_the_alignment_reaches(folder / "projected")
+    check_blocks_that_are_skipped(folder / "skipped")
     check_multitask(folder / "tasks")
+
+
+def check_what_only_the_alignment_reaches(folder: Path) -> None:
+    """A trained projection of the video states, from which no output of the model follows."""
+
+    def projected():
+        model = tiny_model("bart")
+        model.project = torch.nn.Linear(16, 16)
+        # A block's output is the states themselves.
+        video = Stream(BLOCKS["bart"], tokens=slice(0, 4), output=lambda output: model.project(output))
+        return model, pvla_config("bart", video=video)
+
+    model, config = projected()
+    batch = collate(items("bart"))
+    aligner = Aligner(model, config)
+    with aligner.record() as recording:
+        outputs = model(**batch)
+    (outputs.loss + aligner.loss(recording, batch, outputs)).backward()
+    assert model.project.weight.grad.norm() > 0
+    expected = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    model, config = projected()
+    actual, _ = one_step(
+        "bart", folder, batch_size=4, accumulation=2, model=model, config=config, trainer_class=AssertingTrainer,
+        ddp_backend="gloo",
+    )  # fmt: skip
+    error = relative_error(actual, torch.cat([grad.flatten() for grad in expected]).double())
+    assert error < 1e-5, error
+
+
+def check_blocks_that_are_skipped(folder: Path) -> None:
+    """LayerDrop leaves out other blocks in each process: DDP has to look for them."""
+    model = tiny_model("bart")
+    model.config.encoder_layerdrop = model.model.encoder.layerdrop = 0.5
+    one_step(
+        "bart", folder, batch_size=4, accumulation=2, model=model, trainer_class=SearchingTrainer, max_steps=3,
+        learning_rate=1e-3, ddp_backend="gloo",
+    )  # fmt: skip
 
 
 def check_multitask(folder: Path) -> None:
@@ -95,10 +135,21 @@ def check_evaluation(folder: Path) -> None:
 
 
 class AssertingTrainer(AlignedTrainer):
+    searches = False  # for unused parameters, unless the arguments say it
+
+    def __init__(self, *args, **kwargs):
+        self.told = kwargs["args"].ddp_find_unused_parameters
+        super().__init__(*args, **kwargs)
+
     def training_step(self, model, *args, **kwargs):
         assert self.accelerator.num_processes == WORLD_SIZE
         assert type(model).__name__ == "DistributedDataParallel"
+        assert model.find_unused_parameters is (self.searches if self.told is None else self.told)
         return super().training_step(model, *args, **kwargs)
+
+
+class SearchingTrainer(AssertingTrainer):
+    searches = True
 
 
 class EvaluatingTrainer(AssertingTrainer):

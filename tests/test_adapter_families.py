@@ -10,6 +10,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peft_read import READConfig
+from peft_read.adapter import masks
 from peft_read.adapter.targets import default_targets, feed_forward_endings
 
 BLOCKS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -353,13 +354,21 @@ def padded_logits(model, decoder_length=5):
         ]
 
 
-def test_global_tokens_of_a_padded_encoder_are_a_sequence_of_their_own():
+def test_global_tokens_of_a_padded_encoder_are_a_sequence_of_their_own(monkeypatch):
     model = filled(seq2seq("pegasus_x", block_size=8, num_global_tokens=5, stagger_local_blocks=False))
     torch.testing.assert_close(*padded_logits(model), rtol=0, atol=1e-4)
     filled(seq2seq("pegasus_x", block_size=8, num_global_tokens=5), target_modules="all-linear")
     same = filled(seq2seq("pegasus_x", block_size=8, num_global_tokens=16))
     with pytest.raises(ValueError, match="another sequence of the same length"):
         padded_logits(same)
+    whole = torch.arange(3, 19)[None]
+    monkeypatch.setattr(masks, "_none_without_padding", lambda mask: mask)  # as on CUDA
+    with torch.no_grad():
+        one, other = (
+            same(input_ids=whole, attention_mask=mask, decoder_input_ids=whole[:, :5]).logits
+            for mask in (torch.ones_like(whole), None)
+        )
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
 def test_padding_of_the_source_of_cross_attention_is_known_where_time_comes_first():

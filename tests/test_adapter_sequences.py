@@ -9,13 +9,21 @@ import torch
 from peft import PeftModel, get_peft_model
 from tiny_models import DECODERS, FAMILIES, VOCABULARY, adapted, build, padded_batch, read_layers
 from torch import nn
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import (
+    FunnelConfig,
+    FunnelModel,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
 
 from peft_read import READConfig
-from peft_read.adapter import sequence_scope
+from peft_read.adapter import masks, sequence_scope
 from peft_read.adapter.masks import as_mask, packed_segments, segments_of_lengths
-from peft_read.adapter.scope import Scope, current_scope
+from peft_read.adapter.scope import Scope, Tower, current_scope
 from peft_read.adapter.segments import Segments
+from peft_read.adapter.sequences import Notice, as_sequences
 from peft_read.recurrence import LSTM, build_cell
 
 TOLERANCE = 1e-5
@@ -169,6 +177,51 @@ def test_packed_is_separate(family, cell):
     packed = run(model, family, ids, None, positions)[0].split(LENGTHS)
     for one, sequence in zip(packed, sequences, strict=True):
         torch.testing.assert_close(one, run(model, family, sequence[None], None)[0], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("kinds", [("full_attention", "sliding_attention"), ("sliding_attention",)])
+def test_packed_by_a_dictionary_of_masks(kinds):
+    """One for each kind of attention, as Gemma 2 and 3 and gpt-oss take them."""
+    text = Gemma3TextConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, sliding_window=6, initializer_range=0.2,
+        layer_types=[kinds[0], kinds[-1]],
+    )  # fmt: skip
+    model = get_peft_model(Gemma3ForCausalLM(text), READConfig(init_weights=False)).eval()
+    sequences = [torch.randint(3, VOCABULARY, (length,)) for length in LENGTHS]
+    ids, positions = pack(sequences)
+    numbers = torch.repeat_interleave(torch.arange(4), torch.tensor(LENGTHS))
+    packed = (numbers[:, None] == numbers) & torch.ones(13, 13, dtype=torch.bool).tril()
+    masks = {"full_attention": packed, "sliding_attention": packed & torch.ones(13, 13, dtype=torch.bool).triu(-5)}
+    with torch.no_grad():
+        given = {kind: masks[kind][None, None] for kind in kinds}
+        found = model(input_ids=ids, position_ids=positions, attention_mask=given, use_cache=False).logits[0]
+        for one, sequence in zip(found.split(LENGTHS), sequences, strict=True):
+            alone = model(input_ids=sequence[None], use_cache=False).logits[0]
+            torch.testing.assert_close(one, alone, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+def test_the_last_of_packed_sequences_goes_on_after_padding(cell):
+    """On a cache, with padding behind the prompt: the new tokens follow the last real one."""
+    model = adapted("llama", cell=cell)
+    numbers = torch.tensor([0, 0, 0, 1, 1, 1, 1, -1, 1, -1, 1, 1])  # of the sequences, -1 at padding
+    real = numbers == 1
+    four = (numbers[:, None] == numbers) & (numbers >= 0) & torch.ones(12, 12, dtype=torch.bool).tril()
+    four = torch.zeros(four.shape).masked_fill(~four, torch.finfo(torch.float32).min)[None, None]
+    ids, positions = torch.randint(3, VOCABULARY, (1, 12)), torch.zeros(1, 12, dtype=torch.long)
+    positions[:, :3], positions[:, real] = torch.arange(3), torch.arange(7)
+    found, cache = [], None
+    with torch.no_grad():
+        for first, last in ((0, 10), (10, 11), (11, 12)):
+            result = model(
+                input_ids=ids[:, first:last], attention_mask=four[:, :, first:last, :last],
+                position_ids=positions[:, first:last], past_key_values=cache, use_cache=True,
+            )  # fmt: skip
+            cache = result.past_key_values
+            found.append(result.logits)
+    alone = run(model, "llama", ids[:, real], None)
+    torch.testing.assert_close(torch.cat(found, dim=1)[:, real], alone, rtol=0, atol=TOLERANCE)
 
 
 def test_packed_by_the_text_row_of_multimodal_positions():
@@ -577,8 +630,62 @@ def test_segments_are_run_as_sequences_of_their_own(name):
     assert x.grad[mask].abs().sum(-1).gt(0).all() and not x.grad[~mask].any()
 
 
+@pytest.mark.parametrize("pattern", PADDING)
+@pytest.mark.parametrize("name", ["rnn", "gru", "lstm"])
+def test_states_of_segments_are_carried_over_padding(name, pattern):
+    """One segment a row is the row itself."""
+    cell, mask = build_cell(name, 4).double(), torch.tensor(PADDING[pattern], dtype=torch.bool)
+    x = torch.randn(3, 8, 4, dtype=torch.float64)
+    segments = Segments(torch.full((3, 8), 5), mask)
+    _, states = cell(segments.split(x), None, segments.mask, keep_states=True)
+    _, expected = cell(x, None, mask, keep_states=True)
+    torch.testing.assert_close(segments.carried(states), expected, rtol=0, atol=1e-14)
+
+
 def test_segments_of_nothing_but_padding():
     segments = Segments(torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3, dtype=torch.bool))
     x = torch.randn(2, 3, 4)
     cell = build_cell("rnn", 4)
     assert not segments.join(cell(segments.split(x), None, segments.mask)[0]).any()
+
+
+@pytest.fixture
+def unasked(monkeypatch):
+    """As on CUDA: whether a mask has any padding is not asked when it is read."""
+    monkeypatch.setattr(masks, "_none_without_padding", lambda mask: mask)
+
+
+def test_a_mask_without_padding_is_no_error_where_padding_would_be(unasked):
+    class Pooled(Blocks):
+        def forward(self, inputs_embeds, attention_mask=None):
+            return self.layers[0](inputs_embeds[:, ::2])
+
+    class Bare(Blocks):
+        def forward(self, inputs_embeds, attention_mask=None):
+            return self.layers[0].fc2(torch.nn.functional.pad(inputs_embeds, (0, 6))[:, ::2])
+
+    x, ones = torch.randn(2, 6, 6), torch.ones(2, 6)
+    for kind in (Pooled, Bare):  # a block with rows of its own, and a layer
+        model = get_peft_model(kind(), READConfig(target_modules=["fc2"], init_weights=False))
+        assert torch.equal(model(x, attention_mask=ones), model(x))
+        with pytest.raises(ValueError, match="some of them padd"):
+            model(x, attention_mask=torch.tensor([[1] * 6, [1] * 4 + [0] * 2]))
+
+
+def test_pooled_blocks_of_funnel_take_a_mask_without_padding(unasked):
+    settings = {"block_sizes": [1, 1], "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 32, "num_decoder_layers": 1}
+    base = FunnelModel(FunnelConfig(vocab_size=VOCABULARY, **settings)).eval()
+    model = get_peft_model(base, READConfig(init_weights=False)).eval()
+    ids = torch.randint(3, VOCABULARY, (2, 9))
+    with torch.no_grad():
+        found, expected = (model(ids, attention_mask=mask).last_hidden_state for mask in (torch.ones_like(ids), None))
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_frames_with_a_mask_without_padding_are_one_sequence():
+    ones, output = torch.ones(6, 4, dtype=torch.bool), torch.randn(6, 4, 5)
+    for mask, rows in ((ones, 2), (ones.tril(), 6)):
+        scope = Scope(batch=6, length=4, mask=mask, tower=Tower(rows=6, frames=(2, 3)))
+        found = as_sequences(output, output, scope, path="layers.0.fc2", batch_first=True, notice=Notice())
+        assert len(found.tensor) == rows
+        assert torch.equal(found.restore(found.tensor), output)

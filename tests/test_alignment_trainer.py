@@ -74,9 +74,8 @@ def tiny_model(family):
 def pvla_config(family, **changes):
     layers = BLOCKS[family]
     return PVLAConfig(
-        video=Stream(layers, tokens=slice(0, 4)),
         language=Stream(layers, tokens=slice(4, None), mask=lambda batch: batch["attention_mask"][:, 4:]),
-        **{"weight": WEIGHT, **changes},
+        **{"video": Stream(layers, tokens=slice(0, 4)), "weight": WEIGHT, **changes},
     )
 
 

@@ -311,6 +311,9 @@ def test_unused_weights_of_other_tasks_are_told_to_ddp(tmp_path):
     per_task = get_peft_model(tiny_model(()), LoraConfig(**lora), adapter_name="vqa")
     per_task.add_adapter("nlvr", LoraConfig(**lora))
     assert trainer_of(tmp_path, data(), model=per_task).args.ddp_find_unused_parameters is True
+    checkpointed = tiny_model()
+    checkpointed.gradient_checkpointing_enable()  # for which the Trainer would have DDP not look for them
+    assert trainer_of(tmp_path, data(), model=checkpointed).accelerator.ddp_handler.find_unused_parameters is True
 
 
 def test_read_and_alignment_on_vl_bart_from_files_to_predictions(tmp_path):

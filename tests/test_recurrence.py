@@ -78,6 +78,35 @@ def test_masked_values_states_and_gradients_are_those_of_the_loop(name, pattern)
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
 
 
+LAYOUTS = {
+    "contiguous": lambda tensor: tensor,
+    "transposed": lambda tensor: tensor.transpose(0, 1).contiguous().transpose(0, 1),
+    "strided": lambda tensor: tensor.repeat_interleave(2, dim=1)[:, ::2],
+    "expanded": lambda tensor: tensor[:1].expand(tensor.shape),
+}
+
+
+@pytest.mark.parametrize("of_mask", LAYOUTS)
+@pytest.mark.parametrize("of_x", LAYOUTS)
+@pytest.mark.parametrize("size", [4, 20])
+@pytest.mark.parametrize("name", RECURRENT)
+def test_it_does_not_matter_how_tensors_lie_in_memory(name, size, of_x, of_mask):
+    """In float32, which the compiled loops take; they read addresses."""
+    cell = make_cell(name, size, dtype=torch.float32)
+    mask = LAYOUTS[of_mask](torch.tensor(MASKS["holes"], dtype=torch.bool))
+    x = LAYOUTS[of_x](torch.randn(3, 7, size)).requires_grad_()
+    probe = LAYOUTS[of_x](torch.randn(3, 7, size))
+    parameters = [x, *cell.parameters()]
+    outputs, _ = cell(x, None, mask)
+    found = outputs, *torch.autograd.grad(outputs, parameters, probe)
+    exact = [parameter.detach().double().requires_grad_() for parameter in parameters]
+    weights = dict(zip([key for key, _ in cell.named_parameters()], exact[1:], strict=True))
+    outputs, _ = naive_recurrence(name, exact[0], weights, None, mask)
+    expected = outputs, *torch.autograd.grad(outputs, exact, probe.double())
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=1e-5 * max(1, other.abs().max().item()))
+
+
 @pytest.mark.parametrize("pattern", MASKS)
 @pytest.mark.parametrize("name", RECURRENT)
 def test_padding_between_tokens_does_not_change_them(name, pattern):

@@ -19,6 +19,7 @@ from peft_read.recurrence import RNN, adapt_in_one, build_cell, scan
 from peft_read.recurrence.arguments import GATES, ScanArguments
 from peft_read.recurrence.fused_adapter import OPERATION as ADAPTER
 from peft_read.recurrence.naive import naive_recurrence
+from peft_read.recurrence.numba_kernels import launch
 
 KINDS = ("rnn", "gru")  # an LSTM runs on torch
 
@@ -130,6 +131,23 @@ def test_nan_stays_nan():
         outputs, _ = cell(x)
     assert outputs[0, 2:].isnan().all() and outputs[0, :2].isfinite().all()
     assert outputs[1, 1].abs().max() <= 1
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_second_derivatives_are_not_those_of_cudnn(enabled, monkeypatch):
+    """On CUDA torch's recurrences are cuDNN's, whose backward pass cannot be differentiated."""
+    seen, reference = [], scan.SCANS["rnn"].reference
+
+    def looking(arguments):
+        seen.append(torch.backends.cudnn.enabled)
+        return reference(arguments)
+
+    cell, x = a_cell("rnn", 3), torch.randn(2, 5, 3, requires_grad=True)
+    cell(x)  # the trial calls the definition too
+    monkeypatch.setattr(scan.SCANS["rnn"], "reference", looking)
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", enabled)
+    torch.autograd.grad(cell(x)[0].square().sum(), x, create_graph=True)
+    assert seen == [False] and torch.backends.cudnn.enabled is enabled
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -307,6 +325,11 @@ def test_freed_weights_are_an_error_not_a_crash():
     cell.weight_hh.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match=r"shape \(4, 4\), has no memory"):
         cell(torch.randn(1, 5, 4))
+
+
+def test_loops_are_not_handed_copies_of_what_they_set():
+    with pytest.raises(AssertionError, match="would set a copy"):
+        launch._addresses((torch.zeros(2, 3).T,), (torch.zeros(2, 3).T,))
 
 
 @pytest.mark.parametrize("kind", KINDS)

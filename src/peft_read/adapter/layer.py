@@ -298,7 +298,7 @@ class Linear(nn.Module, READLayer):
         if segments is not None:
             segments = segments.on(hidden.device)
             hidden, states = cell(segments.split(hidden), None, segments.mask, keep_states=sequences.keeps_states)
-            hidden, states = segments.join(hidden), None if states is None else segments.join(states)
+            hidden, states = segments.join(hidden), None if states is None else segments.carried(states)
         else:
             key = (self.path, adapter, sequences.call)
             before = None if scope is None else scope.state_before(key, self.path, adapter, rows)

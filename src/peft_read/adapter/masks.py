@@ -59,9 +59,7 @@ def as_mask(
         NotImplementedError: for masks that are not tensors.
         ValueError: if the width fits neither the new tokens nor all of them.
     """
-    if isinstance(attention_mask, dict):
-        # One mask for each kind of attention. A token's own entry is the same in all of them.
-        attention_mask = attention_mask.get("full_attention", next(iter(attention_mask.values()), None))
+    attention_mask = _of_full_attention(attention_mask)
     if attention_mask is None or batch is None or length is None:
         return None
     if not isinstance(attention_mask, torch.Tensor):
@@ -88,6 +86,16 @@ def as_mask(
     if mask.shape[0] != batch:
         mask = mask.expand(batch, length)
     return _none_without_padding(mask)
+
+
+def _of_full_attention(attention_mask: Any) -> Any:
+    """Of one mask for each kind of attention that of full attention; what is no dictionary as it is.
+
+    A token's own entry is the same in all of them, and so are those of its neighbours for windows of two and more.
+    """
+    if isinstance(attention_mask, dict):
+        return attention_mask.get("full_attention", next(iter(attention_mask.values()), None))
+    return attention_mask
 
 
 def _allowed(mask: torch.Tensor) -> torch.Tensor:
@@ -191,7 +199,8 @@ def block_diagonal_segments(attention_mask: Any, batch: int | None, length: int 
         # Most masks are of one sequence per row, and asking which this is would break the graph of every encoder.
         torch._assert_async(~breaks.any(), PACKED_IN_A_GRAPH)
         return None
-    if not breaks.is_cuda and not bool(breaks.any()):
+    # On CUDA this waits for the device once, and splitting rows into segments would wait several times.
+    if not bool(breaks.any()):
         return None
     return torch.nn.functional.pad(breaks, (1, 0)).cumsum(-1).expand(batch, length)
 
@@ -258,4 +267,4 @@ def segments_told(
     if attention_mask is None:
         sections = getattr(getattr(module, "rotary_emb", None), "mrope_section", None)
         return packed_segments(given.get("position_ids"), batch, length, axes=len(sections) if sections else 3)
-    return block_diagonal_segments(attention_mask, batch, length)
+    return block_diagonal_segments(_of_full_attention(attention_mask), batch, length)

@@ -233,8 +233,8 @@ class BlockOpening(Opening):
         if described is not None and states.dim() == 3:
             described.others = _others(given, states)
             shapes = {tensor.shape[:2] for name, (tensor, _) in described.others.items() if name in SECOND_STREAMS}
-            padded = described.mask is not None or described.segment_ids is not None
-            if padded and (described.batch, described.length) in shapes:
+            same = (described.batch, described.length) in shapes
+            if same and (described.segment_ids is not None or described.has_padding):
                 described.unclear = TWO_STREAMS
         return scope
 
@@ -277,7 +277,7 @@ class BlockOpening(Opening):
             scope.mask = _widened(outer, length)
         if segment_ids is None and _may_be_merged(tower, batch, length):
             scope.unclear = MERGED
-        elif scope.mask is None and outer is not None and outer.mask is not None and batch == outer.batch:
+        elif scope.mask is None and outer is not None and batch == outer.batch and outer.has_padding:
             scope.unclear = None if "attention_mask" in given and states.dim() == 3 else PADDED_SOMEWHERE
         return scope
 

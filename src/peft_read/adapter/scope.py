@@ -120,6 +120,7 @@ class Scope:
         self.written = length  # how many tokens the pass writes to the cache
         self.opened_by: object = None  # the hook that opened it
         self.token: Token | None = None
+        self._has_padding: bool | None = None
         self._segments: Segments | None = None
         self._moved: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -149,6 +150,15 @@ class Scope:
                 if scope.pending is self.pending:
                     scope.written = length
         return inner
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether any token is padding, for questions that wait for the device; a graph takes every mask for some."""
+        if self.mask is None or torch.compiler.is_compiling():
+            return self.mask is not None
+        if self._has_padding is None:
+            self._has_padding = not bool(self.mask.all())
+        return self._has_padding
 
     @property
     def segments(self) -> Segments | None:

@@ -60,3 +60,15 @@ class Segments:
         """(G, L, k) -> (B, T, k); zero at the padding."""
         flat = rows.new_zeros(self.shape[0] * self.shape[1], rows.shape[-1])
         return flat.index_put((self.tokens,), rows[self.slot]).unflatten(0, self.shape)
+
+    def carried(self, states: torch.Tensor) -> torch.Tensor:
+        """(G, L, S) -> (B, T, S); at padding the state of the token before it in the row, zero before the first one.
+
+        That is what a recurrence without segments gives, and what a cache goes on from.
+        """
+        joined = self.join(states)
+        real = torch.zeros(self.shape, dtype=torch.bool, device=joined.device)
+        real.view(-1)[self.tokens] = True
+        places = torch.arange(self.shape[1], device=joined.device)
+        latest = torch.where(real, places, 0).cummax(1).values
+        return joined.gather(1, latest[..., None].expand_as(joined))

@@ -151,7 +151,7 @@ def _why_not_its_own(output: torch.Tensor, scope: Scope, path: str, chunked: boo
     if not _in_a_block(path):
         # A head that is given the last token alone would forget those before it.
         return f"{stack}, and their cache carries on" if shape[1] == 1 < length and scope.keeps_states else None
-    if shape[0] == batch and scope.mask is not None and scope.tower is None:
+    if shape[0] == batch and scope.tower is None and scope.has_padding:
         return f"{stack}, some of them padded, and it is unknown which of these rows are padding"
     return None
 
@@ -180,7 +180,8 @@ def _of_frames(sequences: Sequences, scope: Scope | None) -> Sequences:
     if tower is None or tower.frames is None or tower.frames[0] * tower.frames[1] != rows:
         return sequences
     videos, frames = tower.frames
-    if sequences.mask is not None or (sequences.scope is not None and sequences.scope.segment_ids is not None):
+    known = sequences.scope
+    if known is not None and (known.segment_ids is not None or known.has_padding):
         return sequences
     return Sequences(
         sequences.tensor.reshape(videos, frames * length, sequences.tensor.shape[-1]),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .streams import Stream
 
-__all__ = ["AlignedBlock", "Recording", "StreamPair"]
+__all__ = ["AlignedBlock", "Recording", "StreamPair", "drops_blocks"]
 
 
 @dataclass
@@ -91,7 +91,7 @@ class StreamPair:
         if not isinstance(blocks, str) and len({index % len(pairs) for index in blocks}) != len(blocks):
             raise ValueError(f"blocks={list(blocks)} names a block twice: there are {len(pairs)}")
         self.owner = _Owner()
-        self._drops_blocks = _drops_blocks(model)
+        self._drops_blocks = drops_blocks(model)
         self._model = weakref.ref(model)
         self._have_run: set[tuple[str, str]] = set()
         self._said: set[str] = set()
@@ -180,7 +180,7 @@ def _remove(handles: list[Any]) -> None:
     handles.clear()
 
 
-def _drops_blocks(model: nn.Module) -> bool:
+def drops_blocks(model: nn.Module) -> bool:
     """Whether blocks are skipped at random in training, as the models of transformers with LayerDrop say it."""
     config = getattr(model, "config", None)
     names = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")

@@ -17,8 +17,10 @@ from .aligner import Aligner, PVLAConfig
 from .checkpoints import last_whole_checkpoint, seal_checkpoint
 from .evaluation import counted_rows
 from .loss import AlignmentDistance
+from .recorder import drops_blocks
 from .streams import ROW_PER_EXAMPLE, rows_of, unwrap_model
 from .task_loss import is_local_mean
+from .wrapping import search_for_unused, wrap_again
 
 __all__ = ["PVLALossMixin"]
 
@@ -77,12 +79,13 @@ class PVLALossMixin(_Base):
                 f"{self.args.n_gpu} GPUs in one process means DataParallel, whose replicas cannot be recorded; launch "
                 "one process per GPU (accelerate launch, torchrun), or show one GPU with CUDA_VISIBLE_DEVICES"
             )
-        if self.args.ddp_find_unused_parameters is None:
-            # Trainer's default for peft models is True, under which a parameter that only the alignment reaches is
-            # marked ready twice; READ's parameters all lie on the path of the task loss.
-            self.args.ddp_find_unused_parameters = False
         assert isinstance(self.model, nn.Module)
         self._aligner = Aligner(self.model, pvla_config)
+        if not drops_blocks(self.model):
+            # The Trainer's default is True nearly always, under which a parameter that only the alignment reaches is
+            # marked ready twice: once as unused, since the alignment is no output of the model, and once by its
+            # gradient. READ's parameters all lie on the path of the task loss.
+            search_for_unused(self, False)
         self._note_settings(self.model)
         self._eval_sums = _Sums()
         self._begin_training()
@@ -332,17 +335,6 @@ class PVLALossMixin(_Base):
             loss = loss * (tokens / num_items_in_batch)
         # A micro-batch without any label has the mean of nothing, NaN; it contributes nothing.
         return loss if logits is None else torch.where(tokens > 0, loss, logits.sum() * 0)
-
-
-def wrap_again(trainer: Any) -> None:
-    """Lets accelerate wrap the model in `train()` although it has been evaluated before.
-
-    `evaluate()` and `predict()` prepare the bare model and leave a mark on it, and accelerate then skips it in
-    `train()`: without a DDP wrapper every process would silently train on its own gradients.
-    """
-    prepared = getattr(trainer.model, "_is_accelerate_prepared", False)
-    if prepared and trainer.accelerator.num_processes > 1 and not trainer.is_fsdp_enabled:
-        trainer.model._is_accelerate_prepared = False
 
 
 class _Follower(TrainerCallback):

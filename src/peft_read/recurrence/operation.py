@@ -210,9 +210,13 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         operation, saved, needs = ctx.operation, ctx.saved_tensors, ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled():  # somebody wants second derivatives
+        if torch.is_grad_enabled():  # somebody wants second derivatives, which cuDNN's recurrences do not have
             arguments = operation.arguments(*saved[: len(needs)])
-            return None, None, *_again(operation.reference(arguments), grads, arguments, needs)
+            before, torch.backends.cudnn.enabled = torch.backends.cudnn.enabled, False
+            try:  # not `cudnn.flags`, which would set, and can fail on, the precision of products too
+                return None, None, *_again(operation.reference(arguments), grads, arguments, needs)
+            finally:
+                torch.backends.cudnn.enabled = before
         return None, None, *operation.gradients(ctx.implementation, saved, grads, needs)
 
 

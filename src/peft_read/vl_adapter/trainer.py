@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import seed_worker
 
 from ..alignment.evaluation import counted_rows
-from ..alignment.trainer import wrap_again
+from ..alignment.wrapping import search_for_unused, wrap_again
 from ..data.multitask import MultitaskBatchSampler, MultitaskDataset
 from ..tasks import name_after_tasks, set_task, task_modules
 from ..values import shown
@@ -138,9 +138,8 @@ class MultitaskMixin(_Base):
                 )
         adapters = set(getattr(model, "peft_config", ())) & set(self._tasks)  # one LoRA per task, for example
         name_after_tasks(model, adapters)
-        if (modules or adapters) and self.args.ddp_find_unused_parameters is None:
-            # The weights of the other tasks get no gradient from a batch.
-            self.args.ddp_find_unused_parameters = True
+        if modules or adapters:
+            search_for_unused(self, True)  # the weights of the other tasks get no gradient from a batch
 
     def _shifts_labels(self, model: nn.Module) -> bool:
         return loss_shifts_labels(model) if self._given_shift is None else self._given_shift

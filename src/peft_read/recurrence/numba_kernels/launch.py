@@ -40,26 +40,26 @@ def _loops(name: str) -> Any:
     return importlib.import_module(f".{name}", __package__)
 
 
-def _addresses(*tensors: Tensor | None) -> tuple[list[Tensor | None], list[int]]:
+def _addresses(given: Sequence[Tensor | None], results: Sequence[Tensor]) -> tuple[list[Tensor | None], list[int]]:
     """Contiguous versions of tensors, which must be kept as long as their addresses, and these; 0 for None.
 
     Raises:
         RuntimeError: if a tensor has no memory.
+        AssertionError: if a result is not contiguous: the loop would set a copy of it.
     """
     kept: list[Tensor | None] = []
     addresses = []
-    for tensor in tensors:
-        address = 0
+    for tensor in (*given, *results):
         if tensor is not None:
             tensor = (tensor.resolve_neg() if tensor.is_neg() else tensor).contiguous()
-            address = tensor.data_ptr()
-            if address == 0:
+            if tensor.data_ptr() == 0:
                 raise RuntimeError(
                     f"A tensor of the recurrence, of shape {tuple(tensor.shape)}, has no memory: its storage was "
                     "freed, as FSDP does with weights that are not gathered. Call the module through its wrapper."
                 )
         kept.append(tensor)
-        addresses.append(address)
+        addresses.append(0 if tensor is None else tensor.data_ptr())
+    assert addresses[len(given) :] == [result.data_ptr() for result in results], "a loop would set a copy"
     return kept, addresses
 
 
@@ -75,7 +75,7 @@ def _scan(arguments: ScanArguments) -> Scanned:
     by_input: Tensor | None = weight_ih
     if inputs > NARROW or width > NARROW:
         x, by_input, bias_ih = F.linear(x, weight_ih, bias_ih), None, None
-    _kept, addresses = _addresses(x, by_input, weight_hh, bias_ih, bias_hh, state, mask, outputs)
+    _kept, addresses = _addresses((x, by_input, weight_hh, bias_ih, bias_hh, state, mask), (outputs,))
     _loops("scan").scan_forward(*addresses, batch, length, inputs, width, gates)
     return Scanned(outputs)
 
@@ -85,12 +85,12 @@ def _scan_backward(
 ) -> ScanArguments:
     x, state, mask, weight_ih, weight_hh, _, _ = arguments
     outputs = results.outputs
-    batch, length, width = outputs.shape
-    gates, inputs = weight_ih.shape
+    (batch, length, width), (gates, inputs) = outputs.shape, weight_ih.shape
     slopes, kept = (None, None) if gates == width else slopes_of_gru(arguments, outputs)
-    outer = outputs.new_empty(batch, length, width) if slopes is None else torch.empty_like(slopes)
+    outer = outputs.new_empty(batch, length, width) if slopes is None else slopes.new_empty(slopes.shape)
     grad_state = outputs.new_empty(batch, width)
-    _kept, addresses = _addresses(_dense(grads[0], outputs), outputs, mask, slopes, kept, weight_hh, outer, grad_state)
+    given = _dense(grads[0], outputs), outputs, mask, slopes, kept, weight_hh
+    _kept, addresses = _addresses(given, (outer, grad_state))
     _loops("scan").scan_backward(*addresses, batch, length, width, gates)
     inner = outer
     if slopes is not None:
@@ -98,13 +98,10 @@ def _scan_backward(
         outer = outer[..., : 3 * width]
     if inputs > NARROW or width > NARROW:
         return gradients_of_gates(inner, outer, grad_state, arguments, outputs, needs)
-    grad_x, grad_ih, grad_hh = x.new_empty(x.shape), x.new_empty(gates, inputs), x.new_empty(gates, width)
-    bias_ih, bias_hh = x.new_empty(gates), x.new_empty(gates)
-    _kept, addresses = _addresses(
-        inner, outer, x, weight_ih, state, outputs, grad_x, grad_ih, grad_hh, bias_ih, bias_hh
-    )
+    found = [x.new_empty(shape) for shape in (x.shape, (gates, inputs), (gates, width), (gates,), (gates,))]
+    _kept, addresses = _addresses((inner, outer, x, weight_ih, state, outputs), found)
     _loops("scan").gradients_of_gates(*addresses, batch, length, inputs, width, gates)
-    return ScanArguments(grad_x, grad_state, None, grad_ih, grad_hh, bias_ih, bias_hh)
+    return ScanArguments(found[0], grad_state, None, *found[1:])
 
 
 def _scan_of(kind: str) -> Implementation[ScanArguments, Scanned]:
@@ -121,7 +118,7 @@ def _scan_of(kind: str) -> Implementation[ScanArguments, Scanned]:
 
 def _product(loop: str, rows: Tensor, *factors: Tensor, k: int, shape: Sequence[int]) -> Tensor:
     """What a loop of `skinny.py` makes of rows (B, T, d) and of what is k wide."""
-    _kept, addresses = _addresses(rows, *factors, out := rows.new_empty(shape))
+    _kept, addresses = _addresses((rows, *factors), (out := rows.new_empty(shape),))
     getattr(_loops("skinny"), loop)(*addresses, rows.shape[0] * rows.shape[1], rows.shape[2], k)
     return out
 
