@@ -120,7 +120,7 @@ def show_backends() -> str:
     places = {
         "numba": "CPU, float32; the recurrence up to width 64 and the RNN adapter up to width 8; transport",
         "triton": "CUDA; the RNN up to width 64, the RNN adapter up to width 16; transport up to sides of 1024; "
-        "checked in Triton's interpreter; earlier forms of the adapter's scan and of the transport on one H100",
+        "checked in Triton's interpreter and on one H200, the RNN in an earlier form",
     }
     for name, place in places.items():
         reason = _why_unusable(name)
