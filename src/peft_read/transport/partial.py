@@ -132,14 +132,13 @@ def partial_optimal_transport(
             if check and not bool(matrix.isfinite().all()):
                 raise ValueError(NOT_FINITE)
             solved = _by_kernel(matrix, rows, cols, total, float(reg), penalty, padded, tol, gradient)
-            bad = [entries for entries in (bad_rows, bad_cols, bad_mass) if entries is not None]
-            poison = torch.stack(bad).any(0) if bad else None
         else:
             solved = _by_method(
                 matrix, rows, cols, total, row_sums, col_sums, float(reg), penalty, padded, chosen, tol, max_iter,
                 gradient,
             )  # fmt: skip
-            poison = None
+        bad = [entries for entries in (bad_rows, bad_cols, bad_mass) if entries is not None]
+        poison = torch.stack(bad).any(0) if bad else None
         problem, plan, scaling = solved
         return _result(problem, plan, scaling, unit, poison, leading, chosen, tol, warn=check)
 
