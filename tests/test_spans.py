@@ -26,6 +26,12 @@ def test_clips_and_seconds():
     assert seconds_to_clips(seconds, 2.0, 8).tolist() == [[2, 4], [7, 7], [0, 7], [2, 2], [7, 7]]
 
 
+@pytest.mark.parametrize("span", [[0.0, torch.inf], [torch.inf, torch.inf], [torch.nan, 1.0], [-1.0, 1.0]])
+def test_seconds_that_are_no_time_are_refused(span):
+    with pytest.raises(ValueError, match="finite and not negative"):
+        seconds_to_clips(torch.tensor([span]), 2.0, 8)
+
+
 def test_windows_of_whole_clips_keep_them_at_any_length_of_a_clip():
     assert seconds_to_clips(torch.tensor([[0.6, 1.4]], dtype=torch.float64), 0.2, 10).tolist() == [[3, 6]]
     clips = torch.combinations(torch.arange(120), 2, with_replacement=True)

@@ -517,3 +517,20 @@ def test_costs_feed_the_solver():
     mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]])
     plan = partial_optimal_transport(cosine_cost(video, language, None, mask), col_mask=mask)
     assert plan.converged.all() and plan.plan.shape == (2, 7, 5)
+
+
+@pytest.mark.parametrize("method", ["auto", "newton", "dykstra"])
+def test_what_is_wrong_shows_in_the_result_where_values_are_not_looked_at(method, monkeypatch):
+    """As on a device, for the problems that its kernel does not take."""
+    for name in ("checked_weights", "checked_fraction"):  # which on the CPU look at the values
+        real = getattr(partial, name)
+        monkeypatch.setattr(partial, name, lambda *taken, real=real: real(*taken[:-1], False))
+    monkeypatch.setattr(partial, "_warned", True)
+    cost, wrong = torch.rand(2, 4, 3), [True, False]
+    additive = torch.tensor([[0.0, 0.0, -1e9, 0.0], [1.0] * 4])
+    weights = torch.tensor([[1.0, -1.0, 1.0, 1.0], [1.0] * 4])
+    masses = torch.tensor([1.5, 0.5])
+    for bad in ({"row_mask": additive}, {"row_weights": weights}, {"mass": masses}):
+        found = partial_optimal_transport(cost, method=method, **bad)
+        assert found.cost.isnan().tolist() == wrong and found.plan.isnan().all((1, 2)).tolist() == wrong
+        assert not found.converged[0] and found.converged[1]

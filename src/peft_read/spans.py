@@ -112,7 +112,8 @@ def seconds_to_clips(spans: Tensor, clip_seconds: float, number_of_clips: int) -
         (..., 2) int64.
 
     Raises:
-        ValueError: the clip length or the number of clips is not positive, or a span is negative, reversed or NaN.
+        ValueError: the clip length or the number of clips is not positive, or a span is negative, reversed or not
+            finite.
     """
     number(clip_seconds, "clip_seconds", above=0)
     if number_of_clips < 1:
@@ -184,7 +185,7 @@ def _check_spans(*spans: Tensor, non_negative: bool = False) -> None:
             raise ValueError(
                 f"a span ends before it starts: {shown(values[values[..., 1] < values[..., 0]].tolist())}"
             )
-        if non_negative and not (values >= 0).all():
+        if non_negative and not (values.isfinite() & (values >= 0)).all():
             raise ValueError(f"spans in seconds must be finite and not negative: {shown(values.tolist())}")
 
 

@@ -134,14 +134,14 @@ def partial_optimal_transport(
             problem, plan, scaling, finished = _by_kernel(
                 matrix, rows, cols, total, float(reg), penalty, padded, tol, gradient
             )
-            bad = [entries for entries in (bad_rows, bad_cols, bad_mass) if entries is not None]
-            poison = torch.stack(bad).any(0) if bad else None
         else:
             problem, plan, scaling = _by_method(
                 matrix, rows, cols, total, row_sums, col_sums, float(reg), penalty, padded, chosen, tol, max_iter,
                 gradient,
             )  # fmt: skip
-            poison, finished = None, None
+            finished = None
+        bad = [entries for entries in (bad_rows, bad_cols, bad_mass) if entries is not None]
+        poison = torch.stack(bad).any(0) if bad else None
         return _result(problem, plan, scaling, unit, poison, leading, chosen, tol, finished, warn=check)
 
 

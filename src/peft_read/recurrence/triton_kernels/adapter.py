@@ -167,8 +167,7 @@ def columns_backward(
             up_total += tl.sum(tl.load(active + token * (k + 1) + i, here & (i < k), 0.0) * wide, 0)[None, :, :]
             bias_total += tl.sum(tl.load(active + token * (k + 1) + k, here, 0.0) * wide, 0)[None, :, :]
         if DOWN:
-            rows_of_x = tl.load(x + token * d + column, within, 0.0)
-            down_total += tl.sum(factor * rows_of_x.to(tl.float32), 0)[None, :, :]
+            down_total += tl.sum(factor * tl.load(x + token * d + column, within, 0.0).to(tl.float32), 0)[None, :, :]
         if PASSED_ON:  # last: the loads of this step would wait for the store
             added = tl.sum(factor * weight, 1)[:, None, :]
             total = wide + added.to(rows.dtype).to(tl.float32)
