@@ -47,7 +47,7 @@ def scan_settings(k: int) -> dict[str, int]:
 
 @cache
 def tile_settings(k: int, d: int, most: int = 2) -> dict[str, int]:
-    """Compile-time settings of the launches over tokens, at most so many, and columns of the model's width d."""
+    """Compile-time settings of the launches over tiles of at most so many tokens, and of columns of the width d."""
     columns = min(128, max(16, filled(d)))
     tokens = max(1, min(most, TILE_NUMBERS // (filled(k) * columns)))
     return {"K": filled(k), "TOKENS": tokens, "COLUMNS": columns, "num_warps": 1}
