@@ -76,6 +76,13 @@ def test_addresses_that_triton_compiles_another_kernel_for_are_not_kept(kernel):
     assert len(kernel.asked) == 2 and not kernel_launch.LAUNCHERS
 
 
+def test_launches_that_are_kept_do_not_grow_for_ever(kernel, monkeypatch):
+    monkeypatch.setattr(kernel_launch, "MOST", 3)
+    for size in range(2, 9):
+        launch(kernel, (1,), torch.randn(4), None, size, FIRST=7, SECOND=1)
+        assert 1 <= len(kernel_launch.LAUNCHERS) <= 3
+
+
 def test_old_versions_and_the_interpreter_are_asked_every_time(kernel, monkeypatch):
     monkeypatch.setattr(kernel_launch, "_version", lambda: (3, 2))
     for _ in range(2):

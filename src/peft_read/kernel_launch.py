@@ -19,6 +19,7 @@ __all__ = ["launch"]
 
 ALIGNMENT = 16  # of addresses, in bytes: what Triton compiles another kernel for
 FIRST_VERSION = (3, 3)  # of Triton whose compiled kernels take the compile-time arguments too
+MOST = 4096  # launches kept: sequences of ever new lengths are no reason to grow for ever
 LAUNCHERS: dict[tuple[Any, ...], tuple[Callable[..., None], tuple[Any, ...]]] = {}
 
 
@@ -54,6 +55,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *given: Any, **settings: Any) -> 
         # Contractions of floats are no default of all versions of Triton.
         compiled = kernel[grid](*pointers, enable_fp_fusion=True, **settings)
         if places % ALIGNMENT == 0 and _can_be_kept(compiled):
+            if len(LAUNCHERS) >= MOST:
+                LAUNCHERS.clear()
             constants = tuple(settings[name] for name in kernel.arg_names if name in settings)
             LAUNCHERS[tuple(key)] = compiled[grid + (1,) * (3 - len(grid))], constants
 
