@@ -248,6 +248,30 @@ def test_input_output_and_layout_of_a_stream():
     assert torch.equal(block.language, x)
 
 
+def test_a_mask_is_asked_for_once_per_pass_and_mixed_masks_are_those_of_each_block():
+    asked = []
+
+    def mask(batch):
+        asked.append(batch)
+        return batch["attention_mask"][:, :3]
+
+    model, inputs = tiny_bart(), batch()
+    video = Stream(ENCODER, tokens=slice(0, 3), mask=mask)
+    aligner = Aligner(model, PVLAConfig(video=video, language=SLICED.language))
+    with aligner.record() as recording:
+        model(**inputs)
+    found = aligner.distance(recording, inputs).distance
+    assert len(asked) == 1 and len(found) == 2
+
+    first, second = states(), states()
+    padding = torch.tensor([[1, 1, 0, 0, 0]] * 2)
+    for masks in ([None, padding], [padding, padding], [padding, padding.clone()]):
+        both = alignment_distance([first[0], second[0]], [first[1], second[1]], masks)
+        for one, (pair, single) in enumerate(zip((first, second), masks, strict=True)):
+            alone = alignment_distance(*pair, single)
+            torch.testing.assert_close(both.distance[one], alone.distance[0], rtol=1e-4, atol=1e-6)
+
+
 def test_inverted_masks_and_extractors():
     model, inputs = tiny_bart(), batch()
     inputs["padding"] = 1 - inputs["attention_mask"]

@@ -127,6 +127,41 @@ torch.testing.assert_close(found.cost.double(), exact.cost, rtol=1e-4, atol=0)
 """
 
 
+# The host is slower than the device: what a step of training asks of it besides the launches of kernels.
+HOST_OPERATIONS = """
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from peft_read import PVLALoss, use_backend
+from peft_read.transport import fast, partial_optimal_transport, triton_finish, triton_kernels
+
+class Count(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.count += 1
+        return function(*arguments, **(options or {}))
+
+def operations(step):
+    with Count() as mode:
+        mode.count = 0
+        step()
+    return mode.count
+
+torch.set_num_threads(1)
+use_backend("triton")
+cost = torch.rand(6, 4, 3, requires_grad=True)
+assert fast.runs_kernel(cost)
+triton_finish.launch = triton_kernels.launch = lambda *arguments, **settings: None
+row_mask, col_mask = torch.ones(6, 4, dtype=torch.bool), torch.ones(6, 3, dtype=torch.bool)
+video, language = ([torch.randn(2, length, 8, requires_grad=True) for _ in range(6)] for length in (4, 3))
+for name, step, most in (
+    ("plain", lambda: partial_optimal_transport(cost, check=False), 24),
+    ("masked", lambda: partial_optimal_transport(cost, row_mask=row_mask, col_mask=col_mask, check=False), 40),
+    ("six blocks", lambda: PVLALoss()(video, language, row_mask[:2]), 100),
+):
+    found = operations(step)
+    assert found <= most, (name, found)
+"""
+
+
 def run(script):
     # A process of its own: Triton reads TRITON_INTERPRET once, when it is imported.
     environment = {
@@ -151,3 +186,7 @@ def test_the_fused_kernel_solves_every_problem_itself():
 
 def test_nothing_waits_for_the_device_and_nothing_wrong_is_silent():
     run(WAITLESS)
+
+
+def test_a_step_asks_the_host_for_few_operations():
+    run(HOST_OPERATIONS)

@@ -77,16 +77,29 @@ def scope_checkpoints(model: nn.Module, capture: Capture, owner: object) -> None
         capture: of `ScopedCheckpoint`; of a function that the owner has wrapped already it takes the former's place.
         owner: of `ScopedCheckpoint`; compared with `==`.
     """
-    for module in model.modules():
+    for own in _own_attributes(model):
         for name in NAMES:
-            function = module.__dict__.get(name)
+            function = own.get(name)
             if function is None:
                 continue
             wrapper = _wrapper_of(function, owner)
             if wrapper is None:
-                module.__dict__[name] = ScopedCheckpoint(function, capture, owner)
+                own[name] = ScopedCheckpoint(function, capture, owner)
             else:
                 wrapper.capture = capture
+
+
+def _own_attributes(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Those of a module and all below it that have modules of their own: what has none has nothing to recompute.
+
+    Every training step goes this way, since checkpointing can be switched on at any time; `modules()` takes five times
+    as long. A module that is shared comes several times.
+    """
+    waiting = [model]
+    while waiting:
+        own = waiting.pop().__dict__
+        yield own
+        waiting.extend(child for child in own["_modules"].values() if child is not None and child._modules)
 
 
 def _wrapper_of(function: Any, owner: object) -> ScopedCheckpoint | None:
@@ -99,11 +112,11 @@ def _wrapper_of(function: Any, owner: object) -> ScopedCheckpoint | None:
 
 def unscope_checkpoints(model: nn.Module, owner: object) -> None:
     """Take one owner's wrappers off again."""
-    for module in model.modules():
+    for own in _own_attributes(model):
         for name in NAMES:
-            function = module.__dict__.get(name)
+            function = own.get(name)
             if _wrapper_of(function, owner) is not None:
-                module.__dict__[name] = _without(function, owner)
+                own[name] = _without(function, owner)
 
 
 def _without(function: Any, owner: object) -> Any:

@@ -166,7 +166,9 @@ def _in_scope(output: torch.Tensor, scope: Scope, path: str, batch_first: bool) 
     elif output.dim() == 2 and not batch_first:
         tensor = output.unflatten(0, (length, batch)).transpose(0, 1)
         restore = lambda delta: delta.transpose(0, 1).reshape(shape)  # noqa: E731
-    elif output.dim() == 2 or (shape[0] == batch and (batch_first or output.dim() > 3)):
+    elif output.dim() == 3 and batch_first and shape[0] == batch:
+        tensor, restore = output, lambda delta: delta  # the usual case, where a view costs the host as much as a sum
+    elif output.dim() == 2 or (shape[0] == batch and output.dim() > 3):
         tensor, restore = output.reshape(batch, length, shape[-1]), lambda delta: delta.reshape(shape)
     else:
         return None

@@ -82,7 +82,7 @@ def alignment_distance(
         _check_finite(blocks)
         pooling, metric = distance.split("_")
         distances = torch.stack([_pooled_distance(*block, pooling=pooling, metric=metric) for block in blocks])
-        return AlignmentDistance(distances, torch.stack([_both_present(vm, lm) for _, _, vm, lm in blocks]))
+        return AlignmentDistance(distances, torch.stack([_both_present(*block) for block in blocks]))
 
 
 class PVLALoss(nn.Module):
@@ -188,7 +188,8 @@ def mask_of(mask: Any, where: str) -> Tensor:
     return tensor
 
 
-Block = tuple[Tensor, Tensor, Tensor, Tensor]  # video (B, N, d), language (B, M, d), their boolean masks
+# Video (B, N, d), language (B, M, d), and their boolean masks, None without padding.
+Block = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def _pair_blocks(video: object, language: object, video_mask: object, language_mask: object) -> list[Block]:
@@ -199,7 +200,7 @@ def _pair_blocks(video: object, language: object, video_mask: object, language_m
     count = len(videos)
     video_masks, language_masks = _masks_as_list(video_mask, count), _masks_as_list(language_mask, count)
     blocks = []
-    unmasked: dict[tuple[torch.Size, torch.device], Tensor] = {}
+    known: KnownMasks = {}
     for index, (v, t, vm, tm) in enumerate(zip(videos, languages, video_masks, language_masks, strict=True)):
         where = "" if count == 1 else f"block {index}: "
         for name, states in (("video", v), ("language", t)):
@@ -209,7 +210,7 @@ def _pair_blocks(video: object, language: object, video_mask: object, language_m
         if misfit := _misfit(v, t):
             shapes = f"video states {tuple(v.shape)} and language states {tuple(t.shape)}"
             raise ValueError(f"{where}{shapes}: {misfit}")
-        blocks.append((*_masked(vm, v, "video", where, unmasked), *_masked(tm, t, "language", where, unmasked)))
+        blocks.append((*_masked(vm, v, "video", where, known), *_masked(tm, t, "language", where, known)))
     return [(v, t, vm, tm) for v, vm, t, tm in blocks]
 
 
@@ -256,27 +257,30 @@ def _masks_as_list(value: object, count: int) -> list[Tensor | None]:
     return list(value)
 
 
-def _masked(
-    mask: Any, states: Tensor, side: str, where: str, unmasked: dict[tuple[torch.Size, torch.device], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """The states in at least float32, and their mask as booleans; `unmasked` keeps masks without padding."""
+KnownMasks = dict[tuple[int, torch.device], tuple[Tensor, Tensor | None]]  # by the id of what was given
+
+
+def _masked(mask: Any, states: Tensor, side: str, where: str, known: KnownMasks) -> tuple[Tensor, Tensor | None]:
+    """The states in at least float32, and their mask as booleans; one mask of all blocks is looked at once."""
     states = states if states.dtype == torch.float64 else states.float()
     if mask is None:
-        kind = (states.shape[:2], states.device)
-        if kind not in unmasked:
-            unmasked[kind] = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
-        return states, unmasked[kind]
+        return states, None
     whose = f"{where}the {side} mask"
-    mask = mask_of(mask, whose)
-    if mask.shape != states.shape[:2]:
+    key = (id(mask), states.device)
+    valid, wrong = known.get(key, (None, None))
+    given = mask_of(mask, whose) if valid is None else valid
+    if given.shape != states.shape[:2]:
         raise ValueError(
-            f"{whose} has shape {tuple(mask.shape)}, and the states that it describes have {tuple(states.shape)}; a "
+            f"{whose} has shape {tuple(given.shape)}, and the states that it describes have {tuple(states.shape)}; a "
             "mask has one entry per token, (batch, tokens)"
         )
-    valid, wrong = real_entries(whose, mask, tuple(states.shape[:2]))
+    if valid is None:
+        valid, wrong = real_entries(whose, given, tuple(states.shape[:2]))
+        valid, wrong = valid.to(states.device), None if wrong is None else wrong.to(states.device)
+        known[key] = valid, wrong
     if wrong is not None:  # reading values would wait for the device; the distance is NaN there
-        states = torch.where(wrong.to(states.device)[..., None], torch.nan, states)
-    return states, valid.to(states.device)
+        states = torch.where(wrong[..., None], torch.nan, states)
+    return states, valid
 
 
 def _check_finite(blocks: list[Block]) -> None:
@@ -284,7 +288,8 @@ def _check_finite(blocks: list[Block]) -> None:
         return  # reading values would wait for the device; the distance is NaN there, which the trainer reports
     for index, (v, t, vm, tm) in enumerate(blocks):
         for name, states, mask in (("video", v, vm), ("language", t, tm)):
-            if not bool((states.isfinite().all(-1) | ~mask).all()):
+            finite = states.isfinite().all(-1)
+            if not bool((finite if mask is None else finite | ~mask).all()):
                 where = "" if len(blocks) == 1 else f"block {index}: "
                 raise ValueError(f"{where}a token of the {name} states outside the padding is NaN or infinite")
 
@@ -294,49 +299,67 @@ def _transport_distance(blocks: list[Block], *, mass: float, reg: float, method:
     plan = partial_optimal_transport(cost, mass=mass, reg=reg, row_mask=row_mask, col_mask=col_mask, method=method)
     moved = plan.mass.detach()
     # An example without video or without words transports nothing: its cost is 0 and stays 0.
-    distance = torch.where(moved > 0, plan.cost / moved.clamp_min(torch.finfo(moved.dtype).tiny), plan.cost * 0)
+    distance = plan.cost / moved.masked_fill(moved <= 0, torch.inf)
     return AlignmentDistance(distance, moved, plan.converged)
 
 
-Costs = tuple[Tensor, Tensor, Tensor]  # (blocks, B, N, M) and the masks, (blocks, B, N) and (blocks, B, M)
+# (blocks, B, N, M) and the masks, (blocks, B, N) and (blocks, B, M), None without padding.
+Costs = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 def _alike(blocks: list[Block]) -> Costs | None:
     """The costs of blocks of one shape and dtype, which are those of one stack; None for others."""
     if len({(v.shape, t.shape, v.dtype, t.dtype, v.device) for v, t, _, _ in blocks}) > 1:
         return None
-    v, t, vm, tm = (torch.stack(parts) if len(parts) > 1 else parts[0][None] for parts in zip(*blocks, strict=True))
+    videos, languages, video_masks, language_masks = (list(side) for side in zip(*blocks, strict=True))
+    v, t = torch.stack(videos), torch.stack(languages)
+    vm, tm = _one_mask(video_masks, v), _one_mask(language_masks, t)
     return cosine_cost(v, t, vm, tm), vm, tm
+
+
+def _one_mask(masks: list[Tensor | None], states: Tensor) -> Tensor | None:
+    """The masks of a stack of states (blocks, B, L, d); None if no block has one."""
+    first = masks[0]
+    if all(mask is first for mask in masks):
+        return None if first is None else first.expand(states.shape[:-1])
+    return torch.stack([_present(one, mask) for one, mask in zip(states, masks, strict=True)])
+
+
+def _present(states: Tensor, mask: Tensor | None) -> Tensor:
+    """The mask (B, L) of states (B, L, d)."""
+    return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device) if mask is None else mask
 
 
 def _unlike(blocks: list[Block]) -> Costs:
     """The costs of blocks whose lengths differ, filled up with padding."""
-    rows, columns = (max(block[side].shape[1] for block in blocks) for side in (0, 1))
+    rows, columns = max(v.shape[1] for v, *_ in blocks), max(t.shape[1] for _, t, *_ in blocks)
     costs, row_masks, column_masks = [], [], []
-    for v, t, vm, tm in blocks:
-        cost = cosine_cost(v, t, vm, tm)
+    for video, language, video_mask, language_mask in blocks:
+        cost = cosine_cost(video, language, video_mask, language_mask)
         costs.append(F.pad(cost, (0, columns - cost.shape[2], 0, rows - cost.shape[1])))
-        row_masks.append(F.pad(vm, (0, rows - vm.shape[1])))
-        column_masks.append(F.pad(tm, (0, columns - tm.shape[1])))
+        row_masks.append(F.pad(_present(video, video_mask), (0, rows - cost.shape[1])))
+        column_masks.append(F.pad(_present(language, language_mask), (0, columns - cost.shape[2])))
     return torch.stack(costs), torch.stack(row_masks), torch.stack(column_masks)
 
 
-def _pooled_distance(v: Tensor, t: Tensor, vm: Tensor, tm: Tensor, *, pooling: str, metric: str) -> Tensor:
+def _pooled_distance(
+    v: Tensor, t: Tensor, vm: Tensor | None, tm: Tensor | None, *, pooling: str, metric: str
+) -> Tensor:
     a, b = _pool(v, vm, pooling), _pool(t, tm, pooling)  # (B, d)
     if metric == "cosine":
         distance = 1 - F.cosine_similarity(a, b, dim=-1)
     else:
         distance = (a - b).square().sum(-1) / a.shape[-1]
-    return torch.where(_both_present(vm, tm) > 0, distance, torch.zeros_like(distance))
+    return torch.where(_both_present(v, t, vm, tm) > 0, distance, torch.zeros_like(distance))
 
 
-def _pool(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
-    mask = mask.unsqueeze(-1)  # (B, L, 1)
+def _pool(states: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
+    mask = _present(states, mask).unsqueeze(-1)  # (B, L, 1)
     if pooling == "avg":
         return states.masked_fill(~mask, 0).sum(1) / mask.sum(1).clamp_min(1)
     pooled = states.masked_fill(~mask, float("-inf")).amax(1)
     return torch.where(mask.any(1), pooled, torch.zeros_like(pooled))
 
 
-def _both_present(video_mask: Tensor, language_mask: Tensor) -> Tensor:
-    return (video_mask.any(1) & language_mask.any(1)).float()
+def _both_present(v: Tensor, t: Tensor, vm: Tensor | None, tm: Tensor | None) -> Tensor:
+    return (_present(v, vm).any(1) & _present(t, tm).any(1)).float()

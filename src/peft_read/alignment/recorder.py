@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .streams import Stream
+from .streams import KnownMasks, Stream
 
 __all__ = ["AlignedBlock", "Recording", "StreamPair", "drops_blocks"]
 
@@ -131,6 +131,7 @@ class StreamPair:
             RuntimeError: no pair ran, and not because of LayerDrop; or the two modules of a pair ran unequally often.
         """
         blocks, absent = [], []
+        masks: dict[str, KnownMasks] = {side: {} for side in self.streams}
         for names in self.names:
             keys = list(zip(self.streams, names, strict=True))
             runs = [recording.states.get(key, []) for key in keys]
@@ -139,8 +140,10 @@ class StreamPair:
                 continue
             for video, language in _pair_runs(names, *runs):
                 sides = [
-                    stream.select_tokens(states, batch, name)
-                    for stream, states, name in zip(self.streams.values(), (video, language), names, strict=True)
+                    stream.select_tokens(states, batch, name, masks[side])
+                    for (side, stream), states, name in zip(
+                        self.streams.items(), (video, language), names, strict=True
+                    )
                 ]
                 blocks.append(AlignedBlock(sides[0][0], sides[1][0], sides[0][1], sides[1][1], names))
         if absent:

@@ -15,10 +15,12 @@ from ..plain import plain_flag, plain_integer, plain_names
 from ..transport import real_entries
 from .loss import mask_of
 
-__all__ = ["Batch", "Stream", "rows_of", "unwrap_model"]
+__all__ = ["Batch", "KnownMasks", "Stream", "rows_of", "unwrap_model"]
 
 Batch = Mapping[str, Any]
 Tokens = slice | Callable[[Batch, int], Any]
+# By the shape (B, L) and the device: which tokens are not padding, and which entries of the mask are no mask's.
+KnownMasks = dict[tuple[torch.Size, torch.device], tuple[Tensor, Tensor | None]]
 
 # Entries of a batch with one row per example, whatever else it holds (such as the patches of all images).
 ROW_PER_EXAMPLE = ("input_ids", "inputs_embeds", "labels", "attention_mask", "video_features", "visual_features")
@@ -138,8 +140,17 @@ class Stream:
             ) from error
         return output
 
-    def select_tokens(self, states: Tensor, batch: Batch, name: str) -> tuple[Tensor, Tensor | None]:
+    def select_tokens(
+        self, states: Tensor, batch: Batch, name: str, known: KnownMasks | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """The tokens of this stream (B, L', d), and their boolean mask (B, L') or None.
+
+        Args:
+            states: the module's, (B, L, d).
+            batch: what the model was given.
+            name: of the module, for messages.
+            known: the masks of other modules for the same batch, looked up and added to; a mask depends on the batch
+                alone, and looking at it once per block costs time of the host.
 
         Raises:
             ValueError: no tokens are selected, or the mask is absent, is not a mask, or has another shape.
@@ -148,6 +159,10 @@ class Stream:
             states = self._selected(states, batch, name)
         if self.mask is None:
             return states, None
+        kind = (states.shape[:2], states.device)
+        if known is not None and kind in known:
+            valid, wrong = known[kind]
+            return states if wrong is None else torch.where(wrong[..., None], torch.nan, states), valid
         if callable(self.mask):
             mask = self.mask(batch)
         elif self.mask in batch:
@@ -165,10 +180,14 @@ class Stream:
                 f"have {tuple(states.shape)}; set Stream.tokens to the part of the sequence that the mask covers"
             )
         valid, wrong = real_entries(where, valid, tuple(states.shape[:2]))
+        valid, wrong = valid.to(states.device), None if wrong is None else wrong.to(states.device)
+        if self.invert_mask:
+            valid = ~valid
+        if known is not None:
+            known[kind] = valid, wrong
         if wrong is not None:  # on a device, where the distance says it as NaN
-            states = torch.where(wrong.to(states.device)[..., None], torch.nan, states)
-        valid = valid.to(states.device)
-        return states, ~valid if self.invert_mask else valid
+            states = torch.where(wrong[..., None], torch.nan, states)
+        return states, valid
 
     def _selected(self, states: Tensor, batch: Batch, name: str) -> Tensor:
         index = self.tokens(batch, states.shape[1]) if callable(self.tokens) else self.tokens

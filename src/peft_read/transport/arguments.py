@@ -16,6 +16,7 @@ __all__ = [
     "checked_fraction",
     "checked_options",
     "checked_weights",
+    "smaller_sum",
 ]
 
 METHODS = ("auto", "newton", "dykstra", "paper", "exact")
@@ -63,8 +64,9 @@ def checked_weights(
     if mask is None and weights is None:
         weight = 1.0 if marginals == "count" else 1 / shape[-1]
         return torch.full((count, shape[-1]), weight, dtype=torch.float64, device=device), None
-    valid, wrong = torch.ones((), dtype=torch.bool, device=device), None
-    if mask is not None:
+    if mask is None:
+        valid, wrong = torch.ones((), dtype=torch.bool, device=device), None
+    else:
         valid, wrong = real_entries(f"{side}_mask", mask, shape, check=check)
         valid = valid.to(device)
         wrong = None if wrong is None else wrong.to(device).broadcast_to(shape).reshape(count, -1).any(-1)
@@ -103,10 +105,10 @@ def checked_weights(
 
 def checked_fraction(
     mass: float | Tensor, leading: torch.Size, device: torch.device, check: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The fraction of each problem (P,), and where it is wrong, if values are not read."""
+) -> tuple[float | Tensor, Tensor | None]:
+    """The fraction of each problem, one for all or (P,), and where it is wrong, if values are not read."""
     if isinstance(mass, int | float) and 0 < mass <= 1:
-        return torch.full((math.prod(leading),), mass, dtype=torch.float64, device=device), None
+        return float(mass), None
     fraction = torch.as_tensor(mass, dtype=torch.float64, device=device).detach()
     if not broadcasts(fraction.shape, leading):
         raise ValueError(f"mass must be a number or broadcast to shape {tuple(leading)}, got {tuple(fraction.shape)}.")
@@ -119,6 +121,15 @@ def checked_fraction(
     else:
         wrong = ~good.broadcast_to(leading).reshape(-1)
     return fraction, wrong
+
+
+def smaller_sum(rows: float | Tensor, cols: float | Tensor) -> float | Tensor:
+    """The smaller of the two sides' sums of weights, each one for all problems or (P,)."""
+    if isinstance(rows, Tensor) and isinstance(cols, Tensor):
+        return torch.minimum(rows, cols)
+    if isinstance(rows, Tensor):
+        return rows.clamp_max(cols)
+    return cols.clamp_max(rows) if isinstance(cols, Tensor) else min(rows, cols)
 
 
 def checked_options(

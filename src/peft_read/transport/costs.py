@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .masks import real_entries
 
@@ -90,18 +91,16 @@ def _without_padding(features: Tensor, mask: Tensor | None, name: str) -> Tensor
     valid, wrong = real_entries(name, mask, tuple(features.shape[:-1]))
     if wrong is not None:  # reading values would wait for the device; the cost is NaN there
         features = torch.where(wrong.unsqueeze(-1), math.nan, features)
-    # `where`, not a product: padding may hold NaN, and NaN * 0 is NaN in both directions.
-    return torch.where(valid.unsqueeze(-1), features, features.new_zeros(()))
+    # Filled, not multiplied: padding may hold NaN, and NaN * 0 is NaN in both directions.
+    return features.masked_fill(~valid.unsqueeze(-1), 0)
 
 
 def _directions(features: Tensor) -> Tensor:
     """Vectors of length 1; zero vectors stay zero and pass no gradient back."""
-    largest = features.detach().abs().amax(-1, keepdim=True)
-    is_zero = largest < torch.finfo(features.dtype).tiny
-    # Scaling by the largest entry first keeps the squares from overflowing or vanishing.
-    scaled = torch.where(is_zero, features.new_zeros(()), features / torch.where(is_zero, 1, largest))
-    length = torch.where(is_zero, 1, scaled.square().sum(-1, keepdim=True)).sqrt()
-    return scaled / length
+    largest = torch.linalg.vector_norm(features.detach(), math.inf, -1, keepdim=True)
+    # Scaling by the largest entry first keeps the squares from overflowing or vanishing; the length is then 1 or more.
+    scaled = features / largest.masked_fill(largest < torch.finfo(features.dtype).tiny, math.inf)
+    return F.normalize(scaled, dim=-1, eps=0.5)
 
 
 def _described(value: object) -> str:

@@ -28,7 +28,9 @@ def real_entries(
         raise ValueError(f"{name} must be a tensor of shape {shape}, or broadcast to it, got {shape_of(mask)}.")
     if mask.is_complex():
         raise ValueError(f"{name} must be boolean, integer or floating point (0 = padding), got {mask.dtype}.")
-    if mask.dtype in (torch.bool, torch.uint8):
+    if mask.dtype is torch.bool:
+        return mask, None
+    if mask.dtype is torch.uint8:
         return mask != 0, None
     good = mask >= 0
     if check or (check is None and mask.device.type == "cpu"):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import exact, fast
-from .arguments import check_device, check_size, checked_fraction, checked_options, checked_weights
+from .arguments import check_device, check_size, checked_fraction, checked_options, checked_weights, smaller_sum
 from .certificate import Finished, keeps_promises
 from .dykstra import solve_dykstra
 from .gradients import ImplicitPlan, envelope_cost
@@ -111,48 +111,50 @@ def partial_optimal_transport(
         cols, bad_cols = checked_weights(
             "col", col_weights, col_mask, marginals, (*leading, n_cols), cost.device, check
         )
-        padded = row_mask is not None or col_mask is not None or row_weights is not None or col_weights is not None
-        if padded:
+        even_rows, even_cols = row_mask is None and row_weights is None, col_mask is None and col_weights is None
+        padded = not (even_rows and even_cols)
+        if padded and (check or not fused or gradient == "implicit"):  # the kernel does not look at padding
             matrix = torch.where((rows > 0)[:, :, None] & (cols > 0)[:, None, :], matrix, 0)
         fraction, bad_mass = checked_fraction(mass, leading, cost.device, check)
         if chosen == "paper":
-            fraction, bad_mass = rows.new_ones(()), None
-        row_sums, col_sums = rows.sum(-1), cols.sum(-1)
+            fraction, bad_mass = 1.0, None
+        counted = marginals == "count"
+        row_sums: float | Tensor = (n_rows if counted else 1.0) if even_rows else rows.sum(-1)
+        col_sums: float | Tensor = (n_cols if counted else 1.0) if even_cols else cols.sum(-1)
         unit = None
         if row_weights is not None or col_weights is not None:
             # Weights of any size: the plan of a hundredth of all weights is a hundredth of the plan.
-            unit = torch.minimum(row_sums, col_sums)
+            unit = torch.as_tensor(smaller_sum(row_sums, col_sums))
             unit = torch.where(unit > 0, unit, 1).log2().floor().exp2()
             rows, cols = rows / unit[:, None], cols / unit[:, None]
             row_sums, col_sums = row_sums / unit, col_sums / unit
-        total = fraction * torch.minimum(row_sums, col_sums)
+        total = fraction * smaller_sum(row_sums, col_sums)
+        if not isinstance(total, Tensor):
+            total = rows.new_full(rows.shape[:1], total)
         if check:
             check_size(total if unit is None else total * unit, matrix, penalty)
         if fused:
             if check and not bool(matrix.isfinite().all()):
                 raise ValueError(NOT_FINITE)
-            problem, plan, scaling, finished = _by_kernel(
-                matrix, rows, cols, total, float(reg), penalty, padded, tol, gradient
-            )
+            finished, n_iter = _by_kernel(matrix, rows, cols, total, float(reg), penalty, padded, tol, gradient)
         else:
-            problem, plan, scaling = _by_method(
+            finished, n_iter = _by_method(
                 matrix, rows, cols, total, row_sums, col_sums, float(reg), penalty, padded, chosen, tol, max_iter,
                 gradient,
             )  # fmt: skip
-            finished = None
         bad = [entries for entries in (bad_rows, bad_cols, bad_mass) if entries is not None]
         poison = torch.stack(bad).any(0) if bad else None
-        return _result(problem, plan, scaling, unit, poison, leading, chosen, tol, finished, warn=check)
+        return _result(matrix, finished, n_iter, unit, poison, leading, warn=check and chosen != "paper")
 
 
 NOT_FINITE = "cost must be finite on every real row and column, got NaN or infinity."
-Solved = tuple[Problem, Tensor, Scaling]  # the problems, their plans with the gradient asked for, and the scalings
+Solved = tuple[Finished, Tensor]  # the plans, which carry the gradient asked for, and the iterations (P,)
 
 
 def _by_kernel(
     matrix: Tensor, rows: Tensor, cols: Tensor, total: Tensor, reg: float, penalty: float | None, padded: bool,
     tol: float, gradient: str,
-) -> tuple[Problem, Tensor, Scaling, Finished]:  # fmt: skip
+) -> Solved:  # fmt: skip
     """By the fused kernels, without synchronising with the host."""
     from .triton_finish import finish_fused
     from .triton_kernels import solve_fused
@@ -168,19 +170,18 @@ def _by_kernel(
         finished = finish_fused(
             matrix.contiguous(), rows, cols, total, left, right, bounds, done, reg, penalty, tol=tol
         )
-        plan, scaling = finished.plan, Scaling(left, right, n_iter.long(), finished.certificate.converged)
-        nothing = scaling.converged  # which side is taken whole is for other solvers to know
-        problem = Problem(
-            matrix, rows, cols, total, bounds[:, 0], bounds[:, 1], reg, penalty, 0.0, padded, nothing, nothing
-        )
     if gradient == "implicit":
-        plan = ImplicitPlan.apply(matrix, plan, left, right, problem)
-    return problem, plan, scaling, finished
+        unknown = finished.certificate.converged  # which side is taken whole is for other solvers to know
+        problem = Problem(
+            matrix, rows, cols, total, bounds[:, 0], bounds[:, 1], reg, penalty, 0.0, padded, unknown, unknown
+        )
+        finished = finished._replace(plan=ImplicitPlan.apply(matrix, finished.plan, left, right, problem))
+    return finished, n_iter.long()
 
 
 def _by_method(
-    matrix: Tensor, rows: Tensor, cols: Tensor, total: Tensor, row_sums: Tensor, col_sums: Tensor, reg: float,
-    penalty: float | None, padded: bool, method: str, tol: float, max_iter: int | None, gradient: str,
+    matrix: Tensor, rows: Tensor, cols: Tensor, total: Tensor, row_sums: float | Tensor, col_sums: float | Tensor,
+    reg: float, penalty: float | None, padded: bool, method: str, tol: float, max_iter: int | None, gradient: str,
 ) -> Solved:  # fmt: skip
     """By the method named, and on the values."""
     flat = matrix.detach()
@@ -204,15 +205,19 @@ def _by_method(
         cols_full=_takes_all(total, col_sums, matrix.dtype, penalty),
     )  # fmt: skip
     if exists is None or bool(exists.all()):
-        return problem, *_solved(problem, method, tol, max_iter, gradient)
-    kept = (exists.nonzero()[:, 0],)
-    plan, scaling = _solved(problem.select(kept[0]), method, tol, max_iter, gradient)
-    return problem, torch.zeros_like(matrix).index_put(kept, plan), Scaling(
-        torch.full_like(rows, -math.inf).index_put(kept, scaling.log_left),
-        torch.full_like(cols, -math.inf).index_put(kept, scaling.log_right),
-        torch.zeros_like(total).long().index_put(kept, scaling.n_iter),
-        torch.ones_like(exists).index_put(kept, scaling.converged),
-    )  # fmt: skip
+        plan, scaling = _solved(problem, method, tol, max_iter, gradient)
+    else:
+        kept = (exists.nonzero()[:, 0],)
+        some, of_some = _solved(problem.select(kept[0]), method, tol, max_iter, gradient)
+        plan = torch.zeros_like(matrix).index_put(kept, some)
+        scaling = Scaling(
+            torch.full_like(rows, -math.inf).index_put(kept, of_some.log_left),
+            torch.full_like(cols, -math.inf).index_put(kept, of_some.log_right),
+            torch.zeros_like(total).long().index_put(kept, of_some.n_iter),
+            torch.ones_like(exists).index_put(kept, of_some.converged),
+        )
+    # Whether a problem converged is computed from the plan, not taken from its solver.
+    return Finished(plan, None, keeps_promises(problem, plan.detach(), scaling, tol)), scaling.n_iter
 
 
 def _span(low: Tensor, high: Tensor, penalty: float | None) -> float:
@@ -222,7 +227,7 @@ def _span(low: Tensor, high: Tensor, penalty: float | None) -> float:
     return float((high.double() - low.double()).amax())
 
 
-def _takes_all(total: Tensor, weight_sum: Tensor, dtype: torch.dtype, penalty: float | None) -> Tensor:
+def _takes_all(total: Tensor, weight_sum: float | Tensor, dtype: torch.dtype, penalty: float | None) -> Tensor:
     """Whether the total is all that one side has: (P,) bool."""
     return total >= weight_sum * (1 - FULL[dtype] if penalty is None else math.inf)
 
@@ -301,34 +306,26 @@ def _paper(problem: Problem, tol: float, max_iter: int) -> tuple[Tensor, Scaling
 
 
 def _result(
-    problem: Problem, plan: Tensor, scaling: Scaling, unit: Tensor | None, poison: Tensor | None, leading: torch.Size,
-    method: str, tol: float, finished: Finished | None, *, warn: bool,
+    matrix: Tensor, finished: Finished, n_iter: Tensor, unit: Tensor | None, poison: Tensor | None,
+    leading: torch.Size, *, warn: bool,
 ) -> TransportPlan:  # fmt: skip
-    """The result; whether a problem converged is computed from the plan, not taken from its solver."""
-    if finished is None:
-        finished = Finished(plan, None, keeps_promises(problem, plan.detach(), scaling, tol))
-    value, certificate = finished.value, finished.certificate
-    converged, mass, excess = certificate.converged, certificate.mass, certificate.excess
+    """The result in the shape and the unit of what was given, NaN where that was wrong."""
+    plan, value, (converged, mass, excess) = finished
     if unit is not None:
         plan = (plan.double() * unit[:, None, None]).to(plan.dtype)
         mass, excess = mass * unit, excess * unit
+        value = None if value is None else (value.double() * unit).to(plan.dtype)
     if poison is not None:
         plan, converged = torch.where(poison[:, None, None], math.nan, plan), converged & ~poison
+        value = None if value is None else torch.where(poison, math.nan, value)
     # A plan that carries a gradient brings its own part of the derivative.
-    if plan.requires_grad:
-        value = (plan * problem.cost).sum((-2, -1))
-    else:
-        value = envelope_cost(problem.cost, plan, value if unit is None and poison is None else None)
-    if warn and method != "paper" and not bool(converged.all()):
+    value = (plan * matrix).sum((-2, -1)) if plan.requires_grad else envelope_cost(matrix, plan, value)
+    if warn and not bool(converged.all()):
         _warn_once(int((~converged).sum()), len(converged))
-    return TransportPlan(
-        plan.reshape(*leading, *plan.shape[-2:]),
-        value.reshape(leading),
-        mass.to(plan.dtype).reshape(leading),
-        scaling.n_iter.reshape(leading),
-        converged.reshape(leading),
-        excess.to(plan.dtype).reshape(leading),
-    )
+    shaped = [plan, value, mass.to(plan.dtype), n_iter, converged, excess.to(plan.dtype)]
+    if len(leading) != 1:
+        shaped = [one.reshape(leading + one.shape[1:]) for one in shaped]
+    return TransportPlan(*shaped)
 
 
 def _nothing(matrix: Tensor, leading: torch.Size) -> TransportPlan:
