@@ -40,27 +40,26 @@ def _loops(name: str) -> Any:
     return importlib.import_module(f".{name}", __package__)
 
 
-def _addresses(given: Sequence[Tensor | None], results: Sequence[Tensor]) -> tuple[list[Tensor | None], list[int]]:
-    """Contiguous versions of tensors, which must be kept as long as their addresses, and these; 0 for None.
+def _addresses(given: Sequence[Tensor | None], results: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
+    """The addresses of tensors, 0 for None, and contiguous copies of some, to be kept as long as their addresses.
 
     Raises:
         RuntimeError: if a tensor has no memory.
         AssertionError: if a result is not contiguous: the loop would set a copy of it.
     """
-    kept: list[Tensor | None] = []
-    addresses = []
-    for tensor in (*given, *results):
-        if tensor is not None:
-            tensor = (tensor.resolve_neg() if tensor.is_neg() else tensor).contiguous()
-            if tensor.data_ptr() == 0:
-                raise RuntimeError(
-                    f"A tensor of the recurrence, of shape {tuple(tensor.shape)}, has no memory: its storage was "
-                    "freed, as FSDP does with weights that are not gathered. Call the module through its wrapper."
-                )
-        kept.append(tensor)
-        addresses.append(0 if tensor is None else tensor.data_ptr())
-    assert addresses[len(given) :] == [result.data_ptr() for result in results], "a loop would set a copy"
-    return kept, addresses
+    copies, addresses = [], []
+    for tensor in given:
+        if tensor is not None and (tensor.is_neg() or not tensor.is_contiguous()):
+            copies.append(tensor := tensor.resolve_neg().contiguous())
+        addresses.append(address := 0 if tensor is None else tensor.data_ptr())
+        if not address and tensor is not None:
+            raise RuntimeError(
+                f"A tensor of the recurrence, of shape {tuple(tensor.shape)}, has no memory: its storage was freed, "
+                "as FSDP does with weights that are not gathered. Call the module through its wrapper."
+            )
+    for result in results:
+        assert result.is_contiguous(), "a loop would set a copy"
+    return copies, addresses + [result.data_ptr() for result in results]
 
 
 def _dense(grad: Tensor | None, like: Tensor) -> Tensor:
