@@ -17,6 +17,7 @@ from torch import Tensor
 
 __all__ = ["launch"]
 
+BOOL, BYTES = torch.bool, torch.uint8
 ALIGNMENT = 16  # of addresses, in bytes: what Triton compiles another kernel for
 FIRST_VERSION = (3, 3)  # of Triton whose compiled kernels take the compile-time arguments too
 MOST = 4096  # launches kept: sequences of ever new lengths are no reason to grow for ever
@@ -37,15 +38,20 @@ def launch(kernel: Any, grid: tuple[int, ...], *given: Any, **settings: Any) -> 
     device = first.get_device()  # -1 on the CPU, in Triton's interpreter
     places, pointers, key = 0, [], [id(kernel), device, grid, *settings.values()]
     for one in given:
-        if one is None:
-            one = first
-        if isinstance(one, Tensor):
-            one = one.contiguous().view(torch.uint8) if one.dtype is torch.bool else one.contiguous()
-            places |= one.data_ptr()
-            key.append(one.dtype)
-        elif type(one) is int:  # other numbers are not compiled in
+        kind = type(one)
+        if kind is float:  # not compiled in
+            pointers.append(one)
+        elif kind is int:
             key.append(one)
-        pointers.append(one)
+            pointers.append(one)
+        else:
+            tensor: Tensor = first if one is None else one
+            if not tensor.is_contiguous():
+                tensor = tensor.contiguous()
+            dtype = tensor.dtype
+            pointers.append(tensor.view(BYTES) if dtype is BOOL else tensor)
+            places |= tensor.data_ptr()
+            key.append(dtype)
     with torch.cuda.device(device) if device >= 0 and device != torch.cuda.current_device() else nullcontext():
         known = LAUNCHERS.get(tuple(key)) if places % ALIGNMENT == 0 else None
         if known is not None:
