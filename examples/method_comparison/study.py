@@ -11,7 +11,8 @@ do, without `--dry_run` it does it: pretrains the backbones, chooses a configura
 queries, runs the chosen ones with the main seeds, setting after setting, and writes `results.json.xz`. What has a
 result is not run again, and an interrupted run goes on from its last checkpoint. `--summarise` makes every table and
 picture from that file alone, `--restore` writes its runs' results into folders, so that a study that was begun on
-another machine goes on. What follows `--` goes to every run, and makes it another run: `-- --use_cpu`.
+another machine goes on. What follows `--` goes to every run, and makes it another run, which needs an output folder
+of its own: `-- --use_cpu`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "reproduction"))
 from run_folder import clear_finished, lock_folder
@@ -42,7 +44,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--text_encoder", default="sentence-transformers/all-MiniLM-L6-v2")
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="SETTING")
     parser.add_argument("--rows", nargs="+", help="these methods only")
-    parser.add_argument("--configurations", type=int, help="of every method, the first so many; default: all")
+    parser.add_argument(
+        "--configurations",
+        type=int,
+        help="of every method, the first so many; default: those that the reported "
+        "runs of the folder were chosen from, or all",
+    )
     parser.add_argument("--seeds", type=int, help="main seeds; default: those of the setting")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--limit_minutes", type=float, help="start no run after so many")
@@ -55,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status: 1 where a run has failed."""
+    """The exit status: 1 where a run has failed or is damaged."""
     parser = build_parser()
     options = parser.parse_args(argv)
     if options.summarise is not None:
@@ -112,9 +119,10 @@ class Study:
             options.data_dir.resolve(), options.output_dir.resolve(), options.text_encoder, tuple(options.rest)
         )
         self.places = places
-        # The file of results holds what the folder does, whatever this call is restricted to.
-        self.everything = self._plans(seeds=None, rows=None)
-        plans = self._plans(seeds=options.seeds, rows=options.rows)
+        self.known = self._read_known()
+        self.collected()  # what would be lost is an error before a run is made
+        self._check_folder()
+        plans = self._plans(configurations=options.configurations, seeds=options.seeds, rows=options.rows)
         self.plans = {name: plans[name] for name in SETTINGS if name in options.settings}
         for name, plan in self.plans.items():
             if plan.setting.choices_of and plan.setting.choices_of not in self.plans and not plan.choices():
@@ -125,16 +133,69 @@ class Study:
         for arguments in {f"{p.setting.arguments} {p.setting.tune} {p.setting.main}" for p in self.plans.values()}:
             places.fill(arguments)
 
-    def _plans(self, *, seeds: int | None, rows: Sequence[str] | None) -> dict[str, Plan]:
-        configurations, plans = self.options.configurations, {}
+    def _read_known(self) -> dict[str, Any] | None:
+        path = self.places.output / RESULTS
+        if not path.exists():
+            return None
+        try:
+            return read_results(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; move it away, and it is made again of the folders beside it") from error
+
+    def _plans(
+        self, *, configurations: int | None = None, seeds: int | None = None, rows: Sequence[str] | None = None
+    ) -> dict[str, Plan]:
+        """Of all settings; without a number of configurations each has those that its reported runs come from."""
+        plans: dict[str, Plan] = {}
         for name, setting in SETTINGS.items():
             source, chooses = setting.choices_of, None
             if source is not None:
-                chooses = Plan(source, SETTINGS[source], self.places, configurations=configurations)
+                number = configurations or self._chosen_with(source)
+                chooses = Plan(source, SETTINGS[source], self.places, configurations=number)
+            number = configurations or self._chosen_with(source or name)
             plans[name] = Plan(
-                name, setting, self.places, configurations=configurations, seeds=seeds, rows=rows, chooses=chooses
+                name, setting, self.places, configurations=number, seeds=seeds, rows=rows, chooses=chooses
             )
         return plans
+
+    def _chosen_with(self, name: str) -> int | None:
+        known = (self.known or {"settings": {}})["settings"].get(name, {})
+        return Plan(name, SETTINGS[name], self.places).chosen_with() or known.get("configurations")
+
+    def collected(self) -> dict[str, Any]:
+        """The results of all settings: the file holds what the folder does, whatever this call is restricted to.
+
+        Raises:
+            ValueError: the file in the folder holds runs that would be lost.
+        """
+        results, self.damaged = collect(self._plans(), self.known)
+        return results
+
+    def _check_folder(self) -> None:
+        """Names finished runs that are none of this study's; alone in the folder they are another study."""
+        output = self.places.output
+        finished = {path.parent for name in SETTINGS for path in (output / name).glob("*/*/results.json")}
+        others = sorted(finished - {run.folder for plan in self._plans().values() for run in plan.recorded()})
+        if not others:
+            return
+        what = (
+            f"{len(others)} finished runs in {output}, such as {others[0].relative_to(output)}, have other arguments "
+            "after -- or are of another version of the settings"
+        )
+        if len(others) == len(finished):
+            raise ValueError(f"{what}; choose another --output_dir, or call it with theirs")
+        print(f"{what}: they are left out", file=sys.stderr)
+
+    def _save(self) -> None:
+        self.known = self.collected()
+        write_results(self.places.output / RESULTS, self.known)
+
+    def _damage(self) -> list[str]:
+        return [
+            f"{folder} is damaged: {what}. Its numbers are those of {RESULTS}, where it has any; the same command "
+            "runs it anew, where it is not restricted to others, and so does deleting the folder"
+            for folder, what in self.damaged.items()
+        ]
 
     def describe(self) -> str:
         """What there is to do, in the order in which it is done."""
@@ -148,7 +209,7 @@ class Study:
                 f"{BACKBONES[run.name].minutes:g} | {minutes:.0f} |"
             )
         for name, plan in self.plans.items():
-            results = [result for run in plan.tuning_runs() + plan.main_runs() if (result := run.result)]
+            results = [result for run in plan.tuning_runs() + plan.main_runs() if (result := run.whole)]
             trained = [result["seconds"] / 60 for result in results if result["trainable"]]
             each = mean(trained) if trained else plan.setting.minutes
             left = plan.count() - len(results)
@@ -176,13 +237,16 @@ class Study:
                 failed = self._run(workers)
                 over = workers.time_is_over
         finally:
-            write_results(output / RESULTS, collect(self.everything))
-            lock.release()
+            try:
+                self._save()
+            finally:
+                lock.release()
         print(self.describe())
         print(
             f"{output / RESULTS} holds all results"
             + ("; the time is over, go on with the same command" if over else "")
         )
+        failed += self._damage()
         for message in failed:
             print(message, file=sys.stderr)
         return 1 if failed else 0
@@ -201,7 +265,7 @@ class Study:
             for runs in (plan.first_round, plan.second_round, plan.main_runs):
                 _say(f"{name}, {runs.__name__.replace('_', ' ')}")
                 failed += workers.run(run.job() for run in self._left(runs()))
-            write_results(self.places.output / RESULTS, collect(self.everything))
+            self._save()
         return failed
 
     def _prepare(self, plan: Plan) -> None:
@@ -224,7 +288,7 @@ class Study:
     def _left(self, runs: Sequence[Run]) -> Iterator[Run]:
         seen = set()
         for run in runs:
-            if run.result is not None:
+            if run.whole is not None:
                 clear_finished(run.folder)
             elif run.folder not in seen:
                 seen.add(run.folder)

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from significance import Difference, Interval, compare, crossed_interval, holm
+from study_machine import shown
 from study_pictures import draw_curve, draw_points, draw_sizes
-from study_results import PER_PERCENT, table_of
+from study_results import KINDS, PER_PERCENT, table_of
 from study_settings import REFERENCE
 
 from peft_read.files import write_whole
@@ -72,11 +73,10 @@ def summarise(results: Mapping[str, Any], folder: Path) -> str:
     """
     folder.mkdir(parents=True, exist_ok=True)
     settings = {name: setting for name, setting in results["settings"].items() if setting["main"] or setting["tuning"]}
-    shown = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     parts = [
         "# Methods compared",
-        f"Made from the results of the runs alone. Intervals are of 95 %, over seeds and queries. {shown}; "
-        f"{results['hardware']}.",
+        f"Made from the results of the runs alone. Intervals are of 95 %, over seeds and queries. "
+        f"{_made_with(results)}.",
     ]
     for name, setting in settings.items():
         rows = complete_rows(setting)
@@ -92,6 +92,14 @@ def summarise(results: Mapping[str, Any], folder: Path) -> str:
     with write_whole(folder / PAGE) as file:
         file.write(page)
     return page
+
+
+def _made_with(results: Mapping[str, Any]) -> str:
+    """Every machine and set of versions, with the number of its runs where there are several."""
+    runs = [run["machine"] for s in results["settings"].values() for kind in KINDS for run in s[kind]]
+    counted = [(shown(machine), runs.count(place)) for place, machine in enumerate(results["machines"])]
+    used = [(text, count) for text, count in counted if count]
+    return used[0][0] if len(used) == 1 else ". ".join(f"{count} runs: {text}" for text, count in used)
 
 
 def complete_rows(setting: Mapping[str, Any]) -> dict[str, Row]:
@@ -219,10 +227,20 @@ def _tuning(setting: Mapping[str, Any]) -> list[str]:
     head = ["method", "configuration", "validation", "less the first", "second seed", ""]
     return [
         f"### Tuning: {setting['title']}",
+        *_budget(setting),
         f"{len(items['ids'])} validation queries of sources that no training query has; intervals over these queries "
         "alone, one seed: a difference whose interval contains zero may be chance.",
         markdown(head, lines),
     ]
+
+
+def _budget(setting: Mapping[str, Any]) -> list[str]:
+    """What was chosen from, where more is recorded: a larger budget is under way, or was given up."""
+    number = setting["configurations"]
+    tried = {row: {run["arguments"] for run in setting["tuning"] if run["row"] == row} for row in setting["rows"]}
+    if number is None or all(len(arguments) <= number for arguments in tried.values()):
+        return []
+    return [f"Chosen from the first {number} configurations of each method; the others are here for completeness."]
 
 
 def _against(run: Mapping[str, Any], base: Mapping[str, Any], figure: str, items: Mapping[str, Any]) -> str:
