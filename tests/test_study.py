@@ -227,6 +227,7 @@ def test_a_worker_imports_once_and_outlives_runs_that_fail(script):
     with workers.Workers(1, say=said.append) as queue:
         failed = queue.run(jobs(script, "a", "fail", "b", "die", "c"))
     assert [message.split(" failed")[0] for message in failed] == ["fail", "die"]
+    assert "failed: ValueError: no such thing; see" in failed[0]
     first, second, third = ((script / name).read_text() for name in "abc")
     assert first == second != third
     log = (script / "log.txt").read_text()

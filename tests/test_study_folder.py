@@ -166,3 +166,71 @@ def test_versions_and_hardware_are_those_of_each_run(places, tmp_path, monkeypat
     assert study.main(["--summarise", str(places.output / study.RESULTS), "--to", str(tmp_path / "page")]) == 0
     page = (tmp_path / "page" / "study.md").read_text()
     assert "2 runs: torch 0; abacus. 7 runs: torch 1; paper and pencil. 3 runs: torch 1; slide rule." in page
+
+
+def test_a_folder_that_another_call_works_in_is_an_error_of_one_line(places, monkeypatch, capsys):
+    run_folder = importlib.import_module("run_folder")
+    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0)
+    call(places, "--configurations", "1", settings=["a"])
+    results, options = places.output / study.RESULTS, ["--output_dir", str(places.output)]
+    with run_folder.only_run_in(places.output):
+        with pytest.raises(SystemExit):
+            call(places)
+        with pytest.raises(SystemExit):
+            study.main(["--restore", str(results), *options])
+    assert capsys.readouterr().err.count("another run is at work in") == 2
+    assert study.main(["--restore", str(results), *options]) == 0
+
+
+@pytest.mark.parametrize("text", ['{"format": 1}', '{"format": 2, "machines": [], "settings": {"a": {"title": "x"}}}'])
+@pytest.mark.parametrize("option", ["--summarise", "--restore"])
+def test_a_file_that_lacks_results_is_an_error_of_one_line(text, option, tmp_path, capsys):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(SystemExit):
+        study.main([option, str(tmp_path / "results.json"), "--output_dir", str(tmp_path / "out")])
+    assert f"{option}: {tmp_path / 'results.json'} holds no results of the study" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_that_a_backbone_needs_is_missed_before_anything_runs(tmp_path, capsys):
+    places = made_up_places(tmp_path)
+    captions = places.data / "qvhighlights/captions_minigptv2_val.jsonl"
+    captions.unlink()
+    options = ["--data_dir", str(places.data), "--output_dir", str(places.output), "--settings", "qvhighlights"]
+    with pytest.raises(SystemExit):
+        study.main([*options, "--dry_run"])
+    assert f"{captions} does not exist" in capsys.readouterr().err
+
+
+def test_what_fails_in_one_setting_is_reported_once_and_the_others_go_on(places, monkeypatch, capsys):
+    settings = {name: small_setting(backbone="umt") for name in ("c", "d")}
+    settings |= {"e": small_setting(arguments="--a {moments_by_source}"), "a": small_setting()}
+    monkeypatch.setattr(study, "SETTINGS", settings)
+    monkeypatch.setattr(study.BackboneRun, "is_done", property(lambda self: self.name != "umt"))
+    pretrained = []
+
+    def run(self, jobs):
+        found = list(jobs)
+        pretrained.extend(job.name for job in found if "backbone" in job.name)
+        return [f"{job.name} failed" for job in found if "backbone" in job.name or finish_job(job)]
+
+    monkeypatch.setattr(study.Workers, "run", run)
+    assert call(places, "--configurations", "1", settings=list(settings)) == 1
+    assert pretrained == ["backbone umt"]
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "backbone umt failed" and told[1].startswith("e: ") and len(told) == 2
+    assert set(found(places)) == {"a"}
+
+
+def test_a_run_whose_call_cannot_be_made_is_named_and_the_others_go_on(places, monkeypatch, capsys):
+    made = study.Run.job
+
+    def job(run):
+        if run.row == "Full":
+            raise FileNotFoundError("the data is gone")
+        return made(run)
+
+    monkeypatch.setattr(study.Run, "job", job)
+    assert call(places, "--configurations", "1", settings=["a"]) == 1
+    assert "the data is gone" in capsys.readouterr().err
+    assert {run["row"] for run in found(places)["a"]["main"]} == {"no adaptation", "READ-PVLA"}

@@ -26,12 +26,12 @@ from statistics import mean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "reproduction"))
-from run_folder import clear_finished, lock_folder
+from run_folder import clear_finished, lock_folder, only_run_in
 from study_results import collect, read_results, restore, write_results
 from study_runs import BackboneRun, Places, Plan, Run
 from study_settings import BACKBONES, SETTINGS
 from study_summary import summarise
-from workers import Workers
+from workers import Job, Workers
 
 RESULTS = "results.json.xz"
 
@@ -75,7 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.output_dir is None:
             parser.error("--restore needs --output_dir")
         try:
-            written = restore(read_results(options.restore), options.output_dir)
+            results = read_results(options.restore)
+            with only_run_in(options.output_dir):
+                written = restore(results, options.output_dir)
         except (OSError, ValueError) as error:
             parser.error(f"--restore: {error}")
         print(f"{written} results written into {options.output_dir}; those that were there are kept")
@@ -113,7 +115,7 @@ class Study:
         known = {row for name in options.settings for row in SETTINGS[name].rows}
         if unknown := set(options.rows or ()) - known:
             parser.error(f"--rows {sorted(unknown)}: the rows of these settings are {sorted(known)}")
-        self.options = options
+        self.parser, self.options = parser, options
         # Runs are called from other folders than this one: their paths are whole.
         places = Places(
             options.data_dir.resolve(), options.output_dir.resolve(), options.text_encoder, tuple(options.rest)
@@ -130,8 +132,11 @@ class Study:
                     f"{name}: nothing is chosen yet by {plan.setting.choices_of}, whose choices it takes",
                     file=sys.stderr,
                 )
-        for arguments in {f"{p.setting.arguments} {p.setting.tune} {p.setting.main}" for p in self.plans.values()}:
-            places.fill(arguments)
+        for plan in self.plans.values():
+            places.fill(f"{plan.setting.arguments} {plan.setting.tune} {plan.setting.main}")
+        for backbone in self._backbones():
+            if not backbone.is_done:
+                places.fill(BACKBONES[backbone.name].arguments)
 
     def _read_known(self) -> dict[str, Any] | None:
         path = self.places.output / RESULTS
@@ -228,11 +233,15 @@ class Study:
     def run(self) -> int:
         """Does it; the exit status."""
         options, output = self.options, self.places.output
-        output.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(output)
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            lock = lock_folder(output)
+        except (OSError, ValueError) as error:
+            self.parser.error(f"--output_dir: {error}")
         limit = options.limit_minutes
         ends = None if limit is None else time.monotonic() + 60 * limit
         try:
+            self.known = self._read_known()  # another call may have ended since
             with Workers(options.jobs, ends=ends, say=_say) as workers:
                 failed = self._run(workers)
                 over = workers.time_is_over
@@ -252,21 +261,35 @@ class Study:
         return 1 if failed else 0
 
     def _run(self, workers: Workers) -> list[str]:
+        """Messages of what failed; the other settings go on."""
         failed: list[str] = []
+        tried: set[str] = set()  # backbones: several settings share one
         for name, plan in self.plans.items():
             if workers.time_is_over:
                 break
-            self._prepare(plan)
             backbone = BackboneRun(plan.setting.backbone, self.places)
-            if not backbone.is_done and (message := workers.run([backbone.job()])):
-                failed += message  # the settings with other backbones go on
+            try:
+                self._prepare(plan)
+                if not backbone.is_done and backbone.name not in tried:
+                    tried.add(backbone.name)
+                    failed += workers.run([backbone.job()])
+            except (OSError, ValueError) as error:
+                failed.append(f"{name}: {error}")
+                continue
             if not backbone.is_done:
                 continue
             for runs in (plan.first_round, plan.second_round, plan.main_runs):
                 _say(f"{name}, {runs.__name__.replace('_', ' ')}")
-                failed += workers.run(run.job() for run in self._left(runs()))
+                failed += workers.run(self._jobs(runs(), failed))
             self._save()
         return failed
+
+    def _jobs(self, runs: Sequence[Run], failed: list[str]) -> Iterator[Job]:
+        for run in self._left(runs):
+            try:
+                yield run.job()
+            except (OSError, ValueError) as error:
+                failed.append(f"{run.folder}: {error}")
 
     def _prepare(self, plan: Plan) -> None:
         """Data that is made of the data."""
