@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import lzma
 import sys
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def made_up_places(tmp_path):
     for name, text in DATA.items():
         path = tmp_path / "data" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_bytes(lzma.compress(text.encode()) if name.endswith(".xz") else text.encode())
     return study_runs.Places(tmp_path / "data", tmp_path / "out", "encoder")
 
 

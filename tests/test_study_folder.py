@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import lzma
 import shutil
 
 import pytest
@@ -234,3 +235,43 @@ def test_a_run_whose_call_cannot_be_made_is_named_and_the_others_go_on(places, m
     assert call(places, "--configurations", "1", settings=["a"]) == 1
     assert "the data is gone" in capsys.readouterr().err
     assert {run["row"] for run in found(places)["a"]["main"]} == {"no adaptation", "READ-PVLA"}
+
+
+def encoder(folder, size):
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"hidden_size": 384}')
+    (folder / "model.safetensors").write_bytes(bytes(size))
+    return ["--text_encoder", str(folder)]
+
+
+def test_results_of_one_encoder_do_not_stand_as_those_of_another(places, tmp_path, capsys):
+    same, moved, other = (encoder(tmp_path / name, size) for name, size in (("e", 9), ("moved", 9), ("other", 8)))
+    budget = ["--configurations", "1"]
+    call(places, *budget, *same, settings=["a"])
+    record = (places.output / "study.json").read_text()
+    assert "model.safetensors of 9 bytes" in record and str(tmp_path) not in record
+    assert call(places, *budget, *moved, settings=["a"]) == 0
+    for wrong in (other, ["--text_encoder", "some/name"]):
+        with pytest.raises(ValueError, match=r"were made with the text encoder .* 9 bytes"):
+            call(places, *budget, *wrong)
+    (places.output / "study.json").unlink()  # folders of before, and restored ones, are taken as they are
+    assert call(places, *budget, "--text_encoder", "some/name") == 0
+    with pytest.raises(ValueError, match="were made with the text encoder 'some/name'"):
+        call(places, *budget, *same)
+
+
+def test_data_with_other_contents_is_refused_and_a_compressed_file_is_the_same(places, monkeypatch):
+    monkeypatch.setitem(study.SETTINGS, "a", small_setting(arguments="--a {tvsum/tvsum50.jsonl}"))
+    path = places.data / "tvsum/tvsum50.jsonl"
+    path.write_text("one")
+    call(places, "--configurations", "1", settings=["a"])
+    path.unlink()
+    path.with_name("tvsum50.jsonl.xz").write_bytes(lzma.compress(b"one"))
+    call(places, "--configurations", "1")
+    assert set(json.loads((places.output / "study.json").read_text())["data"]) >= {"tvsum/tvsum50.jsonl"}
+    path.write_text("two")
+    with pytest.raises(ValueError, match=r"were made with other contents of tvsum/tvsum50.jsonl"):
+        call(places, "--configurations", "1", settings=["a"])
+    (places.output / "study.json").write_text("{")
+    with pytest.raises(ValueError, match=r"study.json is damaged"):
+        call(places, "--configurations", "1", settings=["a"])

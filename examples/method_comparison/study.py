@@ -27,6 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "reproduction"))
 from run_folder import clear_finished, lock_folder, only_run_in
+from study_identity import check_identity, identity, write_identity
 from study_results import collect, read_results, restore, write_results
 from study_runs import BackboneRun, Places, Plan, Run
 from study_settings import BACKBONES, SETTINGS
@@ -137,6 +138,14 @@ class Study:
         for backbone in self._backbones():
             if not backbone.is_done:
                 places.fill(BACKBONES[backbone.name].arguments)
+        self.identity = identity(places, self._arguments())
+        check_identity(places.output, self.identity)
+
+    def _arguments(self) -> list[str]:
+        """Of all runs and backbones of this call, with the names of their places."""
+        settings = [plan.setting for plan in self.plans.values()]
+        own = [f"{setting.arguments} {setting.tune} {setting.main}" for setting in settings]
+        return own + [BACKBONES[setting.backbone].arguments for setting in settings]
 
     def _read_known(self) -> dict[str, Any] | None:
         path = self.places.output / RESULTS
@@ -236,6 +245,7 @@ class Study:
         try:
             output.mkdir(parents=True, exist_ok=True)
             lock = lock_folder(output)
+            write_identity(output, check_identity(output, self.identity))
         except (OSError, ValueError) as error:
             self.parser.error(f"--output_dir: {error}")
         limit = options.limit_minutes
