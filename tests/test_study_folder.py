@@ -275,3 +275,15 @@ def test_data_with_other_contents_is_refused_and_a_compressed_file_is_the_same(p
     (places.output / "study.json").write_text("{")
     with pytest.raises(ValueError, match=r"study.json is damaged"):
         call(places, "--configurations", "1", settings=["a"])
+
+
+def test_a_restored_run_is_refused_where_weights_are_needed(places, tmp_path, capsys):
+    distance_and_precision = importlib.import_module("distance_and_precision")
+    call(places, "--configurations", "1", settings=["a"])
+    results = study_results.read_results(places.output / study.RESULTS)
+    study_results.restore(results, tmp_path / "restored")
+    folder = tmp_path / "restored" / results["settings"]["a"]["main"][1]["folder"]
+    with pytest.raises(SystemExit):
+        distance_and_precision.main(["--run", str(folder), "--output_dir", str(tmp_path / "table7")])
+    told = capsys.readouterr().err
+    assert "holds no weights: delete the folder and call study.py again" in told

@@ -105,3 +105,17 @@ def test_a_correlation_of_ranks():
     noise, p = correlation(generator.normal(size=200), generator.normal(size=200))
     assert noise.low < 0 < noise.high and p > 0.05
     assert np.isnan([*correlation(x, np.ones(30))[0], correlation(np.ones(30), x)[1]]).all()
+
+
+def test_pairs_of_one_source_count_once():
+    """Forty sources with ten equal pairs each tell as much as forty pairs."""
+    generator = np.random.default_rng(5)
+    x = generator.normal(size=40)
+    y = x + generator.normal(size=40)
+    once = correlation(x, y)[0]
+    groups = np.repeat(np.arange(40), 10)
+    grouped = correlation(x[groups], y[groups], groups=groups.tolist())[0]
+    alone = correlation(x[groups], y[groups])[0]
+    assert grouped.mean == pytest.approx(once.mean)
+    assert grouped.high - grouped.low == pytest.approx(once.high - once.low, rel=0.05)
+    assert alone.high - alone.low < 0.5 * (once.high - once.low)

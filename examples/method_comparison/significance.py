@@ -164,25 +164,39 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return adjusted
 
 
-def correlation(x: ArrayLike, y: ArrayLike, *, level: float = 0.95, resamples: int = 2_000) -> tuple[Interval, float]:
-    """Spearman's rank correlation, its bootstrap interval over pairs, and the two-sided p-value.
+def correlation(
+    x: ArrayLike,
+    y: ArrayLike,
+    *,
+    level: float = 0.95,
+    groups: Sequence[object] | None = None,
+    resamples: int = 2_000,
+) -> tuple[Interval, float]:
+    """Spearman's rank correlation, its bootstrap interval, and the two-sided p-value.
 
-    NaN where one side does not vary.
+    NaN where one side does not vary. The p-value takes pairs for independent, also where there are groups.
 
     Args:
         x: (pairs,).
         y: (pairs,).
         level: of the interval.
+        groups: of each pair, what is drawn as a whole, such as the source video; None = the pair.
         resamples: of the bootstrap.
     """
     a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     if not np.ptp(a) or not np.ptp(b):
         return Interval(np.nan, np.nan, np.nan), np.nan
     found = stats.spearmanr(a, b)
+    member = np.arange(len(a)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    members = [np.flatnonzero(member == group) for group in range(int(member.max()) + 1)]
+
+    def redrawn(drawn: NDArray) -> float:
+        place = np.concatenate([members[group] for group in drawn])
+        return float(stats.spearmanr(a[place], b[place]).statistic)
+
     spread = stats.bootstrap(
-        (a, b),
-        lambda first, second: stats.spearmanr(first, second).statistic,
-        paired=True,
+        (np.arange(len(members)),),
+        redrawn,
         vectorized=False,
         n_resamples=resamples,
         confidence_level=level,
