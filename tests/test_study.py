@@ -426,3 +426,20 @@ def test_the_dry_run_counts_and_estimates_and_bad_options_are_named(places, caps
         assert message in capsys.readouterr().err
     with pytest.raises(SystemExit):
         study.main(["--dry_run"])
+
+
+def test_a_verdict_ranks_over_the_seeds_that_all_have_and_says_what_is_missing():
+    results = made_up_results()
+    setting = results["settings"]["many"] | {"rows": ["Full", "READ", "READ-PVLA"], "planned_seeds": 4}
+    complete = study_summary.verdict(setting, study_summary.complete_rows(setting))
+    assert "Provisional" not in complete and "Not tested" not in complete and "Ranked over" not in complete
+    # READ has one seed, the worst of all: the others are ranked by that seed alone.
+    for run in setting["main"]:
+        run["test"] = {"MR-full-mAP": run["test"]["MR-full-mAP"] - 30 * (run["seed"] == 3)}
+    setting["main"] = [run for run in setting["main"] if run["row"] != "READ" or run["seed"] == 3]
+    of_seed = {run["row"]: run["test"]["MR-full-mAP"] for run in setting["main"] if run["seed"] == 3}
+    place = 1 + sum(score > of_seed["READ-PVLA"] for score in of_seed.values())
+    said = study_summary.verdict(setting, study_summary.complete_rows(setting))
+    wanted = "READ-PVLA is first" if place == 1 else f"READ-PVLA is number {place}, "
+    assert wanted in said and " of 3 methods" in said and "Ranked over the 1 seeds" in said
+    assert "Not tested: READ." in said and "**Provisional: methods or planned seeds are missing.**" in said
