@@ -8,33 +8,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path[:0] = [str(EXAMPLES / "reproduction"), str(EXAMPLES / "method_comparison")]
-study, study_results, study_runs, study_settings, study_summary, workers = map(
-    importlib.import_module,
-    ("study", "study_results", "study_runs", "study_settings", "study_summary", "workers"),
+from made_up_study import (
+    EXAMPLES,
+    finish,
+    made_up_places,
+    made_up_results,
+    small_setting,
+    study,
+    study_results,
+    study_runs,
+    study_settings,
+    study_summary,
+    workers,
 )
-DATA = {
-    "qvhighlights/highlight_val_release.jsonl": "",
-    "qvhighlights/highlight_test_with_gt.jsonl.xz": "",
-    "qvhighlights/captions_minigptv2_val.jsonl": "",
-    "features/qvhighlights_val_captions.npz": "",
-    "features/qvhighlights_test_captions.npz": "",
-    "features/pca.npz": "",
-    "features/tvsum_captions.npz": "",
-    "tvsum/tvsum50.jsonl": "",
-    "moments/video_features.npz": "",
-}
 
 
 @pytest.fixture
 def places(tmp_path):
-    for name, text in DATA.items():
-        path = tmp_path / "data" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return study_runs.Places(tmp_path / "data", tmp_path / "out", "encoder")
+    return made_up_places(tmp_path)
 
 
 @pytest.mark.parametrize("name", [name for name, s in study_settings.SETTINGS.items() if s.choices_of is None])
@@ -120,30 +111,6 @@ def vg_bart():
     sizes = {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
     config = VGBartConfig(vocab_size=20, visual_feature_dim=8, max_position_embeddings=32, **sizes, **heads)
     return VGBartForConditionalGeneration(config)
-
-
-def small_setting(**changes):
-    values = {
-        "title": "Made up",
-        "script": "ground_moments",
-        "backbone": "moment_detr",
-        "arguments": "--a {features/pca.npz}",
-        "validation": "MR-full-mAP",
-        "figures": {"mAP": "MR-full-mAP"},
-        "rows": {"Full": ("--lr 1", "--lr 2", "--lr 3"), "READ-PVLA": ("--k 1", "--k 2", "--k 3")},
-        "seeds": 3,
-    }
-    return study_settings.Setting(**(values | changes))
-
-
-def finish(run, validation, test=(50.0, 60.0), seconds=30):
-    run.folder.mkdir(parents=True)
-    result = {"validation": {"MR-full-mAP": validation}, "test": {"MR-full-mAP": float(np.mean(test))}}
-    numbers = {"trainable": 0 if "none" in run.method else 7, "parameters": 70, "seconds": seconds}
-    (run.folder / "results.json").write_text(json.dumps(result | numbers))
-    for part, values in (("validation", [validation] * 2), ("test", list(test))):
-        each = {"ids": [4, 9], "sources": ["a", "b"], "figures": {"MR-full-mAP": values}}
-        (run.folder / f"each_{part}.json").write_text(json.dumps(each))
 
 
 def test_the_best_two_are_run_again_and_the_best_mean_is_chosen(places):
@@ -260,6 +227,7 @@ def test_a_worker_imports_once_and_outlives_runs_that_fail(script):
     with workers.Workers(1, say=said.append) as queue:
         failed = queue.run(jobs(script, "a", "fail", "b", "die", "c"))
     assert [message.split(" failed")[0] for message in failed] == ["fail", "die"]
+    assert "failed: ValueError: no such thing; see" in failed[0]
     first, second, third = ((script / name).read_text() for name in "abc")
     assert first == second != third
     log = (script / "log.txt").read_text()
@@ -311,39 +279,6 @@ def wait_for(condition, seconds=300):
     while not condition():
         assert time.monotonic() < ends
         time.sleep(0.05)
-
-
-def made_up_results(seeds=4, queries=30, gain=5.0):
-    """READ-PVLA ahead of Full by five points, equal to READ; a setting with fewer labels; TVSum's form."""
-    generator = np.random.default_rng(0)
-    hard = generator.uniform(20, 60, size=queries)
-
-    def run(row, seed, level):
-        each = np.clip(hard + level + generator.normal(scale=2, size=queries), 0, 100)
-        each = np.round(10 * each).astype(int)
-        test = {"MR-full-mAP": round(float(each.mean() / 10), 3)}
-        numbers = {"trainable": 0 if row == study_runs.FROZEN else 100 * len(row), "parameters": 10_000, "seconds": 60}
-        return {"row": row, "arguments": "--x a|b", "seed": seed, "part": None, "validation": 30.0 + level,
-                "test": test, "each": {"MR-full-mAP": each.tolist()}, **numbers}  # fmt: skip
-
-    levels = {"Full": 0.0, "READ": gain, "READ-PVLA": gain}
-    items = {"ids": list(range(queries)), "sources": [i // 2 for i in range(queries)]}
-
-    def setting(labelled, title):
-        tuning = [
-            {k: v for k, v in run(row, 100, level + extra).items() if k not in ("test", "part")} | {"arguments": name}
-            for row, level in levels.items()
-            for name, extra in (("--x a|b", 0.0), ("--x c", -9.0))
-        ]
-        main = [run(study_runs.FROZEN, 0, -5.0)]
-        main += [run(row, seed, level) for seed in range(seeds) for row, level in levels.items()]
-        choices = dict.fromkeys(levels, "--x a|b")
-        return {"title": title, "figures": {"mAP": "MR-full-mAP"}, "validation": "MR-full-mAP", "labelled": labelled,
-                "rows": [*levels, "LoRA"], "parts": [], "planned_seeds": 8, "choices": choices,
-                "items": {"test": items, "validation": items}, "tuning": tuning, "main": main}  # fmt: skip
-
-    settings = {"many": setting(700, "Many labels"), "few": setting(100, "Few labels")}
-    return {"format": 1, "versions": {"torch": "2"}, "hardware": "paper", "settings": settings}
 
 
 @pytest.mark.parametrize("name", ["results.json", "results.json.xz"])
@@ -417,7 +352,7 @@ def test_what_the_runs_have_written_is_collected(places):
         finish(run, 10.0)
     for run in plan.main_runs()[:3]:
         finish(run, 11.0, test=(40.0 + run.seed, 60.26))
-    results = study_results.collect({"made_up": plan})
+    results = study_results.collect({"made_up": plan})[0]
     setting = results["settings"]["made_up"]
     assert setting["items"]["test"] == {"ids": [4, 9], "sources": [0, 1]}
     assert len(setting["tuning"]) == 10 and len(setting["main"]) == 3
@@ -432,9 +367,9 @@ def test_what_the_runs_have_written_is_collected(places):
     assert study_results.restore(results, elsewhere.places.output) == 0, "what is there is kept"
     assert elsewhere.choices() == plan.choices()
     assert [run.result is None for run in elsewhere.main_runs()] == [False] * 3 + [True] * 4
-    assert study_results.collect({"made_up": elsewhere}) == results
-    path.write_text('{"format": 2}')
-    with pytest.raises(ValueError, match="has the format 2"):
+    assert study_results.collect({"made_up": elsewhere})[0] == results
+    path.write_text('{"format": 3}')
+    with pytest.raises(ValueError, match="has the format 3"):
         study_results.read_results(path)
     path.write_text("[]")
     with pytest.raises(ValueError, match="holds no results"):
@@ -451,11 +386,11 @@ def test_a_tuning_run_of_a_summarising_setting_keeps_the_items_it_was_measured_o
         (run.folder / "results.json").write_text(json.dumps(scores))
         each = {"ids": ids, "sources": [item[0] for item in ids], "figures": {"rougeL": [20.0] * len(ids)}}
         (run.folder / "each_test.json").write_text(json.dumps(each))
-    results = study_results.collect({"made_up": plan})
+    results = study_results.collect({"made_up": plan})[0]
     assert results["settings"]["made_up"]["items"]["test"] == {"ids": ["t1", "t2", "t3"], "sources": [0, 0, 0]}
     elsewhere = study_runs.Plan("made_up", small_setting(**changes), replace(places, output=places.output / "b"))
     assert study_results.restore(results, elsewhere.places.output) == 2
-    assert study_results.collect({"made_up": elsewhere}) == results
+    assert study_results.collect({"made_up": elsewhere})[0] == results
 
 
 def test_a_call_that_is_restricted_leaves_the_other_results_in_the_file(places, monkeypatch):
@@ -491,3 +426,20 @@ def test_the_dry_run_counts_and_estimates_and_bad_options_are_named(places, caps
         assert message in capsys.readouterr().err
     with pytest.raises(SystemExit):
         study.main(["--dry_run"])
+
+
+def test_a_verdict_ranks_over_the_seeds_that_all_have_and_says_what_is_missing():
+    results = made_up_results()
+    setting = results["settings"]["many"] | {"rows": ["Full", "READ", "READ-PVLA"], "planned_seeds": 4}
+    complete = study_summary.verdict(setting, study_summary.complete_rows(setting))
+    assert "Provisional" not in complete and "Not tested" not in complete and "Ranked over" not in complete
+    # READ has one seed, the worst of all: the others are ranked by that seed alone.
+    for run in setting["main"]:
+        run["test"] = {"MR-full-mAP": run["test"]["MR-full-mAP"] - 30 * (run["seed"] == 3)}
+    setting["main"] = [run for run in setting["main"] if run["row"] != "READ" or run["seed"] == 3]
+    of_seed = {run["row"]: run["test"]["MR-full-mAP"] for run in setting["main"] if run["seed"] == 3}
+    place = 1 + sum(score > of_seed["READ-PVLA"] for score in of_seed.values())
+    said = study_summary.verdict(setting, study_summary.complete_rows(setting))
+    wanted = "READ-PVLA is first" if place == 1 else f"READ-PVLA is number {place}, "
+    assert wanted in said and " of 3 methods" in said and "Ranked over the 1 seeds" in said
+    assert "Not tested: READ." in said and "**Provisional: methods or planned seeds are missing.**" in said

@@ -23,7 +23,11 @@ def test_the_paired_test_is_students_by_hand():
 
 def test_the_paired_test_at_its_edges():
     assert paired_over_seeds([1, 2], [1, 2])[1] == 1
-    assert paired_over_seeds([2, 3], [1, 2]) == ((1, 1, 1), 0)
+    # Two equal differences are no proof: without spread there is nothing to test against.
+    for first, second in (([2, 3], [1, 2]), ([0.1 + 0.2, 0.3 + 0.1], [0.2, 0.3])):
+        interval, p = paired_over_seeds(first, second)
+        assert interval.mean == pytest.approx(first[0] - second[0])
+        assert np.isnan([interval.low, interval.high, p]).all()
     interval, p = paired_over_seeds([3], [1])
     assert interval.mean == 2 and np.isnan([interval.low, interval.high, p]).all()
     with pytest.raises(ValueError, match="same seeds"):
@@ -105,3 +109,30 @@ def test_a_correlation_of_ranks():
     noise, p = correlation(generator.normal(size=200), generator.normal(size=200))
     assert noise.low < 0 < noise.high and p > 0.05
     assert np.isnan([*correlation(x, np.ones(30))[0], correlation(np.ones(30), x)[1]]).all()
+
+
+def test_pairs_of_one_source_count_once():
+    """Forty sources with ten equal pairs each tell as much as forty pairs."""
+    generator = np.random.default_rng(5)
+    x = generator.normal(size=40)
+    y = x + generator.normal(size=40)
+    once = correlation(x, y)[0]
+    groups = np.repeat(np.arange(40), 10)
+    grouped = correlation(x[groups], y[groups], groups=groups.tolist())[0]
+    alone = correlation(x[groups], y[groups])[0]
+    assert grouped.mean == pytest.approx(once.mean)
+    assert grouped.high - grouped.low == pytest.approx(once.high - once.low, rel=0.05)
+    assert alone.high - alone.low < 0.5 * (once.high - once.low)
+
+
+def test_with_three_seeds_the_bootstrap_is_too_narrow_and_the_t_test_is_not():
+    """Seeds differ as much as queries leave open, true difference 1: the bootstrap covers it in 0.8 to 0.93 of 300."""
+    generator, by_both, by_seeds = np.random.default_rng(6), 0, 0
+    for _ in range(300):
+        gains = 1 + generator.normal(scale=1, size=(3, 1)) + generator.normal(scale=4, size=(1, 100))
+        first = gains + generator.normal(scale=4, size=(3, 100))
+        difference = compare(first, np.zeros((3, 100)), resamples=500)
+        by_both += difference.over_both.low <= 1 <= difference.over_both.high
+        by_seeds += difference.over_seeds.low <= 1 <= difference.over_seeds.high
+    assert 0.8 * 300 < by_both < 0.93 * 300
+    assert by_seeds > 0.9 * 300

@@ -90,7 +90,13 @@ class Case:
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: --run must name the folder of a finished run")
         try:
-            self.script = ScriptArguments(**json.loads(path.read_text(encoding="utf-8"))["arguments"])
+            result = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(result, dict) and result.get("restored"):
+                raise FileNotFoundError(
+                    f"{folder} was restored from a file of results, which holds no weights: delete the folder and "
+                    "call study.py again, which makes the run anew"
+                )
+            self.script = ScriptArguments(**result["arguments"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a result of ground_moments.py: {error!r}") from error
         if not self.script.pvla or self.script.dataset != "qvhighlights":
@@ -162,15 +168,15 @@ def compare(right: NDArray, wrong: NDArray, sources: Sequence[str]) -> dict[str,
     Args:
         right: (queries, 2), distance and average precision of the own queries.
         wrong: (queries, 2), of the replaced ones.
-        sources: of each query, drawn anew as a whole for the means.
+        sources: of each query, drawn anew as a whole.
     """
     gaps = wrong - right
     return {
         "right": [_mean(right[:, column], sources) for column in (0, 1)],
         "wrong": [_mean(wrong[:, column], sources) for column in (0, 1)],
         "gap": [_mean(gaps[:, column], sources) for column in (0, 1)],
-        "own queries": correlation(*right.T),
-        "change of both": correlation(*gaps.T),
+        "own queries": correlation(*right.T, groups=sources),
+        "change of both": correlation(*gaps.T, groups=sources),
         "smaller for the own query": float((gaps[:, 0] > 0).mean()),
     }
 
@@ -179,7 +185,7 @@ def page(numbers: dict[str, Any], count: int) -> str:
     """The table as Markdown."""
     lines = [
         f"{count} test queries, each with its own video, and replaced by the query of another source. Intervals: "
-        "95 %, bootstrap over sources (means) and over queries (correlations).",
+        "95 %, bootstrap over sources. p: as if queries were independent.",
         "",
         "| | POT distance | average precision |",
         "|---|---|---|",

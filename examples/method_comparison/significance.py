@@ -1,8 +1,10 @@
 """Whether one method is better than another: paired tests over seeds, bootstraps over seeds and queries, Holm.
 
 Runs of two methods are paired: they have the same seeds and the same queries. Seeds and queries are crossed, every
-seed answers every query, so that both are drawn anew, each with replacement (Owen, "The pigeonhole bootstrap", 2007,
-which shows that such intervals err on the wide side).
+seed answers every query, so that both are drawn anew, each with replacement (Owen, "The pigeonhole bootstrap", 2007).
+In simulations with the spreads of this study such a nominal 95 % interval covers the truth in 0.93 to 0.97 of the
+studies with eight seeds, and in 0.83 to 0.92 with three: drawn anew, three have too little spread. The t-test over
+seeds, which a verdict asks for too, knows how few they are.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ def paired_over_seeds(first: ArrayLike, second: ArrayLike, *, level: float = 0.9
         level: of the interval.
 
     Returns:
-        The interval and the two-sided p-value; 1 for equal scores, NaN for a single seed.
+        The interval and the two-sided p-value; 1 for equal scores. A single seed, and differences that are all the
+        same, have no spread to test against: bounds and p-value are NaN.
 
     Raises:
         ValueError: other shapes.
@@ -58,8 +61,9 @@ def paired_over_seeds(first: ArrayLike, second: ArrayLike, *, level: float = 0.9
     mean = float(difference.mean())
     if len(a) == 1:
         return Interval(mean, np.nan, np.nan), np.nan
-    if not np.ptp(difference):  # the t statistic would be a division by zero
-        return Interval(mean, mean, mean), 1.0 if mean == 0 else 0.0
+    # The t statistic would be a division by zero, or by what rounding leaves of it.
+    if np.ptp(difference) <= 1e-12 * max(np.abs(a).max(), np.abs(b).max()):
+        return (Interval(0.0, 0.0, 0.0), 1.0) if not difference.any() else (Interval(mean, np.nan, np.nan), np.nan)
     found = stats.ttest_rel(a, b)
     low, high = found.confidence_interval(level)
     return Interval(mean, float(low), float(high)), float(found.pvalue)
@@ -164,25 +168,39 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return adjusted
 
 
-def correlation(x: ArrayLike, y: ArrayLike, *, level: float = 0.95, resamples: int = 2_000) -> tuple[Interval, float]:
-    """Spearman's rank correlation, its bootstrap interval over pairs, and the two-sided p-value.
+def correlation(
+    x: ArrayLike,
+    y: ArrayLike,
+    *,
+    level: float = 0.95,
+    groups: Sequence[object] | None = None,
+    resamples: int = 2_000,
+) -> tuple[Interval, float]:
+    """Spearman's rank correlation, its bootstrap interval, and the two-sided p-value.
 
-    NaN where one side does not vary.
+    NaN where one side does not vary. The p-value takes pairs for independent, also where there are groups.
 
     Args:
         x: (pairs,).
         y: (pairs,).
         level: of the interval.
+        groups: of each pair, what is drawn as a whole, such as the source video; None = the pair.
         resamples: of the bootstrap.
     """
     a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     if not np.ptp(a) or not np.ptp(b):
         return Interval(np.nan, np.nan, np.nan), np.nan
     found = stats.spearmanr(a, b)
+    member = np.arange(len(a)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    members = [np.flatnonzero(member == group) for group in range(int(member.max()) + 1)]
+
+    def redrawn(drawn: NDArray) -> float:
+        place = np.concatenate([members[group] for group in drawn])
+        return float(stats.spearmanr(a[place], b[place]).statistic)
+
     spread = stats.bootstrap(
-        (a, b),
-        lambda first, second: stats.spearmanr(first, second).statistic,
-        paired=True,
+        (np.arange(len(members)),),
+        redrawn,
         vectorized=False,
         n_resamples=resamples,
         confidence_level=level,

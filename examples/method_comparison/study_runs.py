@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from comparison import read_result
+from study_machine import write_machine
 from study_settings import BACKBONES, FINALISTS, TUNING_SEEDS, Setting
 from workers import Job
 
@@ -123,11 +124,45 @@ class Run:
     @property
     def result(self) -> dict[str, Any] | None:
         """What it has found, None where it has not ended."""
-        return read_result(self.folder)
+        result = read_result(self.folder)
+        try:
+            return result if result is not None and self._numbers(result) else None
+        except (KeyError, TypeError, ValueError):
+            return None
+
+    @property
+    def whole(self) -> dict[str, Any] | None:
+        """What it has found, None where it has not ended or where a file of it is damaged: it is to be run again."""
+        return None if self.damage else self.result
+
+    @property
+    def damage(self) -> str | None:
+        """What is wrong with the files of a run that has ended, None where nothing is."""
+        if not (self.folder / "results.json").exists():
+            return None
+        if self.result is None:
+            return "results.json is torn, or lacks figures"
+        try:
+            each = each_of(self.folder, self.measured_part)
+        except (OSError, ValueError) as error:
+            return str(error)
+        lacking = [name for name in self.figures if len(each["figures"].get(name, ())) != len(each["ids"])]
+        return f"each_{self.measured_part}.json lacks {', '.join(lacking)}" if lacking else None
+
+    @property
+    def measured_part(self) -> str:
+        """The part whose queries it is compared on: a summariser's "test" is the validation part where it tunes."""
+        return "validation" if self.stage == "tune" and self.of.script != "summarise" else "test"
+
+    @property
+    def figures(self) -> list[str]:
+        """Those that it is there for."""
+        return [self.of.validation] if self.stage == "tune" else list(self.of.figures.values())
 
     def job(self) -> Job:
         """What a worker does."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        write_machine(self.folder)
         stage = self.of.tune if self.stage == "tune" else self.of.main
         arguments = self.places.fill(f"{self.of.arguments} {stage} {self.method}")
         arguments += ["--domain", self.part] if self.part else []
@@ -141,6 +176,49 @@ class Run:
         """The figure that configurations are chosen by."""
         found = result["rouge_after"]["rouge_score"] if self.of.script == "summarise" else result["validation"]
         return float(found[self.of.validation])
+
+    def test(self, result: Mapping[str, Any]) -> Mapping[str, float]:
+        """The figures that are reported."""
+        return result["rouge_after"]["rouge_score"] if self.of.script == "summarise" else result["test"]
+
+    def _numbers(self, result: Mapping[str, Any]) -> list[float]:
+        """All that the study takes from a result.
+
+        Raises:
+            KeyError, TypeError, ValueError: something is not there, or no number.
+        """
+        figures = [self.validation(result)] if self.stage == "tune" else [self.test(result)[n] for n in self.figures]
+        return [float(number) for number in (*figures, *(result[n] for n in ("seconds", "trainable", "parameters")))]
+
+
+def each_of(folder: Path, part: str) -> dict[str, Any]:
+    """What a run has written about every query; of several folds one after the other.
+
+    Args:
+        folder: of the run.
+        part: "validation" or "test".
+
+    Returns:
+        `ids` and `sources`, lists of one entry per query, and `figures`, such lists by name, in percent.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file is damaged.
+    """
+    joined: dict[str, Any] = {"ids": [], "sources": [], "figures": {}}
+    paths = sorted(folder.rglob(f"each_{part}.json"))
+    if not paths:
+        raise FileNotFoundError(f"each_{part}.json does not exist")
+    for path in paths:
+        try:
+            each = json.loads(path.read_text(encoding="utf-8"))
+            joined["ids"] += each["ids"]
+            joined["sources"] += each["sources"]
+            for name, values in each["figures"].items():
+                joined["figures"].setdefault(name, []).extend(values)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path.name} is damaged ({type(error).__name__})") from error
+    return joined
 
 
 class Plan:
@@ -168,6 +246,7 @@ class Plan:
         chooses: Plan | None = None,
     ) -> None:
         self.name, self.setting, self.places, self.chooses = name, setting, places, chooses
+        self.configurations = configurations
         self.seeds = setting.seeds if seeds is None else seeds
         self.rows = {row: given[:configurations] for row, given in setting.rows.items() if not rows or row in rows}
 
@@ -220,6 +299,51 @@ class Plan:
         """Both rounds, as far as they are known."""
         return self.first_round() + self.second_round()
 
+    def recorded(self, names: Set[str] = frozenset()) -> list[Run]:
+        """The runs of the setting that have a folder, of whatever configurations and seeds they were called for.
+
+        Args:
+            names: of folders that are taken to exist.
+        """
+        there = {path.name for stage in ("tune", "main") for path in (self._folder / stage).glob("*")} | names
+        numbers = (re.search(r"_seed(\d+)$", name) for name in there)
+        # Tuning seeds are among them: they are few, and no main run has one.
+        seeds = sorted({int(match[1]) for match in numbers if match})
+        rows = self.setting.rows
+        tuning = [
+            self._tuning(row, method, round_)
+            for round_ in range(len(TUNING_SEEDS) if self.tunes else 0)
+            for row, methods in rows.items()
+            for method in methods
+        ]
+        methods_of = {row: self._methods(row) for row in rows} | {FROZEN: [self._frozen]}
+        main = [
+            Run(self.name, self.setting, "main", row, method, seed, part, self.places)
+            for seed in seeds
+            for row, methods in methods_of.items()
+            for method in methods
+            for part in self.setting.parts
+        ]
+        return [run for run in (*tuning, *main) if run.folder.name in there]
+
+    def chosen_with(self) -> int | None:
+        """How many configurations of every row the reported runs were chosen from, None where none is reported.
+
+        The most with which every row that has main runs has a choice, and main runs of that choice. A larger budget
+        whose tuning or whose runs are under way does not count yet.
+        """
+        if not self.tunes:
+            assert self.chooses is not None
+            return self.chooses.chosen_with()
+        done = {(run.row, run.method) for run in self.recorded() if run.stage == "main" and run.result is not None}
+        reported = {row for row, _ in done} - {FROZEN}
+        most = max(map(len, self.setting.rows.values()), default=0) if reported else 0
+        for number in range(most, 0, -1):
+            choices = Plan(self.name, self.setting, self.places, configurations=number).choices()
+            if all((row, choices.get(row)) in done for row in reported):
+                return number
+        return None
+
     def count(self) -> int:
         """All runs, those that are not known yet included."""
         main = (len(self.rows) * self.seeds + 1) * len(self.setting.parts)
@@ -235,6 +359,17 @@ class Plan:
     def _tuning(self, row: str, method: str, round_: int) -> Run:
         part = self.setting.parts[0]
         return Run(self.name, self.setting, "tune", row, method, TUNING_SEEDS[round_], part, self.places)
+
+    @property
+    def _folder(self) -> Path:
+        return self.places.output / self.name
+
+    def _methods(self, row: str) -> list[str]:
+        """All that its main runs could be called with."""
+        given = self.setting.rows[row]
+        if self.chooses is None:
+            return list(given)
+        return [f"{c} {given[0]}".strip() for c in self.chooses.setting.rows.get(self._follows(row), ())]
 
     def _follows(self, row: str) -> str:
         return self.setting.row_of.get(row, self.setting.row_of.get("", row))
@@ -259,8 +394,3 @@ class Plan:
         if first is None or second is None:
             return None
         return max(finalists, key=lambda method: mean((first[method], second[method])))
-
-
-def missing(runs: Sequence[Run]) -> Iterator[Run]:
-    """Those without a result."""
-    return (run for run in runs if run.result is None)

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from significance import Difference, Interval, compare, crossed_interval, holm
+from study_machine import shown
 from study_pictures import draw_curve, draw_points, draw_sizes
-from study_results import PER_PERCENT, table_of
+from study_results import KINDS, PER_PERCENT, table_of
 from study_settings import REFERENCE
 
 from peft_read.files import write_whole
@@ -72,11 +73,10 @@ def summarise(results: Mapping[str, Any], folder: Path) -> str:
     """
     folder.mkdir(parents=True, exist_ok=True)
     settings = {name: setting for name, setting in results["settings"].items() if setting["main"] or setting["tuning"]}
-    shown = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     parts = [
         "# Methods compared",
-        f"Made from the results of the runs alone. Intervals are of 95 %, over seeds and queries. {shown}; "
-        f"{results['hardware']}.",
+        f"Made from the results of the runs alone. Intervals are of 95 %, over seeds and queries. "
+        f"{_made_with(results)}.",
     ]
     for name, setting in settings.items():
         rows = complete_rows(setting)
@@ -92,6 +92,14 @@ def summarise(results: Mapping[str, Any], folder: Path) -> str:
     with write_whole(folder / PAGE) as file:
         file.write(page)
     return page
+
+
+def _made_with(results: Mapping[str, Any]) -> str:
+    """Every machine and set of versions, with the number of its runs where there are several."""
+    runs = [run["machine"] for s in results["settings"].values() for kind in KINDS for run in s[kind]]
+    counted = [(shown(machine), runs.count(place)) for place, machine in enumerate(results["machines"])]
+    used = [(text, count) for text, count in counted if count]
+    return used[0][0] if len(used) == 1 else ". ".join(f"{count} runs: {text}" for text, count in used)
 
 
 def complete_rows(setting: Mapping[str, Any]) -> dict[str, Row]:
@@ -166,7 +174,7 @@ def _compared(setting: Mapping[str, Any], rows: Mapping[str, Row]) -> list[str]:
         [
             name,
             f"{d.mean:+.2f}",
-            f"{d.over_seeds.low:+.2f} to {d.over_seeds.high:+.2f}",
+            "–" if np.isnan(d.over_seeds.low) else f"{d.over_seeds.low:+.2f} to {d.over_seeds.high:+.2f}",
             _p(d.p_seeds),
             _p(by_seeds[name]),
             f"{d.over_both.low:+.2f} to {d.over_both.high:+.2f}",
@@ -179,20 +187,45 @@ def _compared(setting: Mapping[str, Any], rows: Mapping[str, Row]) -> list[str]:
 
 
 def verdict(setting: Mapping[str, Any], rows: Mapping[str, Row]) -> str:
-    """What can be concluded, in a sentence or two: a difference counts where both corrected tests find it."""
+    """What can be concluded, in a few sentences: a difference counts where both corrected tests find it.
+
+    Ranks are those of the means over the seeds that all trained rows have. While a row or a planned seed is missing
+    the verdict is called provisional.
+    """
     found = comparisons(setting, rows)
     figure, key = next(iter(setting["figures"].items()))
-    ranking = sorted((row for row in rows.values() if row.is_trained), key=lambda row: -mean(row.scores(key)))
-    place = 1 + [row.name for row in ranking].index(REFERENCE)
+    trained = {name: row for name, row in rows.items() if row.is_trained}
+    common = set.intersection(*(set(row.seeds) for row in trained.values()))
+    means = {
+        name: mean(score for seed, score in zip(row.seeds, row.scores(key), strict=True) if seed in common)
+        for name, row in (trained.items() if common else ())
+    }
+    ranking = sorted(means, key=lambda name: -means[name])
     adjusted = [holm({n: getattr(d, p) for n, d in found.items()}) for p in ("p_seeds", "p_both")]
+    untested = [n for n in trained if n != REFERENCE and (n not in found or any(np.isnan(p[n]) for p in adjusted))]
     certain = [name for name in found if all(p[name] < LEVEL for p in adjusted)]
     ahead, behind = ([n for n in certain if (found[n].mean > 0) == wanted] for wanted in (True, False))
-    first = f"{REFERENCE} is first" if place == 1 else f"{REFERENCE} is number {place}, {ranking[0].name} first"
-    return (
-        f"**In {figure} {first} of {len(ranking)} methods.** Significantly (p < {LEVEL} in both tests, after Holm's "
-        f"correction) it is ahead of {', '.join(ahead) or 'none'} and behind {', '.join(behind) or 'none'}; of the "
-        "others these runs cannot tell it apart."
+    if not ranking:
+        first = f"the {len(trained)} methods have no seed in common, so that they are not ranked"
+    else:
+        place = 1 + ranking.index(REFERENCE)
+        first = f"{REFERENCE} is first" if place == 1 else f"{REFERENCE} is number {place}, {ranking[0]} first"
+        first += f" of {len(ranking)} methods"
+    lacks = [name for name in setting["rows"] if name not in rows]
+    short = any(len(row.seeds) < setting["planned_seeds"] for row in trained.values())
+    sentences = [f"**In {figure} {first}.**"]
+    if ranking and len({tuple(row.seeds) for row in trained.values()}) > 1:
+        sentences.append(f"Ranked over the {len(common)} seeds that all of them have.")
+    sentences.append(
+        f"Significantly (p < {LEVEL} in both tests, after Holm's correction) it is ahead of "
+        f"{', '.join(ahead) or 'none'} and behind {', '.join(behind) or 'none'}; of the others these runs cannot tell "
+        "it apart."
     )
+    if untested:
+        sentences.append(f"Not tested: {', '.join(untested)}.")
+    if lacks or short:
+        sentences.append("**Provisional: methods or planned seeds are missing.**")
+    return " ".join(sentences)
 
 
 def _tuning(setting: Mapping[str, Any]) -> list[str]:
@@ -219,10 +252,20 @@ def _tuning(setting: Mapping[str, Any]) -> list[str]:
     head = ["method", "configuration", "validation", "less the first", "second seed", ""]
     return [
         f"### Tuning: {setting['title']}",
+        *_budget(setting),
         f"{len(items['ids'])} validation queries of sources that no training query has; intervals over these queries "
         "alone, one seed: a difference whose interval contains zero may be chance.",
         markdown(head, lines),
     ]
+
+
+def _budget(setting: Mapping[str, Any]) -> list[str]:
+    """What was chosen from, where more is recorded: a larger budget is under way, or was given up."""
+    number = setting["configurations"]
+    tried = {row: {run["arguments"] for run in setting["tuning"] if run["row"] == row} for row in setting["rows"]}
+    if number is None or all(len(arguments) <= number for arguments in tried.values()):
+        return []
+    return [f"Chosen from the first {number} configurations of each method; the others are here for completeness."]
 
 
 def _against(run: Mapping[str, Any], base: Mapping[str, Any], figure: str, items: Mapping[str, Any]) -> str:

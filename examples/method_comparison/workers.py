@@ -87,9 +87,19 @@ class Workers:
         seconds = time.monotonic() - started
         if processor_seconds is None:
             self.say(f"{job.name}: FAILED in {seconds:.0f} s")
-            return f"{job.name} failed, see {job.log}"
+            return f"{job.name} failed{_last_line(job.log)}; see {job.log}"
         self.say(f"{job.name}: done in {seconds:.0f} s, {processor_seconds:.0f} s of processor time")
         return None
+
+
+def _last_line(log: Path) -> str:
+    """Of what a run has printed, which is its exception where it has raised one."""
+    try:
+        lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    except OSError:
+        return ""
+    last = next((line for line in reversed(lines) if line), "")
+    return f": {last[:300]}" if last else ""
 
 
 class _Worker:
