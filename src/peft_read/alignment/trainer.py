@@ -234,6 +234,7 @@ class PVLALossMixin(_Base):
             return super().evaluation_loop(*args, **kwargs)
         self._eval_sums = Sums()
         output = super().evaluation_loop(*args, **kwargs)
+        self._aligner.refuse_packed()
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         sums = self._eval_sums
         # Gathered on every rank, seen or unseen data: a conditional collective would hang.
@@ -263,8 +264,10 @@ class PVLALossMixin(_Base):
 
         Raises:
             FloatingPointError: by block, a distance was NaN or infinite.
+            ValueError: rows of a batch held several packed samples.
         """
         assert self._aligner is not None
+        self._aligner.refuse_packed()
         bad = self._train_sums.values.get("bad")
         if bad is not None and bool(bad.any()):
             index = int(bad.nonzero()[0])
