@@ -274,7 +274,7 @@ def _tolerance(*dtypes: Any, roundings: int = ROUNDINGS) -> float:
 
 
 def _random_state_kept(device: torch.device) -> AbstractContextManager[None]:
-    if device.type == "cpu":
+    if device.type in ("cpu", "mps"):  # torch keeps no state of mps by number
         return torch.random.fork_rng(devices=[])
-    index = torch.accelerator.current_device_index() if device.index is None else device.index
-    return torch.random.fork_rng(devices=[index], device_type=device.type)
+    devices = None if device.index is None else [device.index]
+    return torch.random.fork_rng(devices=devices, device_type=device.type)
