@@ -6,6 +6,7 @@ torchrun --nproc_per_node 2 tests/distributed_checks.py ddp|fsdp2 <folder> [fami
 import sys
 from pathlib import Path
 
+import test_alignment_task_loss as task_losses
 import test_multitask_trainer as multitask
 import torch
 import torch.distributed as dist
@@ -48,9 +49,31 @@ def check_ddp(folder: Path) -> None:
             assert abs(log[0]["pvla_loss"] - pvla) < 1e-4 * pvla, (family, log[0], pvla)
             if family != "bart":
                 break
+    check_means_of_micro_batches(folder / "means")
     check_what_only_the_alignment_reaches(folder / "projected")
     check_blocks_that_are_skipped(folder / "skipped")
     check_multitask(folder / "tasks")
+
+
+def check_means_of_micro_batches(folder: Path) -> None:
+    """Models that return the mean of the micro-batch, with and without accumulation: one batch of what all hold."""
+    for name in ("masked words", "undivided", "answers"):
+        for accumulation in (1, 3):
+            rows = task_losses.rows_of(name, 6 * accumulation)
+            actual, log = task_losses.step(
+                name, folder / name, size=3, accumulation=accumulation, data=rows, ddp_backend="gloo",
+                trainer_class=AssertingTrainer,
+            )  # fmt: skip
+            model, batch = task_losses.MODELS[name](), task_losses.collated(rows)
+            aligner = Aligner(model, task_losses.config_of(name))
+            with aligner.record() as recording:
+                outputs = model(**batch)
+            (outputs.loss + aligner.loss(recording, batch, outputs)).backward()
+            expected = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+            error = relative_error(actual, torch.cat([grad.flatten() for grad in expected]).double())
+            assert error < 1e-5, (name, accumulation, error)
+            task = float(outputs.loss.detach())
+            assert abs(log[0]["task_loss"] - task) < 1e-4 * task, (name, accumulation, log[0], task)
 
 
 def check_what_only_the_alignment_reaches(folder: Path) -> None:

@@ -21,6 +21,7 @@ from .loss import (
     checked_method,
     checked_reg,
 )
+from .packing import packed_message, packed_rows
 from .presets import preset_streams
 from .recorder import AlignedBlock, Recording, StreamPair
 from .streams import Stream, rows_of, unwrap_model
@@ -165,6 +166,7 @@ class Aligner:
         self.pair: StreamPair | None = None
         self._model: weakref.ref[nn.Module] | None = None
         self._has_aligned = False
+        self._packed: tuple[str, Tensor] | None = None  # noted on a device, and by which entry of the batch
         self.attach(model)
 
     def attach(self, model: nn.Module) -> bool:
@@ -209,9 +211,11 @@ class Aligner:
 
         Raises:
             RuntimeError: no module of the streams has run in this pass or in one before.
-            ValueError: the extractor returned no blocks, or something else.
+            ValueError: the extractor returned no blocks, or something else; or rows hold several packed samples. On a
+                device, values are read with the first batch that is aligned, and then by `refuse_packed` only.
         """
         if self.pair is not None:
+            self._look_for_packed(batch)
             return self.pair.blocks(recording, batch)
         assert self.config.extractor is not None
         try:
@@ -224,6 +228,28 @@ class Aligner:
             raise ValueError("the extractor returned no blocks")
         return blocks
 
+    def _look_for_packed(self, batch: Mapping[str, Any]) -> None:
+        told = packed_rows(batch)
+        if told is None:
+            return
+        name, packed = told
+        if isinstance(packed, Tensor) and self._has_aligned and _is_on_a_device(packed):
+            before = None if self._packed is None else self._packed[1]
+            self._packed = name, packed if before is None else packed | before.to(packed.device)
+        elif packed:
+            raise ValueError(packed_message(name))
+
+    def refuse_packed(self) -> None:
+        """Reports packed rows of batches on a device since the last call, and waits for the device; `PVLALossMixin`
+        does so at each log.
+
+        Raises:
+            ValueError: rows of a batch held several samples.
+        """
+        noted, self._packed = self._packed, None
+        if noted is not None and noted[1]:
+            raise ValueError(packed_message(noted[0]))
+
     def distance(
         self, recording: Recording, batch: Mapping[str, Any], outputs: Any = None, *, progress: float = 0.0
     ) -> AlignmentDistance:
@@ -231,6 +257,7 @@ class Aligner:
 
         Raises:
             RuntimeError: gradients are on and no aligned state has one, so the loss could train nothing.
+            ValueError: rows of the batch hold several packed samples.
         """
         blocks = self.blocks(recording, batch, outputs)
         if not blocks:
@@ -285,6 +312,11 @@ class Aligner:
         """Removes the hooks from the model."""
         if self.pair is not None:
             self.pair.remove()
+
+
+def _is_on_a_device(tensor: Tensor) -> bool:
+    """Whether looking at a value waits."""
+    return tensor.device.type != "cpu"
 
 
 def _nothing_aligned(batch: Mapping[str, Any]) -> AlignmentDistance:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,8 @@ from .evaluation import counted_rows
 from .loss import AlignmentDistance
 from .recorder import drops_blocks
 from .streams import ROW_PER_EXAMPLE, rows_of, unwrap_model
-from .task_loss import is_local_mean
+from .sums import Sums, failures, totals
+from .task_loss import StepCounts, TaskLoss, nothing_without_labels
 from .wrapping import search_for_unused, wrap_again
 
 __all__ = ["PVLALossMixin"]
@@ -36,9 +37,9 @@ class PVLALossMixin(_Base):
     """Adds partial video-language alignment to a `Trainer` or a subclass of it; put it before the trainer.
 
     Total loss = task loss + weight x PVLA. The PVLA term is the mean over blocks and over **all** examples of the
-    optimiser step, for any micro-batches, gradient accumulation and number of processes. The task loss of
-    encoder-decoder models is divided by `num_items_in_batch` where the model itself does not (BART and T5 return the
-    mean of the micro-batch, which Trainer takes for the mean of the whole step).
+    optimiser step, for any micro-batches, gradient accumulation and number of processes. A task loss that is the mean
+    over its micro-batch, and not over the step (BART, T5, classification, models with `accepts_loss_kwargs = False`),
+    is weighted by the labels that it is the mean of, or else by the examples, see `docs/alignment.md`.
 
     Logs `loss`, `task_loss`, `pvla_loss` (the unweighted transport distance) and `pvla_mass`; evaluation adds
     `eval_pvla_loss` and leaves `eval_loss` alone. Works with READ, with any other peft method, and with full
@@ -54,7 +55,7 @@ class PVLALossMixin(_Base):
 
     Raises:
         ValueError: more than one GPU in one process (DataParallel); launch one process per GPU. No PVLAConfig, or
-            streams that do not fit the model.
+            streams that do not fit the model. In training, a task loss of which nobody knows what to divide it by.
 
     Example:
         ```python
@@ -87,19 +88,19 @@ class PVLALossMixin(_Base):
             # gradient. READ's parameters all lie on the path of the task loss.
             search_for_unused(self, False)
         self._note_settings(self.model)
-        self._eval_sums = _Sums()
+        self._eval_sums = Sums()
         self._begin_training()
 
     def _add_to_evaluation(self, result: AlignmentDistance) -> None:
         self._measured += 1
         real = counted_rows(self, result.distance.shape[1])
-        self._eval_sums.add(examples=real, **_totals(result, real))
+        self._eval_sums.add(examples=real, **totals(result, real))
 
     def _begin_training(self) -> None:
         """Forgets what an earlier or an aborted run of the training loop has counted."""
-        self._window_examples: int | None = None
-        self._task_loss_is_local_mean: bool | None = None
-        self._train_sums = _Sums()
+        self._step_counts_by_process: list[StepCounts] | None = None
+        self._task_loss = TaskLoss(self.accelerator.gather, self.label_smoother)
+        self._train_sums = Sums()
         self._steps_since_log = 0
 
     def _note_settings(self, model: nn.Module) -> None:
@@ -127,13 +128,13 @@ class PVLALossMixin(_Base):
             seal_checkpoint(checkpoint)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Trainer; also counts the examples of the optimiser step."""
+        """As in Trainer; also counts the examples and labels of the optimiser step."""
         batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
         if self._aligner is not None:
-            count = torch.tensor(sum(len(rows_of(batch)[1]) for batch in batches), device=self.args.device)
-            self._window_examples = int(self.accelerator.gather(count).sum())
+            counts = StepCounts.of_step(batches, self.accelerator.gather, self.args.device)
+            self._step_counts_by_process = counts
             # Trainer goes on asking for steps of a dataset without length that has ended; those are none.
-            self._steps_since_log += bool(self._window_examples)
+            self._steps_since_log += any(count.examples for count in counts)
         return batches, num_items_in_batch
 
     def compute_loss(
@@ -149,11 +150,19 @@ class PVLALossMixin(_Base):
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
             )
-        labels = inputs.get("labels")
         batch = dict(inputs)
         aligner = self._follow(model)
+        compute: Callable[..., Any] = super().compute_loss
+        if self._is_part_of_step(model) and num_items_in_batch is not None and self._task_loss.is_divided is None:
+            # Before the pass that is trained on, whose hooks and checkpoints no other may come between.
+            self._task_loss.ask(
+                model,
+                lambda items: compute(model, dict(batch), num_items_in_batch=items, **kwargs).detach(),
+                num_items_in_batch,
+                self.args.device,
+            )
         with aligner.record() as recording:
-            loss, outputs = super().compute_loss(
+            loss, outputs = compute(
                 model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch, **kwargs
             )
         if not model.training:
@@ -161,7 +170,7 @@ class PVLALossMixin(_Base):
             self._add_to_evaluation(result)
             return (loss, outputs) if return_outputs else loss
 
-        loss = self._exact_task_loss(loss, outputs, labels, num_items_in_batch)
+        loss = self._exact_task_loss(model, loss, outputs, batch, num_items_in_batch)
         result = aligner.distance(recording, batch, outputs, progress=self._progress)
         self._check_count(batch, result.distance.shape[1])
         share = self._share_of_step(result.distance.shape[1], num_items_in_batch)
@@ -172,7 +181,7 @@ class PVLALossMixin(_Base):
             task_loss=loss.detach() / divisor,
             pvla_loss=pvla.detach() / divisor,
             pvla_mass=result.over_blocks()[1].mean() * share / divisor,
-            **_failures(result),
+            **failures(result),
         )
         loss = loss + aligner.config.weight_at(self._progress) * pvla.to(loss.dtype)
         return (loss, outputs) if return_outputs else loss
@@ -223,8 +232,9 @@ class PVLALossMixin(_Base):
         """As in the Trainer, with `<prefix>_pvla_loss` among the metrics."""
         if self._aligner is None:
             return super().evaluation_loop(*args, **kwargs)
-        self._eval_sums = _Sums()
+        self._eval_sums = Sums()
         output = super().evaluation_loop(*args, **kwargs)
+        self._aligner.refuse_packed()
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         sums = self._eval_sums
         # Gathered on every rank, seen or unseen data: a conditional collective would hang.
@@ -245,7 +255,7 @@ class PVLALossMixin(_Base):
             means = self.accelerator.gather(values.unsqueeze(0)).mean(0) / steps
             self._report_failures()
             logs.update(dict(zip(names, means.tolist(), strict=True)))
-            self._train_sums = _Sums()
+            self._train_sums = Sums()
             self._steps_since_log = 0
         super().log(logs, *args, **kwargs)
 
@@ -254,8 +264,10 @@ class PVLALossMixin(_Base):
 
         Raises:
             FloatingPointError: by block, a distance was NaN or infinite.
+            ValueError: rows of a batch held several packed samples.
         """
         assert self._aligner is not None
+        self._aligner.refuse_packed()
         bad = self._train_sums.values.get("bad")
         if bad is not None and bool(bad.any()):
             index = int(bad.nonzero()[0])
@@ -286,7 +298,7 @@ class PVLALossMixin(_Base):
     def _check_count(self, batch: Mapping[str, Any], examples: int) -> None:
         """Raises if the shares of the optimiser step, by the batches that were counted, would not sum to 1."""
         name, rows = rows_of(batch)
-        if self._window_examples is not None and len(rows) != examples:
+        if self._step_counts_by_process is not None and len(rows) != examples:
             raise ValueError(
                 f"the alignment has {examples} examples in a batch whose {name!r} has {len(rows)} rows, by which it "
                 f"was counted: its share of the optimiser step is unknown. Give the batch an entry with one row per "
@@ -300,41 +312,56 @@ class PVLALossMixin(_Base):
         DDP averages gradients over processes, hence the factor of the world size; Trainer divides an unscaled loss by
         the accumulation steps, hence that factor.
         """
-        if self._window_examples is None:  # compute_loss called by hand, outside the training loop
+        if self._step_counts_by_process is None:  # compute_loss called by hand, outside the training loop
             return 1.0
-        share = examples * self.accelerator.num_processes / self._window_examples
+        step_examples = sum(count.examples for count in self._step_counts_by_process)
+        share = examples * self.accelerator.num_processes / step_examples
         return share if self._trainer_takes_loss_as_scaled(num_items_in_batch) else share * self._accumulation_steps
 
-    def _exact_task_loss(
-        self, loss: Tensor, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None
-    ) -> Tensor:
-        """Turns the mean over the micro-batch's own tokens into the sum over the step's tokens, where needed.
+    def _is_part_of_step(self, model: nn.Module) -> bool:
+        """Whether this is one of several micro-batches of a step, whose loss nobody else divides."""
+        if self.compute_loss_func is not None or getattr(self, "loss_is_scaled_for_ga", None) is not None:
+            return False  # these have a loss of their own, which they scale themselves
+        several = self._accumulation_steps * self.accelerator.num_processes > 1
+        return model.training and several and self._step_counts_by_process is not None
 
-        Whether the model's loss is a local mean is measured until a micro-batch tells the two apart.
+    def _exact_task_loss(
+        self,
+        model: nn.Module,
+        loss: Tensor,
+        outputs: Any,
+        batch: Mapping[str, Any],
+        num_items_in_batch: Tensor | int | None,
+    ) -> Tensor:
+        """Turns a mean over the micro-batch into its part of the step's loss; what is divided already stays.
 
         Raises:
-            ValueError: it is neither.
+            ValueError: it is not known what to divide the loss by.
         """
-        if num_items_in_batch is None or labels is None or self.label_smoother is not None or self.compute_loss_func:
-            return loss
-        # A trainer that says so has a loss of its own, which it scales itself.
-        if getattr(self, "loss_is_scaled_for_ga", None) is not None:
-            return loss
-        logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
-        if not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
-            return loss
-        tokens = labels.ne(-100).sum()
-        is_mean = self._task_loss_is_local_mean
-        if is_mean is None and self.model_accepts_loss_kwargs:
-            # Trainer has multiplied the loss by the number of processes, against DDP's averaging.
-            factor = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            dtype = getattr(self.model, "dtype", None)
-            is_mean, settled = is_local_mean(loss / factor, logits, labels, num_items_in_batch, model_dtype=dtype)
-            self._task_loss_is_local_mean = is_mean if settled else None
-        if is_mean:
-            loss = loss * (tokens / num_items_in_batch)
-        # A micro-batch without any label has the mean of nothing, NaN; it contributes nothing.
-        return loss if logits is None else torch.where(tokens > 0, loss, logits.sum() * 0)
+        if not self._is_part_of_step(model):
+            return nothing_without_labels(loss, batch)
+        taken_as_divided = self._trainer_takes_loss_as_scaled(num_items_in_batch)
+        if taken_as_divided and self._task_loss.is_divided is not False:
+            return loss if self._task_loss.is_divided else nothing_without_labels(loss, batch)
+        processes, everywhere = self.accelerator.num_processes, self.args.average_tokens_across_devices
+        counts = self._step_counts_by_process
+        assert counts is not None
+        # The user may want each process to divide by its own labels, as the Trainer then does.
+        step = (
+            StepCounts(*map(sum, zip(*counts, strict=True))) if everywhere else counts[self.accelerator.process_index]
+        )
+        # What the Trainer takes for the step's part, it has multiplied by the processes against DDP's averaging.
+        factor = processes if everywhere else 1
+        return self._task_loss.part(
+            loss,
+            outputs,
+            batch,
+            step,
+            times=1 if taken_as_divided else factor * self._accumulation_steps,
+            factor=factor if taken_as_divided else 1,
+            taken_as_divided=taken_as_divided,
+            model_dtype=getattr(self.model, "dtype", None),
+        )
 
 
 class _Follower(TrainerCallback):
@@ -350,38 +377,3 @@ class _Follower(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if (trainer := self.trainer()) is not None:
             trainer._seal(state.global_step)
-
-
-class _Sums:
-    """Running sums by name, kept as tensors so that no step waits for the device."""
-
-    def __init__(self) -> None:
-        self.examples = 0
-        self.values: dict[str, Tensor] = {}
-
-    def add(self, examples: int = 0, **values: Tensor) -> None:
-        self.examples += examples
-        for name, value in values.items():
-            value = value.detach().float()
-            before = self.values.get(name)
-            if before is not None and before.shape != value.shape:  # blocks that LayerDrop left out
-                longest = max(len(before), len(value))
-                before, value = (nn.functional.pad(sums, (0, longest - len(sums))) for sums in (before, value))
-            self.values[name] = value if before is None else before + value
-
-    def get(self, name: str) -> float:
-        return float(self.values[name]) if name in self.values else 0.0
-
-
-def _totals(result: AlignmentDistance, rows: int) -> dict[str, Tensor]:
-    """The sums over the first rows."""
-    distance, mass = result.over_blocks()
-    return {"pvla_loss": distance[:rows].sum(), "pvla_mass": mass[:rows].sum()}
-
-
-def _failures(result: AlignmentDistance) -> dict[str, Tensor]:
-    """Counts, kept on the device: (blocks,) distances that are NaN or infinite, and problems that did not converge."""
-    counts = {"bad": (~result.distance.detach().isfinite()).sum(1)}
-    if result.converged is not None:
-        counts["unsolved"] = (~result.converged).sum()
-    return counts
