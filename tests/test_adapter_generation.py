@@ -290,7 +290,7 @@ def test_disabling_the_adapter_for_a_whole_generation_is_the_base_model():
 
 
 def test_no_scope_stays_open_after_a_pass_or_an_exception():
-    from peft_read.adapter.scope import current_scope
+    from peft_read.adapter.running import current_scope
 
     model = adapted("llama")
     ids, mask = padded_batch("llama")
@@ -305,8 +305,8 @@ def test_no_scope_stays_open_after_a_pass_or_an_exception():
 
 
 def test_an_interrupted_pass_is_forgotten_by_the_next():
-    from peft_read.adapter import scope
-    from peft_read.adapter.scope import current_scope
+    from peft_read.adapter import running
+    from peft_read.adapter.running import current_scope
 
     def interrupt(module, args):
         raise KeyboardInterrupt
@@ -320,7 +320,7 @@ def test_an_interrupted_pass_is_forgotten_by_the_next():
     hook.remove()
     model(input_ids=ids, attention_mask=mask)
     assert current_scope() is None
-    assert not scope._ANY_OPEN  # compiled graphs would be left for nothing
+    assert not running._ANY_OPEN  # compiled graphs would be left for nothing
 
 
 @pytest.mark.parametrize("name", ["mems", "state", "past_buckets_states", "block_table"])

@@ -17,7 +17,7 @@ from ..peft_methods.stacks import (
 )
 from .cache import commit_states, has_grown, returned_cache
 from .openings import BlockOpening, Opening, StackOpening, TowerOpening, VideosOpening
-from .scope import current_scope, leave_scope, outside_graphs
+from .running import current_scope, leave_scope, outside_graphs
 
 __all__ = ["install_scopes", "remove_scopes"]
 

@@ -14,24 +14,27 @@ from transformers.cache_utils import Cache
 from ..checkpointing import scope_checkpoints
 from ..peft_methods.stacks import RAW_INPUTS
 from .cache import cache_length, given_cache, is_begun
-from .masks import (
-    as_mask,
-    attended_keys,
-    kept_by_padding_mask,
-    segments_told,
-)
-from .scope import Scope, Tower, current_scope, enter_scope, forget_interrupted, outside_graphs, run_in_scope
+from .masks import as_mask, attended_keys, kept_by_padding_mask
+from .packing import Packing, segments_told
+from .running import current_scope, enter_scope, forget_interrupted, outside_graphs, run_in_scope
+from .scope import Scope, Tower
 
 __all__ = ["BlockOpening", "Opening", "StackOpening", "TowerOpening", "VideosOpening"]
 
 PADDING_MASKS = ("src_key_padding_mask", "decoder_padding_mask")  # True = padding: torch's, and FSMT's
+DESCRIBE = "Describe them with `sequence_scope(mask=..., segment_ids=...)`, or use cell='none' here (cell_pattern)."
 MERGED = (
     "in which several images, videos or clips of the batch may follow each other, and it is unknown where "
-    "each begins: the recurrence would run from one into the next"
+    f"each begins: the recurrence would run from one into the next. {DESCRIBE}"
 )
-PADDED_SOMEWHERE = "some of them padding by the mask of its stack, and it is unknown which"
+PADDED_SOMEWHERE = f"some of them padding by the mask of its stack, and it is unknown which. {DESCRIBE}"
 TWO_STREAMS = (
-    "and its block is given another sequence of the same length, so that it is unknown which of the two it is"
+    "and its block is given another sequence of the same length, so that it is unknown which of the two it is. "
+    f"{DESCRIBE}"
+)
+SEGMENTS_ON_A_CACHE = (
+    "which continue a KV cache, and are told to be several sequences in a row. The recurrence has one state to "
+    "continue from. Give each sequence a row of its own, use use_cache=False, or use cell='none' here (cell_pattern)."
 )
 # The sequences that a block reads beside its own. The encoder's has its mask from the stack.
 OTHER_STATES = re.compile(
@@ -138,11 +141,11 @@ class StackOpening(Opening):
             raise NotImplementedError("READ does not continue a KV cache when `segment_ids` are given.")
         told = _told_by_user(outer, batch, length)
         mask = told.mask if told is not None else None
-        segment_ids = told.segment_ids if told is not None else None
+        packing = Packing(told.segment_ids if told is not None else None)
         if mask is None:
             mask = self._mask(given, batch, length, past, cache, device)
-        if segment_ids is None:
-            segment_ids = segments_told(module, given, batch, length, past)
+        if packing.segment_ids is None:
+            packing = segments_told(module, given, batch, length, past=past, cache=cache)
         use_cache = given.get("use_cache")
         if use_cache is None and "use_cache" in self.names and not module.training:
             use_cache = getattr(getattr(module, "config", None), "use_cache", False)
@@ -154,13 +157,16 @@ class StackOpening(Opening):
         else:
             source = None
         tower = outer.tower if outer is not None and "input_ids" not in self.names else None
-        if segment_ids is None and batch == 1 and length is not None:
-            segment_ids = _segments_of_tower(tower, length)
-        return Scope(
+        if packing.segment_ids is None and batch == 1 and length is not None:
+            packing = packing._replace(segment_ids=_segments_of_tower(tower, length))
+        if packing.segment_ids is None and _may_be_merged(tower, batch, length):
+            packing = packing._replace(unclear=MERGED)
+        if packing.segment_ids is not None and is_begun(past):
+            packing = Packing(unclear=SEGMENTS_ON_A_CACHE)
+        scope = Scope(
             batch=batch,
             length=length,
             mask=mask,
-            segment_ids=segment_ids,
             cache=cache,
             past=past,
             keeps_states=cache is not None or bool(use_cache),
@@ -169,8 +175,9 @@ class StackOpening(Opening):
             owner=module,
             outer=outer,
             tower=tower,
-            unclear=MERGED if segment_ids is None and _may_be_merged(tower, batch, length) else None,
         )
+        scope.segment_ids, scope.unclear, scope.unless = packing
+        return scope
 
     def _shape(self, given: dict[str, Any]) -> tuple[int | None, int | None, torch.device | None]:
         """(B, T) and the device, as far as the arguments tell."""
@@ -254,31 +261,33 @@ class BlockOpening(Opening):
         else:
             return None
         tower = None if outer is None else outer.tower
-        segment_ids = segments_told(module, given, batch, length, 0)
+        packing = segments_told(module, given, batch, length)
         if batch == 1:
             lengths = _segments_of_tower(tower, length)
-            segment_ids = lengths if lengths is not None else segment_ids
-        if states.dim() == 2 and segment_ids is None:
+            packing = Packing(lengths) if lengths is not None else packing
+        if states.dim() == 2 and packing.segment_ids is None and packing.unclear is None:
             return None  # vectors that follow no other, as far as anything tells
         scope = Scope(outer=None) if outer is None else outer
         scope = scope.within(batch, length, module)
         scope.outer = outer
         told = _told_by_user(outer, batch, length)
         if told is not None and told.segment_ids is not None:
-            segment_ids = told.segment_ids
+            packing = Packing(told.segment_ids)
         streams = _streams(outer, batch, length, states.device)
         if streams is not None:
-            segment_ids = streams
-        scope.segment_ids = segment_ids
+            packing = Packing(streams)
+        scope.segment_ids, scope.unclear, scope.unless = packing
         scope.mask = _mask_or_none(given.get("attention_mask"), batch, length, past=scope.past)
         if told is not None and told.mask is not None:
             scope.mask = told.mask
         elif outer is not None and outer.mask is not None and batch == outer.batch and "attention_mask" not in given:
             scope.mask = _widened(outer, length)
-        if segment_ids is None and _may_be_merged(tower, batch, length):
+        if scope.segment_ids is None and _may_be_merged(tower, batch, length):
             scope.unclear = MERGED
-        elif scope.mask is None and outer is not None and batch == outer.batch and outer.has_padding:
-            scope.unclear = None if "attention_mask" in given and states.dim() == 3 else PADDED_SOMEWHERE
+        elif scope.unclear or scope.mask is not None or ("attention_mask" in given and states.dim() == 3):
+            return scope
+        elif outer is not None and batch == outer.batch and outer.has_padding:
+            scope.unclear = PADDED_SOMEWHERE
         return scope
 
 
