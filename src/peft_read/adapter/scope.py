@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from .cache import WAY_OUT, States, is_begun, saved_states
+from .cache import WAY_OUT, FixedStates, States, is_begun, saved_states
 from .segments import Segments
 
 __all__ = ["Scope", "Tower"]
@@ -210,7 +210,7 @@ class Scope:
         """The state (B, S) that a recurrence continues from; None at the beginning of the sequences.
 
         Raises:
-            RuntimeError: if the cache holds tokens that this adapter did not see.
+            RuntimeError: if the cache holds other tokens than this adapter saw, or other rows.
         """
         if self.cache is None or not is_begun(self.past):
             return None
@@ -222,6 +222,14 @@ class Scope:
                 f"READ layer {path!r} (adapter {adapter!r}) has recurrent states for {seen} tokens but the KV cache "
                 f"already holds {self.past if known else 'some'}. The adapter was switched, disabled or added after "
                 f"the cache was begun, or the cache was rebuilt from its tensors. {WAY_OUT}"
+            )
+        # `crop` and `reset` keep the two equal. On a cache of fixed size the states that are left over are never read.
+        if seen is not None and seen > self.past and not isinstance(entry, FixedStates):
+            raise RuntimeError(
+                f"READ layer {path!r} (adapter {adapter!r}) has recurrent states for {seen} tokens but the KV cache "
+                f"holds {self.past}. Keys and values were taken out of it by hand, as where tokens are evicted, and "
+                "READ cannot tell which. Roll back with the cache's own `crop`; where tokens are evicted use "
+                "cell='none', or hide them by the attention mask instead."
             )
         if entry.trajectory.shape[0] != self.batch:
             raise RuntimeError(
