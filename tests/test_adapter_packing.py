@@ -6,6 +6,7 @@ from tiny_models import VOCABULARY, adapted, read_layers
 from transformers import DynamicCache, StaticCache
 
 from peft_read.adapter import sequence_scope
+from peft_read.adapter.openings import StackOpening
 
 TOLERANCE = 1e-5
 CAUSAL = torch.ones(12, 12, dtype=torch.bool).tril()
@@ -153,3 +154,53 @@ def test_several_sequences_in_a_row_do_not_continue_a_cache(kind):
     told = sequence_scope(segment_ids=HALVES[None, 4:])
     with told, pytest.raises(ValueError, match=r"continue a KV cache.*several sequences.*use_cache=False"):
         logits(model, IDS[:, 4:], cache=cache)
+
+
+RESTARTING = torch.arange(6).repeat(2)[None]
+POSITIONS = {
+    "a decoder without a cache": ("llama", {"use_cache": False}, True),
+    "a decoder without a cache in training": ("llama", {"use_cache": False, "train": True}, True),
+    "another decoder without a cache": ("gpt2", {"use_cache": False}, True),
+    "a decoder that makes a cache": ("llama", {}, False),
+    "a decoder that makes a cache in training": ("llama", {"train": True}, False),
+    "a decoder with an empty cache": ("llama", {"cache": "growing", "use_cache": True}, False),
+    "a decoder that sees both directions": ("llama", {"use_cache": False, "is_causal": False}, False),
+    "a causal mask without positions": ("opt", {"use_cache": False}, False),
+    "an encoder": ("bert", {}, False),
+}
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_positions_that_restart_cut_where_they_cut_the_attention(name):
+    family, settings, cuts = POSITIONS[name]
+    settings = dict(settings)
+    model = adapted(family)
+    model.train(settings.pop("train", False))
+    if "is_causal" in settings:
+        model.config.is_causal = settings.pop("is_causal")
+    kind = settings.pop("cache", None)
+
+    def run(ids, **given):
+        if kind is not None:
+            given["past_key_values"] = CACHES[kind](model)
+        with torch.no_grad():
+            output = model(input_ids=ids, **settings, **given)
+        return output.last_hidden_state if family == "bert" else output.logits
+
+    whole = {"position_ids": RESTARTING, "attention_mask": torch.ones_like(IDS)}  # with a mask, it is one sequence
+    with model.disable_adapter():
+        base_cuts = (run(IDS, position_ids=RESTARTING) - run(IDS, **whole)).abs().max() > 1e-3
+    assert bool(base_cuts) == cuts
+    expected = torch.cat([run(IDS[:, :6]), run(IDS[:, 6:])], dim=1) if cuts else run(IDS, **whole)
+    torch.testing.assert_close(run(IDS, position_ids=RESTARTING), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("rows", "cuts"), [(1, True), (2, False)])
+def test_flash_attention_cuts_one_row_by_its_positions_also_with_a_cache(rows, cuts):
+    """By what the hook decides, since flash attention itself needs a GPU."""
+    stack = adapted("llama").get_base_model().model
+    opening = next(hook for hook in stack._forward_pre_hooks.values() if isinstance(hook, StackOpening))
+    given = {"input_ids": IDS.expand(rows, 12), "position_ids": RESTARTING, "use_cache": True}
+    assert opening.scope_of(stack, given, None).segment_ids is None
+    stack.config._attn_implementation = "flash_attention_2"
+    assert (opening.scope_of(stack, given, None).segment_ids is not None) == cuts

@@ -10,8 +10,20 @@ from transformers.cache_utils import Cache
 
 from .cache import is_begun
 from .masks import allowed_pairs, of_full_attention
+from .scope import Scope, Tower
 
-__all__ = ["IN_A_GRAPH", "Packing", "packed_segments", "segments_of_lengths", "segments_of_mask", "segments_told"]
+__all__ = [
+    "IN_A_GRAPH",
+    "Packing",
+    "may_be_merged",
+    "packed_segments",
+    "segments_of_lengths",
+    "segments_of_mask",
+    "segments_of_tower",
+    "segments_told",
+    "streams_of",
+    "told_by_user",
+]
 
 CUMULATIVE_LENGTHS = ("cu_seq_lens_q", "cu_seqlens")
 NUMBERS_OF_SEQUENCES = "seq_idx"  # (B, T), of the state-space and convolution layers of hybrid models
@@ -135,6 +147,7 @@ def segments_told(
     *,
     past: int | torch.Tensor = 0,
     cache: Cache | None = None,
+    positions: bool = True,
 ) -> Packing:
     """The sequences that are packed into each row, by what a module is told about them.
 
@@ -145,6 +158,7 @@ def segments_told(
         length: T, the number of new tokens.
         past: how many tokens came before; a tensor where a compiled graph cannot know.
         cache: the cache that holds them, if any.
+        positions: whether positions that restart tell of several sequences.
     """
     if given.get("segment_ids") is not None:
         return Packing(given["segment_ids"])
@@ -163,8 +177,52 @@ def segments_told(
     attention_mask = given.get("attention_mask")
     if attention_mask is not None:
         return segments_of_mask(of_full_attention(attention_mask), batch, length, past=past, cache=cache)
-    if is_begun(past):
+    if is_begun(past) or not positions:
         return Packing()
     sections = getattr(getattr(module, "rotary_emb", None), "mrope_section", None)
     axes = len(sections) if sections else 3
     return Packing(packed_segments(given.get("position_ids"), batch, length, axes=axes))
+
+
+def streams_of(outer: Scope | None, batch: int, length: int, device: torch.device) -> torch.Tensor | None:
+    """(B, (1 + n) · T) ids of the streams of ProphetNet's decoder, which stand one after the other in each row.
+
+    The first stream reads the text, each of the others predicts it one token further on. As one sequence the others
+    would know, from the first, the tokens that they are to predict.
+
+    Raises:
+        NotImplementedError: on a cache, which keeps the first stream alone.
+    """
+    ngram = getattr(getattr(outer.owner, "config", None), "ngram", None) if outer is not None else None
+    if outer is None or not isinstance(ngram, int) or not outer.length or length != (1 + ngram) * outer.length:
+        return None
+    if is_begun(outer.past):
+        raise NotImplementedError(
+            f"READ does not follow the cache of {type(outer.owner).__name__}, whose blocks compute {1 + ngram} "
+            "streams, of which the cache keeps the first; generate with use_cache=False."
+        )
+    return torch.arange(1 + ngram, device=device).repeat_interleave(outer.length).expand(batch, length)
+
+
+def told_by_user(outer: Scope | None, batch: int | None, length: int | None) -> Scope | None:
+    """The scope that the user opened around a stack, if it describes the stack's sequences."""
+    if outer is None:
+        return None
+    return next((s for s in outer.around() if s.explicit and (s.batch, s.length) == (batch, length)), None)
+
+
+def segments_of_tower(tower: Tower | None, length: int) -> torch.Tensor | None:
+    """(1, T) ids of the images and videos that stand one after the other; a video's frames are one sequence."""
+    if tower is None or tower.lengths is None or torch.compiler.is_compiling():
+        return None
+    ends = tower.lengths.cumsum(0)
+    if int(ends[-1]) != length:
+        return None
+    positions = torch.arange(length, device=ends.device)
+    return torch.searchsorted(ends, positions, right=True)[None]
+
+
+def may_be_merged(tower: Tower | None, batch: int | None, length: int | None) -> bool:
+    """Whether one row may hold several of the images, videos or clips that a tower was given."""
+    several = tower is not None and tower.rows is not None and tower.rows > 1
+    return several and batch == 1 and length is not None and length > 1
