@@ -259,8 +259,8 @@ class BlockOpening(Opening):
         described = scope if scope is not None else outer
         if described is not None and states.dim() == 3:
             described.others = _others(given, states)
-            shapes = {tensor.shape[:2] for name, (tensor, _) in described.others.items() if name in SECOND_STREAMS}
-            same = (described.batch, described.length) in shapes
+            streams = [tensor for name, (tensor, _) in described.others.items() if name in SECOND_STREAMS]
+            same = any(stream.shape[:2] == (described.batch, described.length) for stream in streams)
             if same and (described.segment_ids is not None or described.has_padding):
                 described.unclear = TWO_STREAMS
         return scope

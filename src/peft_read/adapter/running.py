@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
+from pathlib import Path
 from threading import Lock
+from types import FrameType
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -24,6 +27,7 @@ __all__ = [
     "sequence_scope",
 ]
 
+HERE = Path(__file__).parent
 _CURRENT: ContextVar[Scope | None] = ContextVar("peft_read_scope", default=None)
 # torch.compile cannot trace a ContextVar. While it traces, scopes are kept on this plain list instead.
 _TRACED: list[Scope] = []
@@ -39,7 +43,7 @@ _Result = TypeVar("_Result")
 
 def current_scope() -> Scope | None:
     """The scope of the stack that is running, if any."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         if _ANY_OPEN:
             return _read_outside_graphs()
         return _TRACED[-1] if _TRACED else None
@@ -47,10 +51,40 @@ def current_scope() -> Scope | None:
 
 
 def _read() -> Scope | None:
-    scope = _CURRENT.get()
-    if scope is None and _TRACED:  # eager code between two pieces of one compiled graph
+    scope = _opened_here()
+    # Eager code between two pieces of one compiled graph. Other eager code, perhaps in another thread, has nothing to
+    # do with what is on the list, nor with what an interrupted pass has left there.
+    if scope is None and _TRACED and _is_between_graphs():
         return _TRACED[-1]
     return scope
+
+
+def _opened_here() -> Scope | None:
+    """The scope in the ContextVar, without those that a failed export left there: its hooks are not called then."""
+    scope = _CURRENT.get()
+    while scope is not None and scope.frame is not None and not _is_running(scope.frame):
+        scope.token = scope.frame = None
+        scope = scope.outer
+        _CURRENT.set(scope)
+    return scope
+
+
+def _frames() -> Iterator[FrameType]:
+    """The Python frames of this thread, from the inside out."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _is_running(frame: FrameType) -> bool:
+    return any(around is frame for around in _frames())
+
+
+def _is_between_graphs() -> bool:
+    """Whether something that torch.compile has compiled is calling, from this thread."""
+    compiler = sys.modules.get("torch._dynamo.eval_frame")  # not imported for the question
+    return compiler is not None and any(frame.f_code.co_filename == compiler.__file__ for frame in _frames())
 
 
 _read_outside_graphs = torch.compiler.disable(_read)
@@ -66,7 +100,7 @@ def outside_graphs(function: Callable[_Given, _Result]) -> Callable[_Given, _Res
 
     @wraps(function)
     def choose(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
-        if torch.compiler.is_compiling() and _ANY_OPEN:
+        if torch.compiler.is_dynamo_compiling() and _ANY_OPEN:
             return eager(*args, **kwargs)
         return function(*args, **kwargs)
 
@@ -84,11 +118,14 @@ def _count_open(change: int) -> None:
 
 def enter_scope(scope: Scope) -> None:
     """Make a scope the current one; `leave_scope` ends it."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         _TRACED.append(scope)
+        return
+    _forget_failed_traces(scope.owner)
+    scope.token = _CURRENT.set(scope)
+    if torch.compiler.is_compiling():  # torch.export runs the model as it is, and no compiled graph meanwhile
+        scope.frame = next(frame for frame in _frames() if not frame.f_code.co_filename.startswith(str(HERE)))
     else:
-        _forget_failed_traces(scope.owner)
-        scope.token = _CURRENT.set(scope)
         _count_open(1)
 
 
@@ -104,10 +141,11 @@ def leave_scope(scope: Scope) -> None:
     """Go back to the scope that was current before."""
     if scope.token is None:
         _TRACED.pop()
-    else:
+        return
+    if scope.frame is None:
         _count_open(-1)
-        _CURRENT.reset(scope.token)
-        scope.token = None
+    _CURRENT.reset(scope.token)
+    scope.token = scope.frame = None
 
 
 def forget_interrupted(opening: object) -> None:
@@ -116,7 +154,7 @@ def forget_interrupted(opening: object) -> None:
     Args:
         opening: the hook that is about to open a scope; its module is not running.
     """
-    scope = _CURRENT.get()
+    scope = _opened_here()
     left_open = []
     for around in scope.around() if scope is not None else ():
         left_open.append(around)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 from contextvars import Token
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -96,6 +97,7 @@ class Scope:
         self.written = length  # how many tokens the pass writes to the cache
         self.opened_by: object = None  # the hook that opened it
         self.token: Token | None = None
+        self.frame: FrameType | None = None  # the call of its module, where an export runs it
         self._has_padding: bool | None = None
         self._segments: Segments | None = None
         self._moved: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}

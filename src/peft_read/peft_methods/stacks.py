@@ -111,7 +111,8 @@ def masks_by_positions(stack: nn.Module) -> bool | None:
     Returns:
         None for a stack that is not transformers' own, of whose masks nothing is known.
     """
-    return _masks_by_positions(type(stack)) if type(stack).__module__.startswith("transformers.") else None
+    kind: Any = type(stack)
+    return _masks_by_positions(kind) if kind.__module__.startswith("transformers.") else None
 
 
 @cache  # every adapted layer of a stack asks
