@@ -281,6 +281,27 @@ def test_a_cache_rebuilt_from_its_tensors_is_an_error():
         step(model, "llama", ids[:, 6:].repeat(2, 1), wide)
 
 
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm", "none"])
+def test_keys_that_are_evicted_by_hand_are_an_error_where_something_recurs(cell):
+    model = adapted("llama", cell=cell)
+    ids, _ = padded_batch("llama", pads=(0, 0, 0))
+    cache, kept = DynamicCache(config=model.config), torch.tensor([0, 1, 5, 6])
+    with torch.no_grad():
+        model(input_ids=ids[:, :7], past_key_values=cache)
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys[:, :, kept], layer.values[:, :, kept]
+        step = {"input_ids": ids[:, 7:], "position_ids": torch.tensor([[7]]), "past_key_values": cache}
+        if cell != "none":
+            with pytest.raises(RuntimeError, match=r"states for 7 tokens but the KV cache holds 4\..*cell='none'"):
+                model(**step)
+            return
+        seen = torch.zeros(8, dtype=torch.bool).index_fill(0, torch.cat((kept, torch.tensor([7]))), True)
+        hidden = torch.ones(8, 8, dtype=torch.bool).tril()
+        hidden[7] &= seen
+        expected = model(input_ids=ids, attention_mask=hidden[None, None], use_cache=False).logits[:, -1:]
+        torch.testing.assert_close(model(**step).logits, expected, rtol=0, atol=TOLERANCE)
+
+
 def test_disabling_the_adapter_for_a_whole_generation_is_the_base_model():
     model, base = adapted("bart"), build("bart")
     ids, mask = padded_batch("bart")
@@ -290,7 +311,7 @@ def test_disabling_the_adapter_for_a_whole_generation_is_the_base_model():
 
 
 def test_no_scope_stays_open_after_a_pass_or_an_exception():
-    from peft_read.adapter.scope import current_scope
+    from peft_read.adapter.running import current_scope
 
     model = adapted("llama")
     ids, mask = padded_batch("llama")
@@ -305,8 +326,8 @@ def test_no_scope_stays_open_after_a_pass_or_an_exception():
 
 
 def test_an_interrupted_pass_is_forgotten_by_the_next():
-    from peft_read.adapter import scope
-    from peft_read.adapter.scope import current_scope
+    from peft_read.adapter import running
+    from peft_read.adapter.running import current_scope
 
     def interrupt(module, args):
         raise KeyboardInterrupt
@@ -320,7 +341,7 @@ def test_an_interrupted_pass_is_forgotten_by_the_next():
     hook.remove()
     model(input_ids=ids, attention_mask=mask)
     assert current_scope() is None
-    assert not scope._ANY_OPEN  # compiled graphs would be left for nothing
+    assert not running._ANY_OPEN  # compiled graphs would be left for nothing
 
 
 @pytest.mark.parametrize("name", ["mems", "state", "past_buckets_states", "block_table"])

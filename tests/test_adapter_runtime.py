@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_read import READConfig
 from peft_read.adapter import sequence_scope
-from peft_read.adapter.scope import current_scope
+from peft_read.adapter.running import current_scope
 
 TOLERANCE = 1e-5
 
@@ -112,6 +112,17 @@ def test_a_graph_refuses_a_mask_that_keeps_sequences_apart(compiler):
         with sequence_scope(segment_ids=halves.expand(2, 8)):  # the way out that it names
             told = compiler(stack)(**inputs, attention_mask=packed).last_hidden_state
         torch.testing.assert_close(told, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_a_graph_without_a_recurrence_takes_every_mask(compiler):
+    stack = adapted("llama", cell="none", changes={"num_hidden_layers": 1}).get_base_model().model
+    ids, _ = padded_batch("llama", pads=(0, 0))
+    halves = torch.arange(8) // 4
+    packed = (torch.ones(8, 8).tril().bool() & (halves[:, None] == halves))[None, None]
+    inputs = {"input_ids": ids, "attention_mask": packed, "use_cache": False}
+    with torch.no_grad():
+        found = compiler(stack, fullgraph=True)(**inputs).last_hidden_state
+        torch.testing.assert_close(found, stack(**inputs).last_hidden_state, rtol=0, atol=TOLERANCE)
 
 
 @pytest.fixture

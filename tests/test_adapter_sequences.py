@@ -20,8 +20,10 @@ from transformers import (
 
 from peft_read import READConfig
 from peft_read.adapter import masks, sequence_scope
-from peft_read.adapter.masks import as_mask, packed_segments, segments_of_lengths
-from peft_read.adapter.scope import Scope, Tower, current_scope
+from peft_read.adapter.masks import as_mask
+from peft_read.adapter.packing import packed_segments, segments_of_lengths
+from peft_read.adapter.running import current_scope
+from peft_read.adapter.scope import Scope, Tower
 from peft_read.adapter.segments import Segments
 from peft_read.adapter.sequences import Notice, as_sequences
 from peft_read.recurrence import LSTM, build_cell

@@ -6,7 +6,7 @@ add_peft_type("READ", __package__)
 
 from .config import READConfig  # noqa: E402
 from .model import READModel  # noqa: E402
-from .scope import sequence_scope  # noqa: E402
+from .running import sequence_scope  # noqa: E402
 
 register("READ", READConfig, READModel)
 keep_cards_on_upload()

@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 __all__ = [
     "CACHE_NAMES",
     "WAY_OUT",
+    "FixedStates",
     "States",
     "cache_length",
     "commit_states",

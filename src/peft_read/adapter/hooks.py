@@ -11,13 +11,14 @@ from ..peft_methods.stacks import (
     blocks_around,
     find_stack,
     is_batch_first,
+    masks_by_positions,
     parameters_of,
     tower_around,
     videos_around,
 )
 from .cache import commit_states, has_grown, returned_cache
 from .openings import BlockOpening, Opening, StackOpening, TowerOpening, VideosOpening
-from .scope import current_scope, leave_scope, outside_graphs
+from .running import current_scope, leave_scope, outside_graphs
 
 __all__ = ["install_scopes", "remove_scopes"]
 
@@ -63,7 +64,9 @@ def install_scopes(model: nn.Module, path: str, *, batch_first: bool = True) -> 
     nearest = find_stack(model, path)
     if nearest is not None:
         _, stack, embeds = nearest
-        _hook(stack, StackOpening(parameters_of(stack), batch_first=is_batch_first(stack), embeds=embeds))
+        names, by_positions = parameters_of(stack), masks_by_positions(stack)
+        opening = StackOpening(names, batch_first=is_batch_first(stack), embeds=embeds, by_positions=by_positions)
+        _hook(stack, opening)
     for block in blocks_around(model, path):
         names = parameters_of(block)
         # A block that is its own stack may still be given rows (N, d), which tell no batch.

@@ -13,7 +13,8 @@ from ..peft_methods.endings import device_of
 from ..peft_methods.mixed import mixed_rows
 from ..recurrence import Identity, adapt_in_one, build_cell
 from .config import READConfig
-from .scope import Scope, current_scope, outside_graphs
+from .running import current_scope, outside_graphs
+from .scope import Scope
 from .sequences import Notice, Sequences, as_sequences, padding_of
 from .targets import in_and_out
 

@@ -1,35 +1,25 @@
-"""Padding and sequence boundaries, read from the many forms of masks, positions and lengths that models take."""
+"""Padding, read from the many forms of masks that models take."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.cache_utils import Cache
 
 from .cache import is_begun
 
 __all__ = [
+    "allowed_pairs",
     "as_mask",
     "attended_keys",
-    "block_diagonal_segments",
     "kept_by_padding_mask",
-    "packed_segments",
-    "segments_of_lengths",
-    "segments_told",
+    "of_full_attention",
 ]
 
 
-CUMULATIVE_LENGTHS = ("cu_seq_lens_q", "cu_seqlens")
-NUMBERS_OF_SEQUENCES = "seq_idx"  # (B, T), of the state-space and convolution layers of hybrid models
 # What models add to a masked score: -1e4 in some, the smallest number of the type in most.
 FORBIDDING = -1e3
-PACKED_IN_A_GRAPH = (
-    "READ's compiled graph was given a 4-D attention mask that keeps several sequences of a row apart, and a graph "
-    "cannot know how long they are. Call the model uncompiled, or inside `sequence_scope(segment_ids=...)`, for which "
-    "READ leaves the graph."
-)
 
 
 def as_mask(
@@ -59,7 +49,7 @@ def as_mask(
         NotImplementedError: for masks that are not tensors.
         ValueError: if the width fits neither the new tokens nor all of them.
     """
-    attention_mask = _of_full_attention(attention_mask)
+    attention_mask = of_full_attention(attention_mask)
     if attention_mask is None or batch is None or length is None:
         return None
     if not isinstance(attention_mask, torch.Tensor):
@@ -88,7 +78,7 @@ def as_mask(
     return _none_without_padding(mask)
 
 
-def _of_full_attention(attention_mask: Any) -> Any:
+def of_full_attention(attention_mask: Any) -> Any:
     """Of one mask for each kind of attention that of full attention; what is no dictionary as it is.
 
     A token's own entry is the same in all of them, and so are those of its neighbours for windows of two and more.
@@ -143,15 +133,45 @@ def _columns(mask: torch.Tensor, length: int, past: int | torch.Tensor) -> torch
 def _own_entries(mask: torch.Tensor, length: int, past: int | torch.Tensor, cache: Cache | None) -> torch.Tensor:
     """Whether each new token may attend to itself, which a padding token may not."""
     mask = mask[:, 0]  # heads share the padding
+    columns = _own_columns(mask, length, past, cache)
+    rows = torch.zeros_like(columns) if mask.shape[1] == 1 else torch.arange(length, device=mask.device)
+    return mask[:, rows, columns]  # (B, T)
+
+
+def _own_columns(mask: torch.Tensor, length: int, past: int | torch.Tensor, cache: Cache | None) -> torch.Tensor:
+    """The columns (T,) of the new tokens in a mask (B, T or 1, columns)."""
     offset = past
     if cache is not None:
         offset = offset - int(cache.get_mask_sizes(length, _first_full_layer(cache))[1])
     # A cache of fixed size has a column for every token it will ever hold.
     if not isinstance(offset, torch.Tensor) and mask.shape[-1] < offset + length:
         offset = mask.shape[-1] - length  # a window that keeps only the latest columns
-    columns = torch.arange(length, device=mask.device) + offset
-    rows = torch.zeros_like(columns) if mask.shape[1] == 1 else torch.arange(length, device=mask.device)
-    return mask[:, rows, columns]  # (B, T)
+    return torch.arange(length, device=mask.device) + offset
+
+
+def allowed_pairs(
+    attention_mask: Any, length: int | None, past: int | torch.Tensor, cache: Cache | None
+) -> torch.Tensor | None:
+    """Which of the new tokens may attend to which of them.
+
+    Args:
+        attention_mask: (B or 1, heads or 1, T, columns), bool, 0 and 1, or additive; anything else is ignored.
+        length: T.
+        past: how many tokens came before; a tensor where a compiled graph cannot know.
+        cache: the cache, whose first kept column the mask starts at.
+
+    Returns:
+        (B or 1, T, T), True = the row's token may attend to the column's; None if the mask does not tell.
+    """
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 4 or length is None or length < 2:
+        return None
+    rows, width = attention_mask.shape[-2:]
+    if rows != length or width < length or (width > length and cache is None):
+        return None
+    allowed = _allowed(attention_mask[:, 0])  # heads share the sequences
+    if width == length:
+        return allowed
+    return allowed.index_select(2, _own_columns(allowed, length, past, cache))
 
 
 def _first_full_layer(cache: Cache) -> int:
@@ -171,100 +191,3 @@ def _none_without_padding(mask: torch.Tensor) -> torch.Tensor | None:
     if torch.compiler.is_compiling() or mask.is_cuda:
         return mask
     return None if bool(mask.all()) else mask
-
-
-def block_diagonal_segments(attention_mask: Any, batch: int | None, length: int | None) -> torch.Tensor | None:
-    """The sequences that are packed into each row, from a mask under which neighbours do not attend to each other.
-
-    Args:
-        attention_mask: (B or 1, 1, T, T), bool, 0 and 1, or additive; anything else is ignored.
-        batch: B.
-        length: T.
-
-    Returns:
-        (B, T) ids that count the sequences of a row; None if each row is one sequence.
-
-    Raises:
-        RuntimeError: in a compiled graph, when it runs with a mask of several sequences in a row.
-    """
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 4 or batch is None or length is None:
-        return None
-    if attention_mask.shape[-2:] != (length, length) or length < 2:
-        return None
-    allowed = _allowed(attention_mask[:, 0])  # (B, T, T)
-    valid = allowed.diagonal(dim1=1, dim2=2)
-    neighbours = allowed.diagonal(offset=-1, dim1=1, dim2=2) | allowed.diagonal(offset=1, dim1=1, dim2=2)
-    breaks = valid[:, 1:] & valid[:, :-1] & ~neighbours
-    if torch.compiler.is_compiling():
-        # Most masks are of one sequence per row, and asking which this is would break the graph of every encoder.
-        torch._assert_async(~breaks.any(), PACKED_IN_A_GRAPH)
-        return None
-    # On CUDA this waits for the device once, and splitting rows into segments would wait several times.
-    if not bool(breaks.any()):
-        return None
-    return torch.nn.functional.pad(breaks, (1, 0)).cumsum(-1).expand(batch, length)
-
-
-def packed_segments(position_ids: Any, batch: int | None, length: int | None, *, axes: int = 3) -> torch.Tensor | None:
-    """The sequences that are packed into each row, from positions that do not increase by one.
-
-    This is the rule by which transformers builds its block-diagonal masks. In a compiled graph the question breaks it.
-
-    Args:
-        position_ids: (B or 1, T); or (1 + axes, B or 1, T) or (1, B or 1, T), as multimodal rotary embeddings take
-            them, whose first row has the positions in the text. Other forms, such as the axes alone, do not tell.
-        batch: B.
-        length: T.
-        axes: how many axes multimodal positions have: time, height and width.
-
-    Returns:
-        (B, T) ids that count the sequences of a row; None if each row is one sequence.
-    """
-    if not isinstance(position_ids, torch.Tensor) or batch is None or length is None or length < 2:
-        return None
-    if position_ids.dim() == 3 and position_ids.shape[0] in (1, 1 + axes):
-        position_ids = position_ids[0]
-    if position_ids.dim() != 2 or position_ids.shape[1] != length:
-        return None
-    breaks = (position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)
-    if not bool(breaks.any()):
-        return None
-    return breaks.expand(batch, length)
-
-
-def segments_of_lengths(cumulative: torch.Tensor, batch: int | None, length: int) -> torch.Tensor:
-    """The sequences packed into one row, from their cumulative lengths (0, l_1, l_1 + l_2, ...).
-
-    Raises:
-        ValueError: if there is more than one row.
-    """
-    if batch != 1:
-        raise ValueError(f"`cu_seq_lens_q` describes one row of packed sequences, but the batch has {batch}.")
-    positions = torch.arange(length, device=cumulative.device)
-    return torch.searchsorted(cumulative[1:].contiguous(), positions, right=True)[None]
-
-
-def segments_told(
-    module: nn.Module, given: dict[str, Any], batch: int | None, length: int | None, past: int | torch.Tensor
-) -> torch.Tensor | None:
-    """The sequences that are packed into each row, by what a module is told about them."""
-    if given.get("segment_ids") is not None:
-        return given["segment_ids"]
-    for name in CUMULATIVE_LENGTHS:
-        cumulative = given.get(name)
-        if isinstance(cumulative, torch.Tensor) and cumulative.dim() == 1 and length is not None:
-            return segments_of_lengths(cumulative, batch, length)
-    if is_begun(past):
-        return None
-    numbers = given.get(NUMBERS_OF_SEQUENCES)
-    if (
-        isinstance(numbers, torch.Tensor)
-        and batch is not None
-        and tuple(numbers.shape) in ((batch, length), (1, length))
-    ):
-        return numbers.expand(batch, -1)
-    attention_mask = given.get("attention_mask")
-    if attention_mask is None:
-        sections = getattr(getattr(module, "rotary_emb", None), "mrope_section", None)
-        return packed_segments(given.get("position_ids"), batch, length, axes=len(sections) if sections else 3)
-    return block_diagonal_segments(_of_full_attention(attention_mask), batch, length)

@@ -14,24 +14,27 @@ from transformers.cache_utils import Cache
 from ..checkpointing import scope_checkpoints
 from ..peft_methods.stacks import RAW_INPUTS
 from .cache import cache_length, given_cache, is_begun
-from .masks import (
-    as_mask,
-    attended_keys,
-    kept_by_padding_mask,
-    segments_told,
-)
-from .scope import Scope, Tower, current_scope, enter_scope, forget_interrupted, outside_graphs, run_in_scope
+from .masks import as_mask, attended_keys, kept_by_padding_mask
+from .packing import Packing, may_be_merged, segments_of_tower, segments_told, streams_of, told_by_user
+from .running import current_scope, enter_scope, forget_interrupted, outside_graphs, run_in_scope
+from .scope import Scope, Tower
 
 __all__ = ["BlockOpening", "Opening", "StackOpening", "TowerOpening", "VideosOpening"]
 
 PADDING_MASKS = ("src_key_padding_mask", "decoder_padding_mask")  # True = padding: torch's, and FSMT's
+DESCRIBE = "Describe them with `sequence_scope(mask=..., segment_ids=...)`, or use cell='none' here (cell_pattern)."
 MERGED = (
     "in which several images, videos or clips of the batch may follow each other, and it is unknown where "
-    "each begins: the recurrence would run from one into the next"
+    f"each begins: the recurrence would run from one into the next. {DESCRIBE}"
 )
-PADDED_SOMEWHERE = "some of them padding by the mask of its stack, and it is unknown which"
+PADDED_SOMEWHERE = f"some of them padding by the mask of its stack, and it is unknown which. {DESCRIBE}"
 TWO_STREAMS = (
-    "and its block is given another sequence of the same length, so that it is unknown which of the two it is"
+    "and its block is given another sequence of the same length, so that it is unknown which of the two it is. "
+    f"{DESCRIBE}"
+)
+SEGMENTS_ON_A_CACHE = (
+    "which continue a KV cache, and are told to be several sequences in a row. The recurrence has one state to "
+    "continue from. Give each sequence a row of its own, use use_cache=False, or use cell='none' here (cell_pattern)."
 )
 # The sequences that a block reads beside its own. The encoder's has its mask from the stack.
 OTHER_STATES = re.compile(
@@ -110,10 +113,12 @@ class StackOpening(Opening):
         names: the names of the forward's parameters, in order.
         batch_first: whether the stack takes (B, T, d).
         embeds: whether it takes token ids or their embeddings.
+        by_positions: what `masks_by_positions` says of it.
     """
 
-    def __init__(self, names: list[str], *, batch_first: bool, embeds: bool) -> None:
+    def __init__(self, names: list[str], *, batch_first: bool, embeds: bool, by_positions: bool | None) -> None:
         super().__init__(names)
+        self.by_positions = by_positions
         self.batch_first = batch_first
         self.embeds = embeds
 
@@ -136,16 +141,16 @@ class StackOpening(Opening):
             )
         if given.get("segment_ids") is not None and is_begun(past):
             raise NotImplementedError("READ does not continue a KV cache when `segment_ids` are given.")
-        told = _told_by_user(outer, batch, length)
+        told = told_by_user(outer, batch, length)
         mask = told.mask if told is not None else None
-        segment_ids = told.segment_ids if told is not None else None
+        use_cache = given.get("use_cache")
+        makes_cache = self._makes_cache(module, use_cache)
+        packing = Packing(told.segment_ids if told is not None else None)
         if mask is None:
             mask = self._mask(given, batch, length, past, cache, device)
-        if segment_ids is None:
-            segment_ids = segments_told(module, given, batch, length, past)
-        use_cache = given.get("use_cache")
-        if use_cache is None and "use_cache" in self.names and not module.training:
-            use_cache = getattr(getattr(module, "config", None), "use_cache", False)
+        if packing.segment_ids is None:
+            positions = self._positions_tell(module, batch, cached=makes_cache or cache is not None)
+            packing = segments_told(module, given, batch, length, past=past, cache=cache, positions=positions)
         source = given.get("encoder_hidden_states")
         source_mask = None
         if isinstance(source, torch.Tensor) and source.dim() == 3:
@@ -154,23 +159,45 @@ class StackOpening(Opening):
         else:
             source = None
         tower = outer.tower if outer is not None and "input_ids" not in self.names else None
-        if segment_ids is None and batch == 1 and length is not None:
-            segment_ids = _segments_of_tower(tower, length)
-        return Scope(
+        if packing.segment_ids is None and batch == 1 and length is not None:
+            packing = packing._replace(segment_ids=segments_of_tower(tower, length))
+        if packing.segment_ids is None and may_be_merged(tower, batch, length):
+            packing = packing._replace(unclear=MERGED)
+        if packing.segment_ids is not None and is_begun(past):
+            packing = Packing(unclear=SEGMENTS_ON_A_CACHE)
+        scope = Scope(
             batch=batch,
             length=length,
             mask=mask,
-            segment_ids=segment_ids,
             cache=cache,
             past=past,
-            keeps_states=cache is not None or bool(use_cache),
+            keeps_states=cache is not None or (makes_cache and (use_cache is not None or not module.training)),
             source=source,
             source_mask=source_mask,
             owner=module,
             outer=outer,
             tower=tower,
-            unclear=MERGED if segment_ids is None and _may_be_merged(tower, batch, length) else None,
         )
+        scope.segment_ids, scope.unclear, scope.unless = packing
+        return scope
+
+    def _makes_cache(self, module: nn.Module, use_cache: bool | None) -> bool:
+        """Whether the stack makes a cache where it is given none: as it is told, or by its configuration."""
+        if use_cache is None and "use_cache" in self.names:
+            use_cache = getattr(getattr(module, "config", None), "use_cache", False)
+        checkpointed = module.training and torch.is_grad_enabled() and getattr(module, "gradient_checkpointing", False)
+        return bool(use_cache) and not checkpointed
+
+    def _positions_tell(self, module: nn.Module, batch: int | None, *, cached: bool) -> bool:
+        """Whether positions that restart, without a mask, keep the tokens of a row apart in the stack's attention.
+
+        transformers cuts its causal masks there unless there is a cache; flash attention cuts batches of one row.
+        """
+        if self.by_positions is None:
+            return True
+        config = getattr(module, "config", None)
+        flash = "flash" in str(getattr(config, "_attn_implementation", ""))
+        return self.by_positions and getattr(config, "is_causal", True) and (batch == 1 if flash else not cached)
 
     def _shape(self, given: dict[str, Any]) -> tuple[int | None, int | None, torch.device | None]:
         """(B, T) and the device, as far as the arguments tell."""
@@ -232,8 +259,8 @@ class BlockOpening(Opening):
         described = scope if scope is not None else outer
         if described is not None and states.dim() == 3:
             described.others = _others(given, states)
-            shapes = {tensor.shape[:2] for name, (tensor, _) in described.others.items() if name in SECOND_STREAMS}
-            same = (described.batch, described.length) in shapes
+            streams = [tensor for name, (tensor, _) in described.others.items() if name in SECOND_STREAMS]
+            same = any(stream.shape[:2] == (described.batch, described.length) for stream in streams)
             if same and (described.segment_ids is not None or described.has_padding):
                 described.unclear = TWO_STREAMS
         return scope
@@ -254,31 +281,33 @@ class BlockOpening(Opening):
         else:
             return None
         tower = None if outer is None else outer.tower
-        segment_ids = segments_told(module, given, batch, length, 0)
+        packing = segments_told(module, given, batch, length)
         if batch == 1:
-            lengths = _segments_of_tower(tower, length)
-            segment_ids = lengths if lengths is not None else segment_ids
-        if states.dim() == 2 and segment_ids is None:
+            lengths = segments_of_tower(tower, length)
+            packing = Packing(lengths) if lengths is not None else packing
+        if states.dim() == 2 and packing.segment_ids is None and packing.unclear is None:
             return None  # vectors that follow no other, as far as anything tells
         scope = Scope(outer=None) if outer is None else outer
         scope = scope.within(batch, length, module)
         scope.outer = outer
-        told = _told_by_user(outer, batch, length)
+        told = told_by_user(outer, batch, length)
         if told is not None and told.segment_ids is not None:
-            segment_ids = told.segment_ids
-        streams = _streams(outer, batch, length, states.device)
+            packing = Packing(told.segment_ids)
+        streams = streams_of(outer, batch, length, states.device)
         if streams is not None:
-            segment_ids = streams
-        scope.segment_ids = segment_ids
+            packing = Packing(streams)
+        scope.segment_ids, scope.unclear, scope.unless = packing
         scope.mask = _mask_or_none(given.get("attention_mask"), batch, length, past=scope.past)
         if told is not None and told.mask is not None:
             scope.mask = told.mask
         elif outer is not None and outer.mask is not None and batch == outer.batch and "attention_mask" not in given:
             scope.mask = _widened(outer, length)
-        if segment_ids is None and _may_be_merged(tower, batch, length):
+        if scope.segment_ids is None and may_be_merged(tower, batch, length):
             scope.unclear = MERGED
-        elif scope.mask is None and outer is not None and batch == outer.batch and outer.has_padding:
-            scope.unclear = None if "attention_mask" in given and states.dim() == 3 else PADDED_SOMEWHERE
+        elif scope.unclear or scope.mask is not None or ("attention_mask" in given and states.dim() == 3):
+            return scope
+        elif outer is not None and batch == outer.batch and outer.has_padding:
+            scope.unclear = PADDED_SOMEWHERE
         return scope
 
 
@@ -310,50 +339,6 @@ def _others(given: dict[str, Any], states: torch.Tensor) -> dict[str, tuple[torc
             mask = attended_keys(fitting[0], len(other)) if fitting else None
         others[name] = (other, mask)
     return others
-
-
-def _streams(outer: Scope | None, batch: int, length: int, device: torch.device) -> torch.Tensor | None:
-    """(B, (1 + n) · T) ids of the streams of ProphetNet's decoder, which stand one after the other in each row.
-
-    The first stream reads the text, each of the others predicts it one token further on. As one sequence the others
-    would know, from the first, the tokens that they are to predict.
-
-    Raises:
-        NotImplementedError: on a cache, which keeps the first stream alone.
-    """
-    ngram = getattr(getattr(outer.owner, "config", None), "ngram", None) if outer is not None else None
-    if outer is None or not isinstance(ngram, int) or not outer.length or length != (1 + ngram) * outer.length:
-        return None
-    if is_begun(outer.past):
-        raise NotImplementedError(
-            f"READ does not follow the cache of {type(outer.owner).__name__}, whose blocks compute {1 + ngram} "
-            "streams, of which the cache keeps the first; generate with use_cache=False."
-        )
-    return torch.arange(1 + ngram, device=device).repeat_interleave(outer.length).expand(batch, length)
-
-
-def _told_by_user(outer: Scope | None, batch: int | None, length: int | None) -> Scope | None:
-    """The scope that the user opened around a stack, if it describes the stack's sequences."""
-    if outer is None:
-        return None
-    return next((s for s in outer.around() if s.explicit and (s.batch, s.length) == (batch, length)), None)
-
-
-def _segments_of_tower(tower: Tower | None, length: int) -> torch.Tensor | None:
-    """(1, T) ids of the images and videos that stand one after the other; a video's frames are one sequence."""
-    if tower is None or tower.lengths is None or torch.compiler.is_compiling():
-        return None
-    ends = tower.lengths.cumsum(0)
-    if int(ends[-1]) != length:
-        return None
-    positions = torch.arange(length, device=ends.device)
-    return torch.searchsorted(ends, positions, right=True)[None]
-
-
-def _may_be_merged(tower: Tower | None, batch: int | None, length: int | None) -> bool:
-    """Whether one row may hold several of the images, videos or clips that a tower was given."""
-    several = tower is not None and tower.rows is not None and tower.rows > 1
-    return several and batch == 1 and length is not None and length > 1
 
 
 def _mask_or_none(

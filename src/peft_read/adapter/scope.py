@@ -1,50 +1,26 @@
 """What one forward pass tells READ's layers: padding, sequence boundaries, and what came before.
 
 A layer inside a feed-forward block sees a tensor and nothing else. The stack of blocks around it is given the mask,
-the positions and the cache, so hooks on the stack (`openings.py`) open a scope for the time of its forward, and the
-layers look there.
+the positions and the cache, so hooks on the stack (`openings.py`) open a scope for the time of its forward
+(`running.py`), and the layers look there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar, Token
+from collections.abc import Hashable, Iterator
+from contextvars import Token
 from dataclasses import dataclass
-from functools import wraps
-from threading import Lock
-from typing import Any, ParamSpec, TypeVar
+from types import FrameType
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from .cache import WAY_OUT, States, is_begun, saved_states
+from .cache import WAY_OUT, FixedStates, States, is_begun, saved_states
 from .segments import Segments
 
-__all__ = [
-    "Scope",
-    "Tower",
-    "current_scope",
-    "enter_scope",
-    "forget_interrupted",
-    "leave_scope",
-    "outside_graphs",
-    "run_in_scope",
-    "sequence_scope",
-]
-
-_CURRENT: ContextVar[Scope | None] = ContextVar("peft_read_scope", default=None)
-# torch.compile cannot trace a ContextVar. While it traces, scopes are kept on this plain list instead.
-_TRACED: list[Scope] = []
-# Whether any thread has a scope in the ContextVar: a plain value, which compiled graphs guard. One that was traced
-# while none was open is not used while one is.
-_ANY_OPEN = False
-_OPEN = 0
-_LOCK = Lock()
-
-_Given = ParamSpec("_Given")
-_Result = TypeVar("_Result")
+__all__ = ["Scope", "Tower"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +55,7 @@ class Scope:
         owner: the module whose hooks opened it.
         outer: the scope around it.
         tower: what the model around the stack was given, if that is not text.
-        unclear: why the sequences in the rows cannot be told, if they cannot.
+        unclear: why the sequences in the rows cannot be told, and the way out, if they cannot.
     """
 
     def __init__(
@@ -114,12 +90,14 @@ class Scope:
         self.outer = outer
         self.tower = tower
         self.unclear = unclear
+        self.unless: torch.Tensor | None = None  # (), True = unclear, where a compiled graph cannot ask
         self.others: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}  # what a block is given besides
         self.pending: dict[Hashable, States] = {}
         self.calls: dict[str, int] = {}
         self.written = length  # how many tokens the pass writes to the cache
         self.opened_by: object = None  # the hook that opened it
         self.token: Token | None = None
+        self.frame: FrameType | None = None  # the call of its module, where an export runs it
         self._has_padding: bool | None = None
         self._segments: Segments | None = None
         self._moved: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
@@ -234,7 +212,7 @@ class Scope:
         """The state (B, S) that a recurrence continues from; None at the beginning of the sequences.
 
         Raises:
-            RuntimeError: if the cache holds tokens that this adapter did not see.
+            RuntimeError: if the cache holds other tokens than this adapter saw, or other rows.
         """
         if self.cache is None or not is_begun(self.past):
             return None
@@ -247,6 +225,14 @@ class Scope:
                 f"already holds {self.past if known else 'some'}. The adapter was switched, disabled or added after "
                 f"the cache was begun, or the cache was rebuilt from its tensors. {WAY_OUT}"
             )
+        # `crop` and `reset` keep the two equal. On a cache of fixed size the states that are left over are never read.
+        if seen is not None and seen > self.past and not isinstance(entry, FixedStates):
+            raise RuntimeError(
+                f"READ layer {path!r} (adapter {adapter!r}) has recurrent states for {seen} tokens but the KV cache "
+                f"holds {self.past}. Keys and values were taken out of it by hand, as where tokens are evicted, and "
+                "READ cannot tell which. Roll back with the cache's own `crop`; where tokens are evicted use "
+                "cell='none', or hide them by the attention mask instead."
+            )
         if entry.trajectory.shape[0] != self.batch:
             raise RuntimeError(
                 f"READ layer {path!r} (adapter {adapter!r}) has recurrent states for {entry.trajectory.shape[0]} "
@@ -258,141 +244,3 @@ class Scope:
                 f"was in use. {WAY_OUT}"
             )
         return entry.before(self.past)
-
-
-def current_scope() -> Scope | None:
-    """The scope of the stack that is running, if any."""
-    if torch.compiler.is_compiling():
-        if _ANY_OPEN:
-            return _read_outside_graphs()
-        return _TRACED[-1] if _TRACED else None
-    return _read()
-
-
-def _read() -> Scope | None:
-    scope = _CURRENT.get()
-    if scope is None and _TRACED:  # eager code between two pieces of one compiled graph
-        return _TRACED[-1]
-    return scope
-
-
-_read_outside_graphs = torch.compiler.disable(_read)
-
-
-def outside_graphs(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
-    """Let a function that asks for the scope leave a compiled graph if the scope may have been opened outside of it.
-
-    That is so around a compiled block in a stack that is not compiled, and in a user's `sequence_scope`. The graph
-    would not see the scope; outside of it the function is eager code like any other.
-    """
-    eager = torch.compiler.disable(function)
-
-    @wraps(function)
-    def choose(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
-        if torch.compiler.is_compiling() and _ANY_OPEN:
-            return eager(*args, **kwargs)
-        return function(*args, **kwargs)
-
-    # torch.compile counts its attempts per code object, and gives up after eight.
-    choose.__code__ = choose.__code__.replace(co_name=function.__name__)  # type: ignore[attr-defined]
-    return choose
-
-
-def _count_open(change: int) -> None:
-    global _OPEN, _ANY_OPEN
-    with _LOCK:
-        _OPEN += change
-        _ANY_OPEN = _OPEN > 0
-
-
-def enter_scope(scope: Scope) -> None:
-    """Make a scope the current one; `leave_scope` ends it."""
-    if torch.compiler.is_compiling():
-        _TRACED.append(scope)
-    else:
-        _forget_failed_traces(scope.owner)
-        scope.token = _CURRENT.set(scope)
-        _count_open(1)
-
-
-def _forget_failed_traces(owner: nn.Module | None) -> None:
-    """Drop scopes that an aborted compilation left behind: a stack that is being entered is not running."""
-    for index, scope in enumerate(_TRACED):
-        if scope.owner is owner:
-            del _TRACED[index:]
-            return
-
-
-def leave_scope(scope: Scope) -> None:
-    """Go back to the scope that was current before."""
-    if scope.token is None:
-        _TRACED.pop()
-    else:
-        _count_open(-1)
-        _CURRENT.reset(scope.token)
-        scope.token = None
-
-
-def forget_interrupted(opening: object) -> None:
-    """Drop the scopes that a forward pass left open which was interrupted: its hooks do not see a KeyboardInterrupt.
-
-    Args:
-        opening: the hook that is about to open a scope; its module is not running.
-    """
-    scope = _CURRENT.get()
-    left_open = []
-    for around in scope.around() if scope is not None else ():
-        left_open.append(around)
-        if around.opened_by is opening and around.token is not None:
-            for stale in left_open:
-                if stale.token is not None:
-                    stale.token = None
-                    _count_open(-1)
-            _CURRENT.set(around.outer)
-            return
-
-
-@contextmanager
-def run_in_scope(scope: Scope | None) -> Iterator[None]:
-    """Run a piece of a forward pass, perhaps later and in another thread, in the scope it belongs to."""
-    token = _CURRENT.set(scope)
-    _count_open(1)
-    try:
-        yield
-    finally:
-        _count_open(-1)
-        _CURRENT.reset(token)
-
-
-@contextmanager
-def sequence_scope(mask: torch.Tensor | None = None, segment_ids: torch.Tensor | None = None) -> Iterator[None]:
-    """Tell READ which tokens are real and which belong together, for models whose own arguments do not say so.
-
-    What is given here wins over what a stack's own arguments say, wherever the shapes agree: for modules that put out
-    (B, T, d), or (B · T, d).
-
-    Args:
-        mask: (B, T), any dtype, 0 = padding.
-        segment_ids: (B, T) integers; tokens of a row with different ids are different sequences.
-
-    Raises:
-        ValueError: if the two shapes differ, or neither is given.
-
-    Example:
-        ```python
-        with sequence_scope(mask=frame_mask):
-            model(frames)
-        ```
-    """
-    given = [tensor for tensor in (mask, segment_ids) if tensor is not None]
-    if not given:
-        raise ValueError("sequence_scope needs a mask (B, T), segment_ids (B, T), or both.")
-    shapes = {tuple(tensor.shape) for tensor in given}
-    if len(shapes) > 1 or given[0].dim() != 2:
-        raise ValueError(f"mask and segment_ids must have one shape (B, T), got {sorted(shapes)}.")
-    batch, length = given[0].shape
-    valid = None if mask is None else mask.bool()
-    outer = current_scope()
-    scope = Scope(batch=batch, length=length, mask=valid, segment_ids=segment_ids, explicit=True, outer=outer)
-    with run_in_scope(scope):
-        yield

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .packing import IN_A_GRAPH
 from .scope import Scope
 
 __all__ = ["Notice", "Sequences", "as_sequences", "padding_of"]
@@ -105,10 +106,10 @@ def as_sequences(
     sequences = _in_scope(output, scope, path, batch_first)
     if sequences is not None:
         if scope.unclear is not None:
-            raise ValueError(
-                f"READ layer {path!r} sees {scope.batch} rows of {scope.length} tokens, {scope.unclear}. Describe "
-                "them with `sequence_scope(mask=..., segment_ids=...)`, or use cell='none' here (cell_pattern)."
-            )
+            raise ValueError(f"READ layer {path!r} sees {scope.batch} rows of {scope.length} tokens, {scope.unclear}")
+        if scope.unless is not None:  # asked once a pass, and only where something recurs
+            torch._assert_async(~scope.unless, IN_A_GRAPH)
+            scope.unless = None
         return _of_frames(sequences, scope)
     if output.dim() == 2 and not scope.explicit and (output.shape[0] == scope.batch or not _in_a_block(path)):
         # Pooled vectors, or the rows of a projector, which follow nothing.

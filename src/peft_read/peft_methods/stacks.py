@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
+import textwrap
 from collections.abc import Iterator
+from functools import cache
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -14,6 +18,7 @@ __all__ = [
     "find_stack",
     "is_batch_first",
     "is_causal",
+    "masks_by_positions",
     "parameters_of",
     "sees_batch_first",
     "tower_around",
@@ -25,6 +30,7 @@ MASKS = {"attention_mask", "src_key_padding_mask", "segment_ids"}
 EXPERTS = re.compile(r"(^|\.)(local_)?experts(\.|$)")
 # The families whose blocks take (T, B, d).
 SEQUENCE_FIRST = {"fsmt", "xlnet"}
+MAKES_MASK = re.compile(r"^(?!.*bidirectional).*mask")  # create_causal_mask, or what a stack has chosen to call
 RAW_INPUTS = ("input_features", "input_values", "pixel_values", "pixel_values_videos", "pixel_values_images")
 
 
@@ -91,6 +97,33 @@ def is_causal(model: nn.Module, path: str) -> bool:
         for name, module in block.named_modules()
         if "cross" not in name and "encoder_attn" not in name
     )
+
+
+def masks_by_positions(stack: nn.Module) -> bool | None:
+    """Whether a stack of transformers gives its `position_ids` to the function that makes its causal mask.
+
+    The masks of both directions are made without them, and so are some causal ones (OPT, decoders of BERT). No setting
+    tells this, so it is read from the source of the forward; without a source the answer is yes.
+
+    Args:
+        stack: the stack.
+
+    Returns:
+        None for a stack that is not transformers' own, of whose masks nothing is known.
+    """
+    kind: Any = type(stack)
+    return _masks_by_positions(kind) if kind.__module__.startswith("transformers.") else None
+
+
+@cache  # every adapted layer of a stack asks
+def _masks_by_positions(kind: Any) -> bool:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward))))
+    except (OSError, TypeError, SyntaxError):
+        return True
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    makers = [call for call in calls if MAKES_MASK.search(getattr(call.func, "id", ""))]
+    return any(keyword.arg in ("position_ids", None) for call in makers for keyword in call.keywords)  # None: **given
 
 
 def blocks_around(model: nn.Module, path: str) -> list[nn.Module]:
