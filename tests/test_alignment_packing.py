@@ -6,7 +6,7 @@ from test_alignment_trainer import BLOCKS, one_step, tiny_model
 from transformers import DataCollatorWithFlattening
 
 from peft_read import Aligner, PVLAConfig, Stream
-from peft_read.adapter.masks import segments_told
+from peft_read.adapter.packing import segments_told
 from peft_read.alignment import aligner as aligner_module
 from peft_read.alignment.packing import packed_rows
 
@@ -57,7 +57,7 @@ def test_rows_are_packed_where_the_adapter_splits_them(name):
     given = {**PACKED, **SINGLE}[name]
     told = packed_rows({"input_ids": IDS, **given})
     packed = told is not None and bool(told[1])
-    segments = segments_told(torch.nn.Module(), given, 1, WIDTH, 0)
+    segments = segments_told(torch.nn.Module(), given, 1, WIDTH).segment_ids
     assert packed == (segments is not None and len(segments.unique()) > 1)
     assert packed == (name in PACKED)
 
