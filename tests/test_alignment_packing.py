@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_alignment_trainer import BLOCKS, one_step, tiny_model
-from transformers import DataCollatorWithFlattening
+from transformers import BertConfig, BertModel, DataCollatorWithFlattening
 
 from peft_read import Aligner, PVLAConfig, Stream
 from peft_read.adapter.packing import segments_told
@@ -65,6 +65,17 @@ def test_rows_are_packed_where_the_adapter_splits_them(name):
 def streams():
     layers = BLOCKS["llama"]
     return PVLAConfig(video=Stream(layers, tokens=slice(0, 4)), language=Stream(layers, tokens=slice(4, None)))
+
+
+def test_positions_that_restart_in_an_encoder_are_those_of_one_sample():
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    model = BertModel(BertConfig(vocab_size=50, **sizes), add_pooling_layer=False)
+    layers = r"encoder\.layer\.\d+"
+    config = PVLAConfig(video=Stream(layers, tokens=slice(0, 4)), language=Stream(layers, tokens=slice(4, None)))
+    aligner, batch = Aligner(model, config), {"input_ids": IDS, **PACKED["restarting positions"]}
+    with aligner.record() as recording:
+        model(**batch)
+    assert aligner.distance(recording, batch).distance.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["restarting positions", "block-diagonal mask"])

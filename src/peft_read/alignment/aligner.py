@@ -195,6 +195,8 @@ class Aligner:
             pair = StreamPair(base, video, language, self.config.blocks)
         self.remove()
         self.pair, self._model, self.model_name = pair, weakref.ref(base), type(base).__name__
+        # transformers cuts causal attention where positions restart; in encoders they number the tokens of one sample.
+        self._positions_pack = any(getattr(module, "is_causal", False) is True for module in base.modules())
         return True
 
     @contextmanager
@@ -230,7 +232,7 @@ class Aligner:
 
     def _look_for_packed(self, batch: Mapping[str, Any]) -> None:
         told = packed_rows(batch)
-        if told is None:
+        if told is None or (told[0] == "position_ids" and not self._positions_pack):
             return
         name, packed = told
         if isinstance(packed, Tensor) and self._has_aligned and _is_on_a_device(packed):

@@ -77,6 +77,6 @@ def packed_message(name: str) -> str:
     return (
         f"rows of the batch hold several packed samples (by its {name!r}), and the alignment, which takes each row "
         "for one sample, would compare the frames of one with the words of another. Give each sample a row of its "
-        "own: a collator that pads, without packing, padding_free or DataCollatorWithFlattening; or switch the "
-        "alignment off"
+        "own: a collator that pads, without packing, padding_free or DataCollatorWithFlattening. Where the parts of a "
+        "row are those of one sample, return them by PVLAConfig(extractor=...), which is not asked this"
     )
