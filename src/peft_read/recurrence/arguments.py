@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, float32, nn, strided
 
 __all__ = [
     "GATES",
@@ -53,9 +53,9 @@ def unfit(tensors: Sequence[Tensor | None], mask: Tensor | None, x: Tensor) -> s
             continue
         if type(tensor) not in PLAIN:
             return "a tensor is of a subclass"
-        if tensor.dtype is not torch.float32:
+        if tensor.dtype is not float32:
             return "a tensor is not float32"
-        if tensor.get_device() != place or tensor.layout is not torch.strided:
+        if tensor.get_device() != place or tensor.layout is not strided:
             return "its tensors are not dense ones on one device"
     if mask is not None and (mask.dtype is not torch.bool or mask.shape != x.shape[:2] or mask.get_device() != place):
         return "the mask is not boolean, one entry per token"

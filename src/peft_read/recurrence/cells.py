@@ -129,7 +129,7 @@ class Cell(nn.Module):
         for name in NAMES[suffix]:
             # A parameter need not be one: torch's parametrizations and FSDP put other tensors in its place.
             parameter = own[name] if name in own else getattr(self, name)
-            weights.append(parameter if parameter is None or parameter.dtype == dtype else parameter.to(dtype))
+            weights.append(parameter if parameter is None or parameter.dtype is dtype else parameter.to(dtype))
         arguments = ScanArguments(x, state, mask, *weights)  # type: ignore[arg-type]
         return recur(self.kind, arguments, keep_states=keep_states)
 
