@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from peft_read import READConfig
 from peft_read.adapter import sequence_scope
 from peft_read.adapter.running import current_scope
+from peft_read.checkpointing import ScopedCheckpoint, scope_checkpoints, unscope_checkpoints
 
 TOLERANCE = 1e-5
 
@@ -309,3 +310,14 @@ def test_no_tokens_and_no_rows_are_no_error():
     with torch.no_grad():
         for shape in ((2, 0, 32), (0, 3, 32), (0, 32)):
             assert layer(torch.zeros(shape)).shape == (*shape[:-1], 16)
+
+
+def test_checkpoints_are_found_beside_traced_modules():
+    model = nn.Module()
+    model.traced = torch.jit.trace(nn.Sequential(nn.Linear(2, 2)), torch.ones(1, 2))
+    model.layers = nn.ModuleList([nn.Sequential(nn.Linear(2, 2))])
+    model.layers[0].checkpoint_fn = print
+    scope_checkpoints(model, lambda: None, "test")
+    assert isinstance(vars(model.layers[0])["checkpoint_fn"], ScopedCheckpoint)
+    unscope_checkpoints(model, "test")
+    assert vars(model.layers[0])["checkpoint_fn"] is print

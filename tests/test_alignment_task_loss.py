@@ -24,11 +24,12 @@ from transformers import (
     LlamaForSequenceClassification,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Trainer,
     ViltConfig,
     ViltForQuestionAnswering,
 )
 
-from peft_read import PVLAConfig, Stream
+from peft_read import PVLAConfig, PVLALossMixin, Stream
 from peft_read.alignment.task_loss import TaskLoss
 
 SIZES = {
@@ -334,3 +335,28 @@ def test_evaluation_reports_the_models_own_loss(tmp_path):
     trainer.args.per_device_eval_batch_size = 12
     own = float(MODELS["masked words"]()(**collated(rows_of("masked words"))).loss.detach())
     assert trainer.evaluate(trainer.train_dataset)["eval_loss"] == pytest.approx(own, rel=1e-5)
+
+
+def test_a_model_that_draws_numbers_in_eval_mode_too_is_asked_twice_alike(tmp_path):
+    class Noisy(LlamaForCausalLM):
+        def forward(self, input_ids=None, labels=None, **given):
+            embedded = self.get_input_embeddings()(input_ids)
+            noise = 0.05 * torch.randn_like(embedded)
+            return super().forward(inputs_embeds=embedded + noise, labels=labels, **given)
+
+    model = Noisy(tiny_model("llama").config)
+    _, log = one_step("llama", tmp_path, batch_size=2, accumulation=2, model=model)
+    assert log[0]["task_loss"] > 0
+
+
+def test_a_negative_loss_of_ones_own_is_not_taken_for_none(tmp_path):
+    class Below(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            outputs = model(**inputs)
+            return (outputs.loss - 10, outputs) if return_outputs else outputs.loss - 10
+
+    class Aligned(PVLALossMixin, Below):
+        pass
+
+    with pytest.raises(ValueError, match="it is not known what to divide its loss by"):
+        one_step("llama", tmp_path, batch_size=2, accumulation=4, trainer_class=Aligned)

@@ -71,3 +71,12 @@ def test_bad_input_is_named(function):
         function(torch.ones(2, 3, 4, dtype=torch.long), torch.rand(2, 3, 4))
     with pytest.raises(ValueError, match="video_mask must be a tensor of shape"):
         function(torch.rand(2, 3, 4), torch.rand(2, 3, 4), torch.ones(2, 5))
+
+
+def test_second_derivatives_at_a_zero_vector_are_zero():
+    video = torch.randn(3, 4, requires_grad=True)
+    with torch.no_grad():
+        video[2] = 0
+    first = torch.autograd.grad(cosine_cost(video, torch.randn(2, 4)).square().sum(), video, create_graph=True)[0]
+    (second,) = torch.autograd.grad(first.square().sum(), video)
+    assert second[:2].abs().max() > 0 and second.isfinite().all() and (second[2] == 0).all()

@@ -97,9 +97,10 @@ def _own_attributes(model: nn.Module) -> Iterator[dict[str, Any]]:
     """
     waiting = [model]
     while waiting:
-        own = waiting.pop().__dict__
-        yield own
-        waiting.extend(child for child in own["_modules"].values() if child is not None and child._modules)
+        module = waiting.pop()
+        yield module.__dict__
+        # Asked of the module: traced ones have no such entry of their own.
+        waiting.extend(child for child in module._modules.values() if child is not None and child._modules)
 
 
 def _wrapper_of(function: Any, owner: object) -> ScopedCheckpoint | None:

@@ -102,8 +102,11 @@ class TaskLoss:
         """
         model.eval()
         try:
-            with torch.no_grad(), _random_state_kept(device):
-                once, twice = loss_of(num_items_in_batch), loss_of(2 * num_items_in_batch)
+            with torch.no_grad():  # both from the same random state, for models that draw numbers in eval mode too
+                with _random_state_kept(device):
+                    once = loss_of(num_items_in_batch)
+                with _random_state_kept(device):
+                    twice = loss_of(2 * num_items_in_batch)
         finally:
             model.train()
             torch.clear_autocast_cache()  # it may hold weights that were cast without a gradient
@@ -177,7 +180,7 @@ class TaskLoss:
         labels, logits = class_labels(batch), _logits(outputs)
         means = None if labels is None else self._means(logits, labels, moved="shift_labels" in batch)
         reported = float(loss.detach()) / factor
-        if labels is not None and not (bool(labels.ne(-100).any()) and 0 < reported < math.inf):
+        if labels is not None and not (bool(labels.ne(-100).any()) and reported and math.isfinite(reported)):
             distances = [math.nan, math.nan]  # NaN is reported elsewhere, and 0 is any mean
         else:
             distances = [

@@ -234,12 +234,12 @@ class PVLALossMixin(_Base):
             return super().evaluation_loop(*args, **kwargs)
         self._eval_sums = Sums()
         output = super().evaluation_loop(*args, **kwargs)
-        self._aligner.refuse_packed()
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         sums = self._eval_sums
         # Gathered on every rank, seen or unseen data: a conditional collective would hang.
         values = torch.tensor([sums.get("pvla_loss"), float(sums.examples)], device=self.args.device)
         total, examples = self.accelerator.gather(values.unsqueeze(0)).sum(0).tolist()
+        self._aligner.refuse_packed()  # after the gather, in which the other processes wait for this one
         if examples and output.metrics is not None:
             output.metrics[f"{prefix}_pvla_loss"] = total / examples
         elif not examples:

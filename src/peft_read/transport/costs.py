@@ -4,7 +4,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .masks import real_entries
 
@@ -100,7 +99,8 @@ def _directions(features: Tensor) -> Tensor:
     largest = torch.linalg.vector_norm(features.detach(), math.inf, -1, keepdim=True)
     # Scaling by the largest entry first keeps the squares from overflowing or vanishing; the length is then 1 or more.
     scaled = features / largest.masked_fill(largest < torch.finfo(features.dtype).tiny, math.inf)
-    return F.normalize(scaled, dim=-1, eps=0.5)
+    # Not by a norm, whose second derivative at 0 is none.
+    return scaled / scaled.square().sum(-1, keepdim=True).clamp_min(0.25).sqrt()
 
 
 def _described(value: object) -> str:

@@ -94,6 +94,7 @@ def partial_optimal_transport(
                 [0.0000, 0.0000]])
     """
     chosen = checked_options(method, gradient, marginals, tol, max_iter, reg, penalty)
+    tol, penalty = float(tol), None if penalty is None else float(penalty)  # numpy's are not what kernels take
     if not isinstance(cost, Tensor) or cost.dim() < 2 or not cost.is_floating_point():
         raise ValueError("cost must be a floating-point tensor of shape (..., N, M).")
     check_device(cost.device)
