@@ -339,10 +339,10 @@ def test_evaluation_reports_the_models_own_loss(tmp_path):
 
 def test_a_model_that_draws_numbers_in_eval_mode_too_is_asked_twice_alike(tmp_path):
     class Noisy(LlamaForCausalLM):
-        def forward(self, input_ids=None, labels=None, **given):
+        def forward(self, input_ids=None, attention_mask=None, labels=None, **given):
             embedded = self.get_input_embeddings()(input_ids)
-            noise = 0.05 * torch.randn_like(embedded)
-            return super().forward(inputs_embeds=embedded + noise, labels=labels, **given)
+            noisy = embedded + 0.05 * torch.randn_like(embedded)
+            return super().forward(inputs_embeds=noisy, attention_mask=attention_mask, labels=labels, **given)
 
     model = Noisy(tiny_model("llama").config)
     _, log = one_step("llama", tmp_path, batch_size=2, accumulation=2, model=model)
