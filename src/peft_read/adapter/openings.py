@@ -139,8 +139,6 @@ class StackOpening(Opening):
                 f"READ cannot tell how many tokens the cache held before {type(module).__name__}, because the stack "
                 "around it takes no `inputs_embeds`; generate with use_cache=False."
             )
-        if given.get("segment_ids") is not None and is_begun(past):
-            raise NotImplementedError("READ does not continue a KV cache when `segment_ids` are given.")
         told = told_by_user(outer, batch, length)
         mask = told.mask if told is not None else None
         use_cache = given.get("use_cache")
