@@ -31,7 +31,7 @@ def run(program, **changes):
 @pytest.fixture
 def undecided(monkeypatch):
     """A process in which no backend was chosen and no warning given yet."""
-    for name, value in (("_forced", None), ("_settled_for", {}), ("_trials", {}), ("_said", set())):
+    for name, value in (("_forced", None), ("_settled_for", {}), ("trials", {}), ("_said", set())):
         monkeypatch.setattr(backends, name, value)
     monkeypatch.delenv(backends.VARIABLE, raising=False)
     return monkeypatch
@@ -95,7 +95,7 @@ def test_a_trial_draws_no_random_numbers_and_sees_no_modes(undecided):
     with torch.inference_mode():
         cell(torch.zeros(1, 2, 4))
     assert torch.equal(before, torch.get_rng_state())
-    assert all(backends._trials.values()) and backends._trials
+    assert all(backends.trials.values()) and backends.trials
 
 
 def test_wrong_loops_are_detected(undecided):

@@ -62,7 +62,7 @@ def test_a_scaler_skips_the_step_whose_gradients_overflow():
 
 
 def test_a_path_is_tried_once_and_not_per_call(monkeypatch):
-    monkeypatch.setattr(backends, "_trials", {})
+    monkeypatch.setattr(backends, "trials", {})
     tried, trial = [], operation.Operation.trial
 
     def counted(self, *arguments):

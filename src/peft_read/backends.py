@@ -47,7 +47,7 @@ WAYS_OUT = {
 
 _forced: str | None = None  # by `use_backend`
 _settled_for: dict[str, str] = {}  # type of device -> what "auto" means there
-_trials: dict[tuple[Hashable, ...], bool] = {}
+trials: dict[tuple[Hashable, ...], bool] = {}
 _said: set[Hashable] = set()
 _lock = threading.RLock()
 
@@ -125,7 +125,7 @@ def show_backends() -> str:
     for name, place in places.items():
         reason = _why_unusable(name)
         lines.append(f"{name}: {reason or 'usable'}; {place}")
-    failed = [_words(key) for key, passed in _trials.items() if not passed]
+    failed = [_words(key) for key, passed in trials.items() if not passed]
     if failed:
         lines.append(f"failed here and replaced by torch: {', '.join(failed)}")
     chosen = "use_backend" if _forced else VARIABLE if os.environ.get(VARIABLE) else "auto"
@@ -141,10 +141,10 @@ def passes(key: tuple[Hashable, ...], trial: Callable[[], str]) -> bool:
         trial: compiles and runs it on a small problem, away from autograd's and dispatch's modes; returns what is
             wrong, or "". It must not draw random numbers.
     """
-    passed = _trials.get(key)
+    passed = trials.get(key)
     if passed is None:
         with _lock:
-            if key not in _trials:
+            if key not in trials:
                 try:
                     with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad():
                         wrong = trial()
@@ -156,8 +156,8 @@ def passes(key: tuple[Hashable, ...], trial: Callable[[], str]) -> bool:
                         f"{_words(key)} does not work here ({wrong}); torch takes its place, with the same results "
                         f'but slower. use_backend("torch") or {VARIABLE}=torch silences this.',
                     )
-                _trials[key] = not wrong
-            passed = _trials[key]
+                trials[key] = not wrong
+            passed = trials[key]
     return passed
 
 

@@ -96,7 +96,7 @@ class Cell(nn.Module):
             The outputs (B, T, k) and the states after each token (B, T, S); the latter is None where the cell would
             have to compute it and `keep_states` is False.
         """
-        if x.dtype != torch.float32:
+        if x.dtype is not torch.float32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
         if state is not None:
             state = state.to(x.dtype)
@@ -110,9 +110,8 @@ class Cell(nn.Module):
         self, x: Tensor, state: Tensor | None, mask: Tensor | None, keep_states: bool
     ) -> tuple[Tensor, Tensor | None]:
         """One direction or both."""
-        batch, length, _ = x.shape
-        if batch == 0 or length == 0:  # the fused kernels refuse what has no tokens
-            return x.new_zeros(x.shape), x.new_zeros(batch, length, self.state_size)
+        if x.numel() == 0:  # the fused kernels refuse what has no tokens
+            return x.new_zeros(x.shape), x.new_zeros(*x.shape[:2], self.state_size)
         if not self.bidirectional:
             return self._run(x, state, mask, "", keep_states)
         if state is not None:

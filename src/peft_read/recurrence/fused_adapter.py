@@ -87,18 +87,14 @@ def _has_global_hooks() -> bool:
 
 def _is_whole(arguments: AdapterArguments) -> bool:
     """Whether weights are where they belong: wrappers such as FSDP put flat or empty ones in their place."""
-    width, d = arguments.down.shape[0], arguments.x.shape[-1]
-    shapes = (
-        (width, d), (width,), (width, width), (width, width), (width,), (width,), (d, width), (d,),
-    )  # fmt: skip
-    for weight, shape in zip(arguments[3:], shapes, strict=True):
-        if weight is not None and weight.shape != shape:
+    (batch, _, d), width = arguments.x.shape, arguments.down.shape[0]
+    square, vector = (width, width), (width,)
+    shapes = ((batch, width), (width, d), vector, square, square, vector, vector, (d, width), (d,))
+    for tensor, shape in zip((arguments.state, *arguments[3:]), shapes, strict=True):
+        if tensor is not None and tensor.shape != shape:
             return False
-    if arguments.state is not None and arguments.state.shape != (arguments.x.shape[0], width):
-        return False
-    return (arguments.down_bias is None) == (arguments.up_bias is None) and (arguments.bias_ih is None) == (
-        arguments.bias_hh is None
-    )
+    outside, inside = arguments.down_bias is None, arguments.bias_ih is None
+    return outside == (arguments.up_bias is None) and inside == (arguments.bias_hh is None)
 
 
 def _shapes(arguments: AdapterArguments) -> Adapted:

@@ -38,9 +38,9 @@ def slopes_of_gru(arguments: ScanArguments, outputs: Tensor) -> tuple[Tensor, Te
 
 def states_before(outputs: Tensor, state: Tensor | None) -> Tensor:
     """h_{t-1} of every token, (B, T, k), from all h_t and the state before the first token."""
-    batch, _, width = outputs.shape
-    first = outputs.new_zeros(batch, width) if state is None else state
-    return torch.cat((first[:, None], outputs[:, :-1]), dim=1)
+    if state is None:
+        return F.pad(outputs[:, :-1], (0, 0, 1, 0))
+    return torch.cat((state[:, None], outputs[:, :-1]), dim=1)
 
 
 def gradients_of_gates(

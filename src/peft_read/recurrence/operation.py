@@ -18,10 +18,11 @@ from torch.autograd import forward_ad
 
 from .. import backends
 
-__all__ = ["Implementation", "Operation"]
+__all__ = ["Gradients", "Implementation", "Operation"]
 
 A = TypeVar("A", bound=NamedTuple)
 R = TypeVar("R", bound=NamedTuple)
+Gradients = Sequence[Tensor | None]
 TOLERANCE = 1e-2  # relative, of a trial; cuBLAS may round to TF32 on either side, a wrong kernel is off by far more
 INFRASTRUCTURE = tuple(_C._TorchDispatchModeKey.__members__.values())  # modes that fake or trace: no memory, no values
 
@@ -35,15 +36,15 @@ class Implementation(Generic[A, R]):
     Attributes:
         refusal: why it cannot take some arguments, "" if it can; torch.compile traces it.
         forward: computes the results.
-        backward: (arguments, results, gradients of the visible results, which arguments need one) -> the gradients;
-            those that nobody needs may be anything. It runs outside autocast.
+        backward: (arguments, results, gradient of the first result, those of the other visible ones, which arguments
+            need one) -> the gradients; those that nobody needs may be anything. It runs outside autocast.
         width: (the arguments) -> the width whose trial speaks for them.
         preparing: what the trial runs in, such as a lock for compilers.
     """
 
     refusal: Callable[[A], str]
     forward: Callable[[A], R]
-    backward: Callable[[A, R, Sequence[Tensor | None], A], A]
+    backward: Callable[[A, R, Tensor, Gradients, A], A]
     width: Callable[[A], int]
     preparing: Callable[[], AbstractContextManager[None]] = nullcontext
 
@@ -90,14 +91,11 @@ class Operation(Generic[A, R]):
         if torch.compiler.is_compiling():
             if refusal or torch.compiler.is_exporting():  # an exported program must run without this package
                 return None
-        else:
-            refusal = refusal or _observer()
-            if refusal:
-                backends.refuse(self.name, name, refusal)
-                return None
+        elif refusal := refusal or _observer():
+            backends.refuse(self.name, name, refusal)
+            return None
         assert implementation is not None
-        works = _passes(self.name, name, implementation.width(arguments), x.dtype, x.device)
-        return implementation if works else None
+        return implementation if _passes(name, self.name, implementation.width(arguments), x.dtype, x.device) else None
 
     def __call__(self, implementation: Implementation[A, R], arguments: A) -> tuple[Tensor, ...]:
         """The visible results of arguments that `choose` found an implementation for."""
@@ -120,7 +118,8 @@ class Operation(Generic[A, R]):
         count, device = len(self.arguments._fields), saved[0].device.type
         arguments, results = self.arguments(*saved[:count]), self.results(*saved[count:])  # type: ignore[call-overload]
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-            found = implementation.backward(arguments, results, grads, self.arguments(*needs))  # type: ignore[call-overload]
+            grad, wanted = torch.zeros_like(results[0]) if grads[0] is None else grads[0], self.arguments(*needs)  # type: ignore[call-overload]
+            found = implementation.backward(arguments, results, grad, grads[1:], wanted)
         return [one if need else None for one, need in zip(found, needs, strict=True)]
 
     def trial(self, implementation: Implementation[A, R], width: int, dtype: torch.dtype, device: torch.device) -> str:
@@ -189,13 +188,14 @@ class Operation(Generic[A, R]):
 
 
 @torch.compiler.assume_constant_result
-def _passes(operation: str, backend: str, width: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether an implementation works here; for torch.compile a constant."""
-    tried = OPERATIONS[operation]
-    return backends.passes(
-        (f"the {backend} {operation}", width, dtype, device),
-        lambda: tried.trial(tried.implementations[backend], width, dtype, device),
-    )
+def _passes(*key: Any) -> bool:
+    """Whether an implementation works: backend, operation, width, dtype, device. For torch.compile a constant."""
+    passed = backends.trials.get(key)
+    if passed is None:
+        backend, operation, *small = key
+        tried = OPERATIONS[operation]
+        passed = backends.passes(key, lambda: tried.trial(tried.implementations[backend], *small))
+    return passed
 
 
 class _Function(torch.autograd.Function):

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from ... import backends
 from ..arguments import GATES, Adapted, AdapterArguments, ScanArguments, Scanned, unfit, unfit_scan
-from ..gates import gradients_of_gates, slopes_of_gru
-from ..operation import Implementation
+from ..gates import gradients_of_gates, slopes_of_gru, states_before
+from ..operation import Gradients, Implementation
 
 __all__ = ["ADAPTER", "SCANS"]
 
@@ -40,16 +40,15 @@ def _loops(name: str) -> Any:
     return importlib.import_module(f".{name}", __package__)
 
 
-def _addresses(given: Sequence[Tensor | None], results: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
-    """The addresses of tensors, 0 for None, and contiguous copies of some, to be kept as long as their addresses.
+def _addresses(*given: Tensor | None) -> tuple[list[int], Any]:
+    """The addresses of tensors, of contiguous copies of some, 0 for None; and what must live as long as they are used.
 
     Raises:
         RuntimeError: if a tensor has no memory.
-        AssertionError: if a result is not contiguous: the loop would set a copy of it.
     """
-    copies, addresses = [], []
+    addresses, copies = [], []
     for tensor in given:
-        if tensor is not None and (tensor.is_neg() or not tensor.is_contiguous()):
+        if tensor is not None and (not tensor.is_contiguous() or tensor.is_neg()):
             copies.append(tensor := tensor.resolve_neg().contiguous())
         addresses.append(address := 0 if tensor is None else tensor.data_ptr())
         if not address and tensor is not None:
@@ -57,13 +56,7 @@ def _addresses(given: Sequence[Tensor | None], results: Sequence[Tensor]) -> tup
                 f"A tensor of the recurrence, of shape {tuple(tensor.shape)}, has no memory: its storage was freed, "
                 "as FSDP does with weights that are not gathered. Call the module through its wrapper."
             )
-    for result in results:
-        assert result.is_contiguous(), "a loop would set a copy"
-    return copies, addresses + [result.data_ptr() for result in results]
-
-
-def _dense(grad: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if grad is None else grad
+    return addresses, (given, copies)
 
 
 def _scan(arguments: ScanArguments) -> Scanned:
@@ -73,14 +66,15 @@ def _scan(arguments: ScanArguments) -> Scanned:
     outputs = x.new_empty(batch, length, width)
     by_input: Tensor | None = weight_ih
     if inputs > NARROW or width > NARROW:
-        x, by_input, bias_ih = F.linear(x, weight_ih, bias_ih), None, None
-    _kept, addresses = _addresses((x, by_input, weight_hh, bias_ih, bias_hh, state, mask), (outputs,))
-    _loops("scan").scan_forward(*addresses, batch, length, inputs, width, gates)
+        bias = bias_ih if bias_ih is None or bias_hh is None or gates > width else bias_ih + bias_hh
+        x, by_input = F.linear(x, weight_ih, bias), None
+    addresses, _kept = _addresses(x, by_input, weight_hh, bias_ih, bias_hh, state, mask)
+    _loops("scan").scan_forward(*addresses, outputs.data_ptr(), batch, length, inputs, width, gates)
     return Scanned(outputs)
 
 
 def _scan_backward(
-    arguments: ScanArguments, results: Scanned, grads: Sequence[Tensor | None], needs: ScanArguments
+    arguments: ScanArguments, results: Scanned, grad: Tensor, others: Gradients, needs: ScanArguments
 ) -> ScanArguments:
     x, state, mask, weight_ih, weight_hh, _, _ = arguments
     outputs = results.outputs
@@ -88,9 +82,8 @@ def _scan_backward(
     slopes, kept = (None, None) if gates == width else slopes_of_gru(arguments, outputs)
     outer = outputs.new_empty(batch, length, width) if slopes is None else slopes.new_empty(slopes.shape)
     grad_state = outputs.new_empty(batch, width)
-    given = _dense(grads[0], outputs), outputs, mask, slopes, kept, weight_hh
-    _kept, addresses = _addresses(given, (outer, grad_state))
-    _loops("scan").scan_backward(*addresses, batch, length, width, gates)
+    addresses, _kept = _addresses(grad, outputs, mask, slopes, kept, weight_hh)
+    _loops("scan").scan_backward(*addresses, outer.data_ptr(), grad_state.data_ptr(), batch, length, width, gates)
     inner = outer
     if slopes is not None:
         inner = torch.cat((outer[..., : 2 * width], outer[..., 3 * width :]), dim=-1)
@@ -98,16 +91,15 @@ def _scan_backward(
     if inputs > NARROW or width > NARROW:
         return gradients_of_gates(inner, outer, grad_state, arguments, outputs, needs)
     found = [x.new_empty(shape) for shape in (x.shape, (gates, inputs), (gates, width), (gates,), (gates,))]
-    _kept, addresses = _addresses((inner, outer, x, weight_ih, state, outputs), found)
-    _loops("scan").gradients_of_gates(*addresses, batch, length, inputs, width, gates)
+    addresses, _kept = _addresses(inner, outer, x, states_before(outputs, state), weight_ih, *found)
+    _loops("scan").gradients_of_gates(*addresses, batch * length, inputs, width, gates)
     return ScanArguments(found[0], grad_state, None, *found[1:])
 
 
 def _scan_of(kind: str) -> Implementation[ScanArguments, Scanned]:
     def refusal(arguments: ScanArguments) -> str:
-        if not arguments.x.is_cpu:
-            return "its tensors are not on the CPU"
-        return unfit_scan(arguments, GATES[kind], LARGEST_SCAN_WIDTH)
+        place = "" if arguments.x.is_cpu else "its tensors are not on the CPU"
+        return place or unfit_scan(arguments, GATES[kind], LARGEST_SCAN_WIDTH)
 
     return Implementation(
         refusal, _scan, _scan_backward, width=lambda arguments: 4,
@@ -117,8 +109,9 @@ def _scan_of(kind: str) -> Implementation[ScanArguments, Scanned]:
 
 def _product(loop: str, rows: Tensor, *factors: Tensor, k: int, shape: Sequence[int]) -> Tensor:
     """What a loop of `skinny.py` makes of rows (B, T, d) and of what is k wide."""
-    _kept, addresses = _addresses((rows, *factors), (out := rows.new_empty(shape),))
-    getattr(_loops("skinny"), loop)(*addresses, rows.shape[0] * rows.shape[1], rows.shape[2], k)
+    out = rows.new_empty(shape)
+    addresses, _kept = _addresses(rows, *factors)
+    getattr(_loops("skinny"), loop)(*addresses, out.data_ptr(), rows.shape[0] * rows.shape[1], rows.shape[2], k)
     return out
 
 
@@ -155,18 +148,18 @@ def _adapter(arguments: AdapterArguments) -> Adapted:
 
 
 def _adapter_backward(
-    arguments: AdapterArguments, results: Adapted, grads: Sequence[Tensor | None], needs: AdapterArguments
+    arguments: AdapterArguments, results: Adapted, grad: Tensor, others: Gradients, needs: AdapterArguments
 ) -> AdapterArguments:
     x, mask, down, up_bias = arguments.x, arguments.mask, arguments.down, arguments.up_bias
-    hidden, narrow, grad, (k, d) = results.hidden, results.narrow, _dense(grads[0], x), down.shape
+    hidden, narrow, (k, d) = results.hidden, results.narrow, down.shape
     slope = _product("narrow", grad, arguments.up.T, k=k, shape=hidden.shape)
     # In float64: these errors are all summed up in the gradients of the recurrence.
     slope = torch.ops.aten.gelu_backward(slope.double(), hidden.double()).float()
     if mask is not None:
         slope = torch.where(mask[..., None], slope, 0)
-    if grads[1] is not None:
-        slope = slope + grads[1]
-    inside = _scan_backward(arguments.within(narrow), Scanned(hidden), (slope,), needs.within(True))  # type: ignore[arg-type]
+    if others[0] is not None:
+        slope = slope + others[0]
+    inside = _scan_backward(arguments.within(narrow), Scanned(hidden), slope, (), needs.within(True))  # type: ignore[arg-type]
     lines = None
     if needs.up or needs.up_bias:
         active = _active(hidden, mask, up_bias)

@@ -14,7 +14,7 @@ from numba.extending import intrinsic
 
 from ... import backends
 
-__all__ = ["bytes_at", "compiled_loop", "copied", "floats_at", "inlined", "turned"]
+__all__ = ["bytes_at", "compiled_loop", "copied", "floats_at", "inlined"]
 
 # Sums may be reordered and contracted; infinities and not-a-number keep their meaning.
 compiled_loop: Any = backends.compiled_loop(fastmath={"reassoc", "contract", "nsz"})
@@ -50,20 +50,11 @@ def bytes_at(address, shape):
 
 
 @inlined
-def copied(address, count):
-    """A float64 copy of a tensor, flat; zero if absent."""
-    found, given = np.zeros(count), floats_at(address, count)
+def copied(address, rows, columns=1):
+    """A float64 copy of a matrix the other way round, or of a vector, flat; zero if absent."""
+    found, given = np.zeros(columns * rows), floats_at(address, 0)
     if address:
-        for i in range(count):
-            found[i] = given[i]
-    return found
-
-
-@inlined
-def turned(address, rows, columns):
-    """A float64 copy of a matrix the other way round, flat."""
-    found, given = np.empty(columns * rows), floats_at(address, (rows, columns))
-    for i in range(rows):
-        for j in range(columns):
-            found[j * rows + i] = given[i, j]
+        for i in range(rows):
+            for j in range(columns):
+                found[j * rows + i] = given[i * columns + j]
     return found

@@ -150,12 +150,16 @@ def where(typingctx, condition, value, otherwise):
 
 
 def columns_of(builder, rows):
-    """Eight vectors of eight as the columns of what they were the rows of."""
-    orders = [indices([half + i // 2 + LANES * (i % 2) for i in range(LANES)]) for half in (0, LANES // 2)]
-    for _ in range(3):
-        pairs = zip(rows[: LANES // 2], rows[LANES // 2 :], strict=True)
-        rows = [builder.shuffle_vector(one, other, order) for one, other in pairs for order in orders]
-    return rows
+    """Eight vectors of eight as the columns of what they were the rows of; what crosses half a register is slow."""
+    for distance, low in (
+        (1, (0, 8, 1, 9, 4, 12, 5, 13)),
+        (2, (0, 1, 8, 9, 4, 5, 12, 13)),
+        (4, (0, 1, 2, 3, 8, 9, 10, 11)),
+    ):
+        orders = indices(low), indices([number + max(2, distance) for number in low])
+        pairs = [(rows[i], rows[i + distance]) for i in range(LANES) if not i & distance]
+        rows = [builder.shuffle_vector(*pair, order) for pair in pairs for order in orders]
+    return rows[::2] + rows[1::2]
 
 
 def row_places(builder, first, stride, last):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch.nn import functional as F
 from ...kernel_launch import launch
 from ..arguments import GATES, PLAIN, Adapted, AdapterArguments, ScanArguments, Scanned, unfit, unfit_scan
 from ..gates import gradients_of_gates
-from ..operation import Implementation
+from ..operation import Gradients, Implementation
 
 __all__ = ["ADAPTER", "RNN_SCAN", "filled", "scan_settings", "tile_settings"]
 
@@ -114,10 +113,9 @@ def _launch_scan_backward(
 
 
 def _scan_backward(
-    arguments: ScanArguments, results: Scanned, grads: Sequence[Tensor | None], needs: ScanArguments
+    arguments: ScanArguments, results: Scanned, grad: Tensor, others: Gradients, needs: ScanArguments
 ) -> ScanArguments:
     outputs = results.outputs
-    grad = torch.zeros_like(outputs) if grads[0] is None else grads[0]
     inner, grad_state = _launch_scan_backward(grad, arguments.mask, arguments.weight_hh, outputs)
     return gradients_of_gates(inner, inner, grad_state, arguments, outputs, needs)
 
@@ -153,16 +151,16 @@ def _adapter(arguments: AdapterArguments) -> Adapted:
 
 
 def _adapter_backward(
-    arguments: AdapterArguments, results: Adapted, grads: Sequence[Tensor | None], needs: AdapterArguments
+    arguments: AdapterArguments, results: Adapted, grad: Tensor, others: Gradients, needs: AdapterArguments
 ) -> AdapterArguments:
     x, state, mask, down, _, weight_ih, weight_hh, *_, up, _ = arguments
     (batch, length, d), k, hidden = x.shape, len(down), results.hidden
     tokens, settings, narrow = batch * length, tile_settings(k, d), narrow_settings(k)
-    grad = torch.zeros_like(x) if grads[0] is None else grads[0].contiguous()
+    grad, grad_hidden = grad.contiguous(), others[0]
     carried, low, active = torch.empty_like(hidden), torch.empty_like(hidden), hidden.new_empty(tokens, k + 1)
     launch(
-        _kernel("up_backward"), (-(-tokens // settings["TOKENS"]),), grad, hidden, up.T, grads[1], mask, carried,
-        active, tokens, d, k, SEEN=grads[1] is not None, MASKED=mask is not None, **settings,
+        _kernel("up_backward"), (-(-tokens // settings["TOKENS"]),), grad, hidden, up.T, grad_hidden, mask, carried,
+        active, tokens, d, k, SEEN=grad_hidden is not None, MASKED=mask is not None, **settings,
     )  # fmt: skip
     inner, grad_state = _launch_scan_backward(carried, mask, weight_hh, hidden)
     parts, part = token_parts(tokens, 1, narrow["TOKENS"])
