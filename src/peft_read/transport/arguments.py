@@ -34,12 +34,15 @@ def check_device(device: torch.device) -> None:
 
 def check_size(total: Tensor, matrix: Tensor, penalty: float | None) -> None:
     """Raises if the mass to move, or its cost, is not a normal number of the plan's dtype."""
-    limits = torch.finfo(matrix.dtype)
-    largest = matrix.detach().abs().amax((-2, -1)).double().nan_to_num(1.0, 1.0)  # NaN is reported later
+    if penalty is not None:
+        return
+    limits, values = torch.finfo(matrix.dtype), matrix.detach()
+    largest = torch.maximum(values.amax((-2, -1)), -values.amin((-2, -1)))
+    largest = largest.double().nan_to_num(1.0, 1.0)  # NaN is reported later
     small = total < limits.tiny * matrix.shape[-2] * matrix.shape[-1] / limits.eps
     small |= (largest > 0) & (total * largest < limits.tiny / limits.eps)
     wrong = (total > 0) & (small | (total * largest.clamp_min(1) > limits.max))
-    if penalty is None and bool(wrong.any()):
+    if bool(wrong.any()):
         raise ValueError(
             f"a mass of {float(total[wrong][0]):.4g} at costs up to {float(largest[wrong][0]):.4g}: {matrix.dtype} "
             f"cannot hold it in {matrix.shape[-2]} x {matrix.shape[-1]} parts, or not its cost. Scale row_weights, "

@@ -39,8 +39,8 @@ class Finished(NamedTuple):
     certificate: Certificate  # mass and excess in float32
 
 
-def keeps_promises(problem: Problem, plan: Tensor, scaling: Scaling, tol: float) -> Certificate:
-    """Judge plans (P, N, M); nothing waits for a device.
+def keeps_promises(problem: Problem, plan: Tensor, scaling: Scaling, tol: float) -> tuple[Certificate, Tensor]:
+    """Judge plans (P, N, M), and their <T, C>, (P,) float64; nothing waits for a device.
 
     Plans of a linear programme or of the printed algorithm have no scalings (NaN): their own test stands in for the
     distance to the optimum. A problem with nothing real has nothing to promise.
@@ -49,29 +49,27 @@ def keeps_promises(problem: Problem, plan: Tensor, scaling: Scaling, tol: float)
     over_rows, over_cols = row_sums - problem.rows, col_sums - problem.cols
     mass = row_sums.sum(-1)
     excess = torch.maximum(over_rows.amax(-1), over_cols.amax(-1)).clamp_min(0)
-    real_rows, real_cols = problem.rows > 0, problem.cols > 0
-    left, right = (torch.where(valid, log, 0) for valid, log in
-                   ((real_rows, scaling.log_left), (real_cols, scaling.log_right)))  # fmt: skip
+    left, right = scaling.log_left, scaling.log_right  # -inf on padding
     if problem.penalty is None:
-        highest = [
-            log.masked_fill(~valid, -torch.inf).amax(-1) for log, valid in ((left, real_rows), (right, real_cols))
-        ]
+        highest = left.amax(-1), right.amax(-1)
         left, right = left - highest[0][:, None], right - highest[1][:, None]
         threshold = problem.reg * (highest[0] + highest[1]) + problem.low
         missing = mass - problem.total
         kept_mass = missing.abs() <= LARGEST_MISSING * problem.total
     else:
         threshold, missing, kept_mass = torch.zeros_like(mass), torch.zeros_like(mass), mass >= 0
-    gap = problem.reg * (
-        torch.where(real_rows, left * over_rows, 0).sum(-1) + torch.where(real_cols, right * over_cols, 0).sum(-1)
-    )
-    gap = gap + threshold * missing
-    value = (plan * torch.where(plan > 0, problem.cost.detach(), 0)).sum((-2, -1), dtype=torch.float64)
+    row_gaps, col_gaps = left * over_rows, right * over_cols
+    if problem.padded:
+        real_rows, real_cols = problem.rows > 0, problem.cols > 0
+        row_gaps, col_gaps = torch.where(real_rows, row_gaps, 0), torch.where(real_cols, col_gaps, 0)
+    gap = problem.reg * (row_gaps.sum(-1) + col_gaps.sum(-1)) + threshold * missing
+    value = (plan * problem.cost.detach()).sum((-2, -1), dtype=torch.float64)
     spread = (problem.high.double() - problem.low.double()) * mass
     noise = ROUNDING[plan.dtype] * (1 + sum(plan.shape[-2:]) / 128)
     allowed = GAP * (tol * torch.maximum(value.abs(), CHEAPEST * spread) + noise * (spread + problem.reg * mass))
     optimal = (gap.abs() <= allowed) | gap.isnan()
     largest = LARGEST_EXCESS * torch.maximum(problem.rows.amax(-1), problem.cols.amax(-1)).clamp_min(1)
     promised = kept_mass & (excess <= largest) & optimal
-    nothing = ~(real_rows.any(-1) & real_cols.any(-1))
-    return Certificate(scaling.converged & (promised | nothing), mass, excess)
+    if problem.padded:
+        promised = promised | ~(real_rows.any(-1) & real_cols.any(-1))
+    return Certificate(scaling.converged & promised, mass, excess), value

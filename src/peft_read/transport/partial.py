@@ -218,7 +218,8 @@ def _by_method(
             torch.ones_like(exists).index_put(kept, of_some.converged),
         )
     # Whether a problem converged is computed from the plan, not taken from its solver.
-    return Finished(plan, None, keeps_promises(problem, plan.detach(), scaling, tol)), scaling.n_iter
+    certificate, value = keeps_promises(problem, plan.detach(), scaling, tol)
+    return Finished(plan, value.to(plan.dtype), certificate), scaling.n_iter
 
 
 def _span(low: Tensor, high: Tensor, penalty: float | None) -> float:
@@ -265,7 +266,7 @@ def _solved(problem: Problem, method: str, tol: float, max_iter: int | None, gra
             scaling = solver(tall, kernel, tol=tol * SAFETY, max_iter=max_iter, **start)
         plan = kernel.plan(scaling.log_left, scaling.log_right).to(problem.cost.dtype)
         if tall is not problem:
-            plan, scaling = plan.mT, scaling.mT
+            plan, scaling = plan.mT.contiguous(), scaling.mT
     if gradient == "implicit":
         plan = ImplicitPlan.apply(problem.cost, plan, scaling.log_left, scaling.log_right, problem)
     return plan, scaling

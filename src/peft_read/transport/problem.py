@@ -53,7 +53,7 @@ class Problem:
         """The same problems with rows and columns exchanged."""
         return replace(
             self,
-            cost=self.cost.mT,
+            cost=self.cost.mT.contiguous(),  # once, not in every pass
             rows=self.cols,
             cols=self.rows,
             rows_full=self.cols_full,
@@ -120,7 +120,8 @@ class Kernel:
         """-(C - low) / reg with what a penalty adds, -inf on padding, (P, N, M)."""
         wide = dtype if 1e-30 < problem.reg < 1e30 else torch.float64  # float32 cannot hold 1 / reg
         low = problem.low.to(wide)[:, None, None]
-        matrix = ((low - problem.cost.to(wide)) * (1 / problem.reg)).to(dtype)
+        # In place: fresh memory for each product would cost more than the product.
+        matrix = (low - problem.cost.to(wide)).mul_(1 / problem.reg).to(dtype)
         if problem.penalty is not None:
             left, right = problem.log_reference()
             # The shift by `low` has to be paid back here: under a penalty the scale of K is the answer.
@@ -160,7 +161,7 @@ class Kernel:
         left, right = log_left.to(matrix.dtype), log_right.to(matrix.dtype)
         if self.log_domain:
             return (matrix + left[:, :, None] + right[:, None, :]).exp()
-        return matrix * left.exp()[:, :, None] * right.exp()[:, None, :]
+        return (matrix * left.exp()[:, :, None]).mul_(right.exp()[:, None, :])
 
 
 def _log_product(log_vector: Tensor, matrix: Tensor, log_domain: bool) -> Tensor:
