@@ -67,9 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         __doc__, quick="small problems only", repeats="repetitions of the fast methods"
     ).parse_args(argv)
     torch.set_num_threads(1)
-    # Once 28 MB have been freed, as in every training, glibc keeps the memory of smaller results; before, it gives it back
-    # Once 28 MB have been freed, as in every training, glibc keeps the memory of smaller results. Before, it may give it
-    # back after a call, as chance has it, and the next call takes up to three milliseconds more.
+    # Once 28 MB have been freed, as in every training, glibc keeps the memory of smaller results. Before, it may give
+    # it back after a call, as chance has it, and the next call takes up to three milliseconds more.
     torch.empty(7_000_000)
     warnings.filterwarnings("ignore")
     repeats = arguments.repeats or (5 if arguments.quick else 15)
