@@ -120,10 +120,8 @@ def kill_and_go_on(work, at, phase, scripts, how2, folder, expected):
 
 
 def spread(writes, count, phases=PHASES):
-    """Kills spread evenly over all writes and phases."""
-    points = [(at, phase) for at in range(len(writes)) for phase in phases]
-    step = max(1, len(points) // count)
-    return points[step // 2 :: step][:count]
+    """Kills spread evenly over all writes, the phases in turn."""
+    return [((2 * i + 1) * len(writes) // (2 * count), phases[i % len(phases)]) for i in range(count)]
 
 
 def test_a_run_survives_kills_at_its_last_checkpoint_and_at_its_results(uninterrupted, scripts, how2, tmp_path):

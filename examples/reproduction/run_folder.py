@@ -75,7 +75,7 @@ class RunFolder:
         self.lock = lock_folder(folder)
         self.started = time.time()
         try:
-            self._remove_parts()
+            _remove_parts(folder)
             then = self._earlier_run()
             present = self._present_checkpoints()
             if foreign := sorted(present - set(then["checkpoints"])):
@@ -128,13 +128,6 @@ class RunFolder:
         """Releases the lock."""
         self.lock.release()
 
-    def _remove_parts(self) -> None:
-        """What `write_whole` leaves of the run's own files when it is killed."""
-        for name in WRITTEN:
-            for part in self.folder.glob(f".{name}.*.part"):
-                if re.fullmatch(rf"\.{re.escape(name)}\.[0-9a-f]{{12}}\.part", part.name):
-                    part.unlink()
-
     def _earlier_run(self) -> dict[str, Any]:
         nothing: dict[str, Any] = {"arguments": {}, "versions": {}, "checkpoints": [], "seconds": 0.0}
         try:
@@ -180,8 +173,17 @@ class RunFolder:
             )
 
 
+def _remove_parts(folder: Path) -> None:
+    """What `write_whole` leaves of the run's own files when it is killed."""
+    for name in WRITTEN:
+        for part in folder.glob(f".{name}.*.part"):
+            if re.fullmatch(rf"\.{re.escape(name)}\.[0-9a-f]{{12}}\.part", part.name):
+                part.unlink()
+
+
 def clear_finished(folder: Path) -> None:
-    """Removes the checkpoints that a run has claimed, where it was killed after its last file and before that."""
+    """Removes half-written files and claimed checkpoints, where a run was killed after its results and before that."""
+    _remove_parts(folder)
     path = folder / "run.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
