@@ -187,6 +187,10 @@ def test_no_recurrence_is_the_identity():
 def test_bad_cells_are_refused():
     with pytest.raises(ValueError, match="Unknown cell 'elman'; choose one of 'rnn', 'gru', 'lstm', 'none'"):
         build_cell("elman", 4)
+    for name in ("rnn", "gru", "lstm"):
+        for shape in ((5, 4), (2, 3, 5, 4)):
+            with pytest.raises(ValueError, match="values to unpack"):
+                build_cell(name, 4)(torch.randn(shape))
     with pytest.raises(ValueError, match="must be even, got 3"):
         build_cell("rnn", 3, bidirectional=True)
     with pytest.raises(ValueError, match="at least 1, got 0"):

@@ -221,6 +221,21 @@ def test_one_pass_agrees_with_the_parts(size, masked, bias):
         assert error(ours, known) <= max(2 * error(theirs, known), 1e-6)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_states_alone_have_gradients(compiled):
+    parts = an_adapter(4)
+    output = torch.randn(2, 7, 48, requires_grad=True)
+    leaves = [output, *parts[0].parameters(), *parts[1].parameters()]
+
+    def loss(function):
+        return function(output, *parts, None, None)[1].square().sum()
+
+    run = torch.compile(loss, backend="aot_eager") if compiled else loss
+    found = torch.autograd.grad(run(in_one), leaves)
+    for one, known in zip(found, torch.autograd.grad(loss(in_parts), leaves), strict=True):
+        torch.testing.assert_close(one, known)
+
+
 def test_one_pass_gives_only_the_gradients_that_are_wanted():
     parts = an_adapter(4)
     output = torch.randn(2, 7, 48)
@@ -339,6 +354,21 @@ def test_freed_weights_are_an_error_not_a_crash():
     cell = a_cell("rnn", 4)
     cell.weight_hh.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match=r"shape \(4, 4\), has no memory"):
+        cell(torch.randn(1, 5, 4))
+
+
+@pytest.mark.parametrize("freed", ["weight_ih", "weight_hh", "bias_hh"])
+def test_freed_views_of_one_flat_tensor_are_an_error_too(freed):
+    """The address of such a view is its offset, and only that of the first one is 0."""
+    cell, flat = a_cell("rnn", 4), torch.randn(64)
+    setattr(cell, freed, nn.Parameter(flat[: getattr(cell, freed).numel()].view_as(getattr(cell, freed))))
+    shifted = nn.Parameter(flat[32:36])
+    cell.bias_ih = shifted
+    flat.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="has no memory"):
+        cell(torch.randn(1, 5, 4))
+    setattr(cell, freed, nn.Parameter(torch.zeros_like(getattr(a_cell("rnn", 4), freed))))
+    with pytest.raises(RuntimeError, match=r"shape \(4,\), has no memory"):
         cell(torch.randn(1, 5, 4))
 
 

@@ -534,3 +534,21 @@ def test_what_is_wrong_shows_in_the_result_where_values_are_not_looked_at(method
         found = partial_optimal_transport(cost, method=method, **bad)
         assert found.cost.isnan().tolist() == wrong and found.plan.isnan().all((1, 2)).tolist() == wrong
         assert not found.converged[0] and found.converged[1]
+
+
+@pytest.mark.parametrize("method", ["auto", "newton", "dykstra"])
+@pytest.mark.parametrize("reg", [0.05, 0.0005])
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
+def test_scalings_of_padding_are_nothing(method, reg, shape, monkeypatch):
+    """What judges a plan takes the largest scaling of a side for that of a real row or column."""
+    seen, judge = [], partial.keeps_promises
+
+    def looking(problem, plan, scaling, tol):
+        seen.append(scaling)
+        return judge(problem, plan, scaling, tol)
+
+    monkeypatch.setattr(partial, "keeps_promises", looking)
+    rows, cols = torch.arange(shape[0]) != 1, torch.arange(shape[1]) != 2
+    partial_optimal_transport(torch.rand(3, *shape), reg=reg, method=method, row_mask=rows, col_mask=cols)
+    for found, real in ((seen[0].log_left, rows), (seen[0].log_right, cols)):
+        assert (found[:, ~real] == -torch.inf).all() and found[:, real].isfinite().all()

@@ -93,6 +93,26 @@ def test_the_printed_algorithm_can_be_unrolled():
     assert torch.autograd.gradcheck(value, cost, eps=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("reg", [0.05, 0.0005])
+@pytest.mark.parametrize("method", ["dykstra", "paper"])
+def test_padding_leaves_unrolled_gradients_numbers(method, reg):
+    """The logarithm of what padding sums to is infinite, and so would be its derivative."""
+    cost = costs("aligned", 1, 6, 4).requires_grad_()
+    masks = {"row_mask": torch.tensor([1, 1, 1, 0, 1, 1]), "col_mask": torch.tensor([1, 0, 1, 1])}
+    if method == "paper" and reg < 0.01:
+        pytest.skip("the printed algorithm exponentiates the cost and refuses this temperature")
+
+    def gradient(c, **masked):
+        plan = partial_optimal_transport(c, reg=reg, method=method, gradient="unrolled", max_iter=30, **masked)
+        return torch.autograd.grad(plan.cost.sum(), c)[0]
+
+    found = gradient(cost, **masks)
+    real = torch.tensor([0, 1, 2, 4, 5])[:, None], torch.tensor([0, 2, 3])
+    known = gradient(cost.detach()[0][real][None].requires_grad_())
+    torch.testing.assert_close(found[0][real][None], known)
+    assert (found[0, 3] == 0).all() and (found[0, :, 1] == 0).all()
+
+
 def test_the_envelope_keeps_nothing_but_the_plan():
     cost = torch.rand(4, 30, 12, requires_grad=True)
     kept = _numbers_kept(lambda: partial_optimal_transport(cost, method="newton"))

@@ -110,8 +110,9 @@ class Cell(nn.Module):
         self, x: Tensor, state: Tensor | None, mask: Tensor | None, keep_states: bool
     ) -> tuple[Tensor, Tensor | None]:
         """One direction or both."""
-        if x.numel() == 0:  # the fused kernels refuse what has no tokens
-            return x.new_zeros(x.shape), x.new_zeros(*x.shape[:2], self.state_size)
+        batch, length, _ = x.shape
+        if batch == 0 or length == 0:  # the fused kernels refuse what has no tokens
+            return x.new_zeros(x.shape), x.new_zeros(batch, length, self.state_size)
         if not self.bidirectional:
             return self._run(x, state, mask, "", keep_states)
         if state is not None:

@@ -35,14 +35,12 @@ def recur(kind: str, arguments: ScanArguments, *, keep_states: bool = False) -> 
     Returns:
         The outputs (B, T, k), and the states (B, T, S) where they are asked for or cost nothing.
     """
-    operation, implementation = SCANS.get(kind), None
-    if operation is not None:
-        implementation = operation.choose(arguments)
+    if (operation := SCANS.get(kind)) is not None:
+        if (implementation := operation.choose(arguments)) is not None:
+            (outputs,) = operation(implementation, arguments)
+            return outputs, outputs
     elif not torch.compiler.is_compiling():
         backends.refuse(f"scan_{kind}", backends.backend(arguments.x.device.type), "it has no loop or kernel")
-    if operation is not None and implementation is not None:
-        (outputs,) = operation(implementation, arguments)
-        return outputs, outputs
     outputs, cell_states = scan_in_torch(kind, arguments, keep_states and kind == "lstm")
     if kind != "lstm":
         return outputs, outputs

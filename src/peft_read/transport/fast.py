@@ -33,7 +33,7 @@ def runs_kernel(cost: Tensor) -> bool:
         backends.refuse("transport problem", "triton", refusal)
         return False
     device = cost.device
-    return backends.passes(("the triton transport", device), lambda: _try_kernel(device))
+    return backends.passes(("triton transport", device), lambda: _try_kernel(device))
 
 
 def solve_on_host(problem: Problem, kernel: Kernel) -> Solver:
@@ -49,7 +49,7 @@ def solve_on_host(problem: Problem, kernel: Kernel) -> Solver:
         )
     if refusal:
         backends.refuse("transport problem", "numba", refusal)
-    elif backends.passes(("the numba transport",), _try_loops):
+    elif backends.passes(("numba transport",), _try_loops):
         from .numba_kernels import solve_compiled
 
         return solve_compiled

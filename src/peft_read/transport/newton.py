@@ -208,7 +208,7 @@ def solve_newton(
         direction = _newton_direction(dual, y, log_u_full, log_mass, cols)
         log_mass, log_ktu = _line_search(dual, y, direction, cols, log_mass)
         y = dual.feasible(dual.ascent(log_ktu))
-    return Scaling(left_found, y_found, n_iter, converged)
+    return Scaling(left_found, torch.where(problem.cols > 0, y_found, -math.inf), n_iter, converged)
 
 
 def _price(dual: _Dual, chosen: Tensor, log_u_full: Tensor, log_mass: Tensor, y: Tensor) -> Tensor:

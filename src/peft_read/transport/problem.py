@@ -166,10 +166,15 @@ class Kernel:
 
 def _log_product(log_vector: Tensor, matrix: Tensor, log_domain: bool) -> Tensor:
     """log(Σ_k exp(log_vector_k) A_kl) for every problem, (P, K), (P, K, L) -> (P, L)."""
+    # What is nothing, as on padding, has no gradient, where that of its logarithm is not a number.
     if log_domain:
-        return torch.logsumexp(matrix + log_vector.to(matrix.dtype)[:, :, None], dim=1).double()
-    product = log_vector.exp().to(matrix.dtype)[:, None, :] @ matrix
-    return product[:, 0].double().log()
+        terms = matrix + log_vector.to(matrix.dtype)[:, :, None]
+        if not torch.is_grad_enabled():
+            return terms.logsumexp(1).double()
+        nothing = (terms == -math.inf).all(1)
+        return torch.where(nothing, -math.inf, torch.where(nothing[:, None], 0, terms).logsumexp(1)).double()
+    product = (log_vector.exp().to(matrix.dtype)[:, None, :] @ matrix)[:, 0].double()
+    return product.log() if not torch.is_grad_enabled() else torch.where(product > 0, finite_log(product), -math.inf)
 
 
 def finite_log(weights: Tensor) -> Tensor:

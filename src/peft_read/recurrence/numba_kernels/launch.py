@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ... import backends
 from ..arguments import GATES, Adapted, AdapterArguments, ScanArguments, Scanned, unfit, unfit_scan
-from ..gates import gradients_of_gates, slopes_of_gru, states_before
+from ..gates import gradients_of_gates, slopes_of_gru
 from ..operation import Gradients, Implementation
 
 __all__ = ["ADAPTER", "SCANS"]
@@ -27,6 +27,7 @@ LARGEST_SCAN_WIDTH = 64
 LARGEST_ADAPTER_WIDTH = 8  # wider ones are as fast in parts, by BLAS
 MOST_THREADS = 4  # the loops are a single thread's; more threads of torch overtake them
 VECTOR = 16  # numbers of O at a time
+LOW = 1 << 40  # memory lies higher as a rule; what seems to lie lower is looked at
 
 
 @torch.compiler.assume_constant_result
@@ -51,7 +52,7 @@ def _addresses(*given: Tensor | None) -> tuple[list[int], Any]:
         if tensor is not None and (not tensor.is_contiguous() or tensor.is_neg()):
             copies.append(tensor := tensor.resolve_neg().contiguous())
         addresses.append(address := 0 if tensor is None else tensor.data_ptr())
-        if not address and tensor is not None:
+        if address < LOW and tensor is not None and not tensor.untyped_storage().data_ptr():
             raise RuntimeError(
                 f"A tensor of the recurrence, of shape {tuple(tensor.shape)}, has no memory: its storage was freed, "
                 "as FSDP does with weights that are not gathered. Call the module through its wrapper."
@@ -91,8 +92,8 @@ def _scan_backward(
     if inputs > NARROW or width > NARROW:
         return gradients_of_gates(inner, outer, grad_state, arguments, outputs, needs)
     found = [x.new_empty(shape) for shape in (x.shape, (gates, inputs), (gates, width), (gates,), (gates,))]
-    addresses, _kept = _addresses(inner, outer, x, states_before(outputs, state), weight_ih, *found)
-    _loops("scan").gradients_of_gates(*addresses, batch * length, inputs, width, gates)
+    addresses, _kept = _addresses(inner, outer, x, weight_ih, state, outputs, *found)
+    _loops("scan").gradients_of_gates(*addresses, batch, length, inputs, width, gates)
     return ScanArguments(found[0], grad_state, None, *found[1:])
 
 

@@ -1,9 +1,8 @@
-"""The scans of RNN and GRU in compiled loops for the CPU: eight sequences of the batch at a time, one in every lane.
+"""The scans of RNN and GRU in compiled loops for the CPU: one sequence per lane, eight at a time, sixteen of an RNN.
 
-Every sixteen tokens, the inputs of the eight sequences are turned round, so that a step works on whole vectors, and
-the outputs are turned back. Sums and activations are float64, states are rounded to float32 after every step, so that
-going on from a state equals going through. Tensors are named as in `arguments.py` and given by their addresses, see
-`memory.py`; `valid` is the mask.
+Every sixteen tokens their inputs are turned round, so that a step works on whole vectors, and the outputs back. Sums
+and activations are float64, states are rounded to float32 after every step, so that going on from a state equals going
+through. Tensors are named as in `arguments.py` and given by addresses, see `memory.py`; `valid` is the mask.
 """
 
 # mypy: allow-untyped-defs
@@ -220,15 +219,19 @@ def retreat(by_gate, whole, inner, keep, carried, steps, k, gates, width):
 
 @compiled_loop
 def gradients_of_gates(
-    inner, outer, x, before, weight_ih, grad_x, grad_ih, grad_hh, bias_ih, bias_hh, tokens, inputs, k, gates
+    inner, outer, x, weight_ih, state, outputs, grad_x, grad_ih, grad_hh, bias_ih, bias_hh, batch, length, inputs, k,
+    gates,
 ):  # fmt: skip
     """Sets all gradients that follow from those of the gates: sums over all tokens in float64, for narrow cells.
 
     BLAS sums a thin column in one long chain of float32, which is too wrong for a long sequence. Each lane takes an
     eighth of the tokens, whatever sequences they are of; those left over come last, one per lane.
     """
-    rows, befores, given, targets = floats_at(x, 0), floats_at(before, 0), floats_at(inner, 0), floats_at(grad_x, 0)
-    by_gate = copied(weight_ih, gates, inputs)
+    rows, given, targets, tokens = floats_at(x, 0), floats_at(inner, 0), floats_at(grad_x, 0), batch * length
+    before, by_gate = np.zeros((batch, length * k), np.float32), copied(weight_ih, gates, inputs)
+    before[:, k:] = floats_at(outputs, (batch, length * k))[:, : (length - 1) * k]
+    if state:
+        before[:, :k] = floats_at(state, (batch, k))
     vectors, hidden = np.empty(STEPS * inputs * LANES), np.empty(STEPS * k * LANES)
     below, ones, slopes = np.empty_like(vectors), np.ones(STEPS * LANES), np.empty(STEPS * gates * LANES)
     others = slopes if inner == outer else np.empty_like(slopes)
@@ -242,10 +245,10 @@ def gradients_of_gates(
         if first == end:
             break
         turn(rows, vectors, first, end, start, steps, stride, inputs)
-        turn(befores, hidden, first, end, start, steps, stride, k)
+        turn(before.ravel(), hidden, first, end, start, steps, stride, k)
         turn(given, slopes, first, end, start, steps, stride, gates)
         turn(floats_at(outer, 0), others, first, end, start, steps, stride, gates)
-        for lane in range(end - first, LANES):  # a copy of another
+        for lane in range(end - first, LANES):  # these lanes copy another token: their share must be 0
             slopes[lane : gates * LANES : LANES] = 0
             others[lane : gates * LANES : LANES] = 0
         below[:] = 0
