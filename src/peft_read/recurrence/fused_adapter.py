@@ -2,7 +2,7 @@
 
 | | CPU, `numba` | CUDA, `triton` |
 |---|---|---|
-| forward and backward | width <= 8, d a multiple of 16, loops for the two projections: 0.48 (k=4) and 0.71 (k=8) of the time of the adapter without a recurrence | width <= 16, launches parallel over tokens but for the scan: 0.58 (32x512x768, k=4) and 1.2 (8x2048x2048, k=8) of it on an H200, with earlier kernels |
+| forward and backward | width <= 8, d a multiple of 16, loops for the two projections: 0.5 (k=4) and 0.7 (k=8) of the time of the adapter without a recurrence | width <= 16, launches parallel over tokens but for the scan: 0.58 (32x512x768, k=4) and 1.2 (8x2048x2048, k=8) of it on an H200, with earlier kernels |
 
 O stays as it is where the mask is False. GRU, LSTM, both directions, dropout in training and modules that something
 hooks into run in their parts. docs/recurrence.md has the rows.

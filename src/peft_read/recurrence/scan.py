@@ -2,8 +2,8 @@
 
 | | CPU, `numba` | CUDA, `triton` |
 |---|---|---|
-| RNN | width <= 64: 15x to 58x torch forward (k=4) | earlier, on an H200: 2.6x cuDNN forward (k=4), 2.0x at k=16 |
-| GRU | width <= 64: 2.9x (k=64) to 66x (k=4) | cuDNN: a kernel was slower than it at k=64 |
+| RNN | width <= 64: 14x to 62x torch forward (k=4) | earlier, on an H200: 2.6x cuDNN forward (k=4), 2.0x at k=16 |
+| GRU | width <= 64: 2.6x (k=64) to 67x (k=4) | cuDNN: a kernel was slower than it at k=64 |
 | LSTM | torch: loops had 0.98x to 1.02x of it in four of six shapes | cuDNN, likewise |
 
 docs/recurrence.md and docs/recurrence_cuda.md have the rows and how they were measured.
