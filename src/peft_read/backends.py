@@ -33,6 +33,7 @@ __all__ = [
     "refuse",
     "say_once",
     "show_backends",
+    "trials",
     "use_backend",
 ]
 
@@ -47,7 +48,7 @@ WAYS_OUT = {
 
 _forced: str | None = None  # by `use_backend`
 _settled_for: dict[str, str] = {}  # type of device -> what "auto" means there
-trials: dict[tuple[Hashable, ...], bool] = {}
+trials: dict[tuple[Hashable, ...], bool] = {}  # by key of `passes`: whether a fast path works here, if it was tried
 _said: set[Hashable] = set()
 _lock = threading.RLock()
 

@@ -118,8 +118,8 @@ class Operation(Generic[A, R]):
         count, device = len(self.arguments._fields), saved[0].device.type
         arguments, results = self.arguments(*saved[:count]), self.results(*saved[count:])  # type: ignore[call-overload]
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-            grad, wanted = self.shapes(arguments)[0].zero_() if grads[0] is None else grads[0], self.arguments(*needs)  # type: ignore[call-overload]
-            found = implementation.backward(arguments, results, grad, grads[1:], wanted)
+            grad = self.shapes(arguments)[0].zero_() if grads[0] is None else grads[0]
+            found = implementation.backward(arguments, results, grad, grads[1:], self.arguments(*needs))  # type: ignore[call-overload]
         return [one if need else None for one, need in zip(found, needs, strict=True)]
 
     def trial(self, implementation: Implementation[A, R], width: int, dtype: torch.dtype, device: torch.device) -> str:

@@ -27,7 +27,7 @@ LARGEST_SCAN_WIDTH = 64
 LARGEST_ADAPTER_WIDTH = 8  # wider ones are as fast in parts, by BLAS
 MOST_THREADS = 4  # the loops are a single thread's; more threads of torch overtake them
 VECTOR = 16  # numbers of O at a time
-LOW = 1 << 40  # memory lies higher as a rule; what seems to lie lower is looked at
+LOWEST_ADDRESS = 1 << 40  # of memory, as a rule; a tensor that lies lower is asked whether its storage was freed
 
 
 @torch.compiler.assume_constant_result
@@ -52,7 +52,7 @@ def _addresses(*given: Tensor | None) -> tuple[list[int], Any]:
         if tensor is not None and (not tensor.is_contiguous() or tensor.is_neg()):
             copies.append(tensor := tensor.resolve_neg().contiguous())
         addresses.append(address := 0 if tensor is None else tensor.data_ptr())
-        if address < LOW and tensor is not None and not tensor.untyped_storage().data_ptr():
+        if address < LOWEST_ADDRESS and tensor is not None and not tensor.untyped_storage().data_ptr():
             raise RuntimeError(
                 f"A tensor of the recurrence, of shape {tuple(tensor.shape)}, has no memory: its storage was freed, "
                 "as FSDP does with weights that are not gathered. Call the module through its wrapper."
